@@ -1,0 +1,42 @@
+"""CSPNeXt, the backbone of RTMDet (arXiv:2212.07784, section 3.2)."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rtmdet_fast.layers import ConvModule, CSPLayer, SPPBottleneck, conv3x3
+
+
+class CSPNeXt(nn.Module):
+    """Image [B, 3, H, W] → features of strides 8, 16, 32: [B, 256w, H/8, W/8], 512w, 1024w (w = `widen`)."""
+
+    def __init__(self, deepen: float, widen: float, *, separable: bool = False):
+        super().__init__()
+        stem, *widths = (int(width * widen) for width in (64, 128, 256, 512, 1024))
+        half = int(64 * widen // 2)
+        self.stem = nn.Sequential(
+            ConvModule(3, half, 3, stride=2), ConvModule(half, half, 3), ConvModule(half, stem, 3)
+        )
+        in_channels = stem
+        for stage, (width, blocks) in enumerate(zip(widths, (3, 6, 6, 3), strict=True), start=1):
+            last = stage == 4
+            layers: list[nn.Module] = [conv3x3(in_channels, width, 2, separable=separable)]
+            if last:
+                layers.append(SPPBottleneck(width))
+            layers.append(
+                CSPLayer(
+                    width,
+                    width,
+                    max(round(blocks * deepen), 1),
+                    identity=not last,
+                    attention=True,
+                    separable=separable,
+                )
+            )
+            self.add_module(f"stage{stage}", nn.Sequential(*layers))
+            in_channels = width
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.stage1(self.stem(images))
+        stride8 = self.stage2(x)
+        stride16 = self.stage3(stride8)
+        return stride8, stride16, self.stage4(stride16)

@@ -1,0 +1,319 @@
+"""The command line: rtmdet-fast train | eval | predict | demo | info."""
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from rtmdet_fast.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate weights on a COCO-format data set with the published test settings."""
+
+    weights: str
+    """Weights file, or a published name such as rtmdet-tiny."""
+    data: Path | None = None
+    """Folder laid out like COCO, in place of --ann and --images."""
+    ann: Path | None = None
+    """Annotation file (COCO JSON)."""
+    images: Path | None = None
+    """Folder of the images."""
+    image_size: int | None = None
+    """Side of the network input in pixels; the model's own where not given."""
+    batch_size: int = 8
+    """Images per step."""
+    num_workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    skip_bad: bool = False
+    """Go on over unreadable images and invalid annotations, and count them."""
+    detections: Path | None = None
+    """Write the detections in COCO results form to this file."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Detect objects in images or videos; write pictures with boxes and predictions.json (COCO results form)."""
+
+    source: tyro.conf.Positional[str]
+    """An image, a folder, a quoted pattern such as "photos/*.jpg", a video, or a camera's number."""
+    weights: str
+    """Weights file, or a published name such as rtmdet-tiny."""
+    out: Path = Path("runs/predict")
+    """Folder for pictures and predictions.json."""
+    score_threshold: float = 0.3
+    """Least score of a detection."""
+    image_size: int | None = None
+    """Side of the network input in pixels; the model's own where not given."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    skip_bad: bool = False
+    """Go on over unreadable files, and count them."""
+    limit: int | None = None
+    """Stop after so many frames (for a camera)."""
+    json: Path | None = None
+    """Write a summary to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Draw a data set of shapes, train on it, evaluate, and write report.html and pictures. Needs no download."""
+
+    out: Path = Path("runs/demo")
+    """Where data, weights, report and pictures go."""
+    epochs: int = 24
+    """Passes over the drawn images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Say what is installed, which device and kernels run, and which published weights are known."""
+
+    json: Path | None = None
+    """Write it to this file too."""
+
+
+def run_eval(config: EvalConfig) -> dict[str, Any]:
+    from rtmdet_fast.data.coco import CocoDataset
+    from rtmdet_fast.data.layout import find_split
+    from rtmdet_fast.evaluate import evaluate
+    from rtmdet_fast.model import RTMDet
+    from rtmdet_fast.train import pick_device
+
+    annotations, images = config.ann, config.images
+    if config.data is not None:
+        if annotations or images:
+            raise UserError("--data stands in place of --ann and --images")
+        annotations, images = find_split(config.data, "val")
+    if annotations is None or images is None:
+        raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
+    model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    dataset = CocoDataset(annotations, images, skip_bad=config.skip_bad)
+    started = time.perf_counter()
+    evaluation = evaluate(
+        model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
+    )
+    seconds = time.perf_counter() - started
+    for name, value in evaluation.metrics.items():
+        print(f"{name:6} {value:6.3f}")
+    width = max(len(name) for name in evaluation.per_class)
+    print(f"\n{'class':{width}}     AP   AP50")
+    for name, figures in evaluation.per_class.items():
+        print(f"{name:{width}} {figures['AP']:6.3f} {figures['AP50']:6.3f}")
+    print(f"\n{len(dataset)} images in {seconds:.1f} s" + (f", {evaluation.skipped} skipped" if evaluation.skipped else ""))
+    if config.detections is not None:
+        write_json(config.detections, evaluation.detections)
+    return {
+        **evaluation.metrics,
+        "per_class": evaluation.per_class,
+        "images": len(dataset),
+        "skipped": evaluation.skipped,
+        "seconds": seconds,
+    }
+
+
+def run_predict(config: PredictConfig) -> dict[str, Any]:
+    from rtmdet_fast.model import RTMDet
+    from rtmdet_fast.sources import VideoWriter, iter_sources
+    from rtmdet_fast.train import pick_device
+
+    model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    source = iter_sources(config.source, skip_bad=config.skip_bad)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    video: VideoWriter | None = None
+    video_path: str | None = None
+    config.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        for frame in tqdm(source, total=source.total, desc="predict", unit="img"):
+            if config.limit is not None and len(images) >= config.limit:
+                break
+            results = model.predict(
+                frame.image, score_threshold=config.score_threshold, image_size=config.image_size
+            )
+            image_id = len(images) + 1
+            height, width = results.shape
+            images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
+            for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
+                _, _, w, h = entry["bbox"]
+                annotations.append({"id": len(annotations) + 1, **entry, "area": w * h, "iscrowd": 0})
+            if not frame.is_video:
+                results.save(config.out / frame.name)
+                continue
+            if video is None or frame.path != video_path:
+                if video is not None:
+                    video.close()
+                name = Path(frame.path).stem if frame.path else "camera"
+                video, video_path = VideoWriter(config.out / f"{name}.mp4", frame.fps), frame.path
+            video.write(results.plot())
+    finally:
+        if video is not None:
+            video.close()
+    seconds = time.perf_counter() - started
+    categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, start=1)]
+    predictions = config.out / "predictions.json"
+    write_json(predictions, {"images": images, "annotations": annotations, "categories": categories})
+    skipped = f", {len(source.unreadable)} unreadable files skipped" if source.unreadable else ""
+    print(f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}")
+    print(f"pictures in {config.out}, boxes in {predictions}")
+    return {
+        "images": len(images),
+        "detections": len(annotations),
+        "unreadable": source.unreadable,
+        "seconds": seconds,
+        "out": str(config.out),
+        "predictions": str(predictions),
+    }
+
+
+def run_train(config: Any) -> dict[str, Any]:
+    from rtmdet_fast.train import train
+
+    result = train(config)
+    for name, value in result.metrics.items():
+        print(f"{name:6} {value:6.3f}")
+    print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
+    print(f"best weights {result.best}, last {result.last}" + (f", report {result.report}" if result.report else ""))
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    from rtmdet_fast.data.shapes import make_shapes
+    from rtmdet_fast.train import TrainConfig, train
+
+    shapes = make_shapes(config.out / "data", seed=config.seed)
+    run = config.out / "run"
+    print(f"drew {shapes.train_ann} and {shapes.val_ann}; training RTMDet-tiny for {config.epochs} epochs")
+    result = train(
+        TrainConfig(
+            train=shapes.train_ann,
+            train_images=shapes.train_images,
+            val=shapes.val_ann,
+            val_images=shapes.val_images,
+            out=run,
+            size="tiny",
+            epochs=config.epochs,
+            batch_size=16,
+            image_size=160,
+            lr=2e-3,
+            num_workers=0,
+            val_interval=max(config.epochs // 4, 1),
+            device=config.device,
+            seed=config.seed,
+        )
+    )
+    summary = run_predict(
+        PredictConfig(
+            source=str(shapes.val_images), weights=str(result.best), out=config.out / "pictures", device=config.device, limit=24
+        )
+    )
+    print(f"\nAP50 {result.metrics['AP50']:.3f}, AP {result.metrics['AP']:.3f} on {shapes.val_ann}")
+    print(f"look at   {result.report}\n          {summary['out']}/*.jpg")
+    return {
+        **result.metrics,
+        "seconds": result.seconds,
+        "seconds_per_iteration": result.seconds_per_iteration,
+        "weights": str(result.best),
+        "report": str(result.report),
+        "pictures": summary["out"],
+    }
+
+
+def run_info(config: InfoConfig) -> dict[str, Any]:
+    import torch
+
+    from rtmdet_fast.checkpoint import PRETRAINED
+    from rtmdet_fast.kernels._dispatch import AVAILABLE, BACKEND
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("rtmdet-fast", "torch", "triton", "numpy", "opencv-python", "pycocotools", "mmdet")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    triton_runs = BACKEND == "triton" or (BACKEND == "auto" and AVAILABLE and torch.cuda.is_available())
+    found = {
+        "python": platform.python_version(),
+        **{name: installed(name) for name in packages},
+        "device": device,
+        "kernels": "triton" if triton_runs else "torch",
+        "weights": sorted(PRETRAINED),
+    }
+    for name, value in found.items():
+        print(f"{name:14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
+    from rtmdet_fast.train import TrainConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainCommand(TrainConfig):
+        json: Path | None = None
+        """Write the result to this file."""
+
+    TrainCommand.__doc__ = TrainConfig.__doc__
+    commands: dict[type, Callable[[Any], dict[str, Any]]] = {
+        TrainCommand: run_train,
+        EvalConfig: run_eval,
+        PredictConfig: run_predict,
+        DemoConfig: run_demo,
+        InfoConfig: run_info,
+    }
+    subcommand = tyro.conf.subcommand
+    config = tyro.cli(
+        Annotated[TrainCommand, subcommand("train")]
+        | Annotated[EvalConfig, subcommand("eval")]
+        | Annotated[PredictConfig, subcommand("predict")]
+        | Annotated[DemoConfig, subcommand("demo")]
+        | Annotated[InfoConfig, subcommand("info")],
+        prog="rtmdet-fast",
+        description="RTMDet: train, evaluate and predict.",
+        args=arguments,
+    )
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        found = commands[type(config)](config)
+        if config.json is not None:
+            write_json(config.json, found)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; a training goes on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

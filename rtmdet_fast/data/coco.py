@@ -1,0 +1,333 @@
+"""COCO-format detection datasets: a JSON file and a folder of images, checked before anything is trained on them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+
+from rtmdet_fast.data.image import read_image
+from rtmdet_fast.errors import UserError
+
+
+@dataclass(slots=True)
+class Sample:
+    """An image with its ground truth."""
+
+    image: np.ndarray
+    """[H, W, 3] uint8 BGR."""
+    boxes: np.ndarray
+    """[n, 4] float32 xyxy pixels of `image`, inside it and not empty; no crowd regions."""
+    labels: np.ndarray
+    """[n] int64, indices into the dataset's class_names."""
+    image_id: int
+    path: str
+
+
+class CocoDataset:
+    """The images of an annotation file, in its order.
+
+    class_names: of the labels 0, 1, …; the file's categories in its order, or those given
+    category_ids: the file's id of each class, -1 for a given class that the file does not know
+    image_ids: of the images by index
+    """
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_dir: str | Path,
+        *,
+        skip_bad: bool = False,
+        training: bool = False,
+        min_size: int = 8,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Reads and checks the annotation file; images are decoded by `load`.
+
+        Args:
+            annotation_file: COCO JSON.
+            image_dir: the folder its `file_name`s are relative to.
+            skip_bad: leave out, and count in `skipped`, what is otherwise an error: unreadable images, duplicate ids,
+                annotations without a proper box or of unknown images and categories.
+            training: keep only images with at least one box, whose sides are `min_size` pixels or more.
+            class_names: the classes and their order, of a model for instance; others of the file are left out.
+
+        Raises UserError, which names the file and the entry at fault.
+        """
+        self.annotation_path, self.image_dir = Path(annotation_file), Path(image_dir)
+        self.skip_bad, self.training = skip_bad, training
+        self._skipped: dict[str, list[str]] = {}
+        if not self.image_dir.is_dir():
+            raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
+        content = _read_json(self.annotation_path)
+        self._read_categories(content["categories"], class_names)
+        images = self._read_images(content["images"])
+        annotations = self._read_annotations(content.get("annotations") or [], images)
+        self._index(images, annotations, min_size)
+        # kept for to_coco; a training file's polygons would only fill the memory of every loader worker
+        self._content = None if training else {**content, "images": list(images.values()), "annotations": annotations}
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def load(self, index: int) -> Sample:
+        """Decodes an image. UserError where that fails; with skip_bad in training, the next one serves."""
+        if not (self.skip_bad and self.training):
+            return self._load(index)
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            if not self._unreadable[i]:
+                try:
+                    return self._load(i)
+                except UserError:
+                    self._unreadable[i] = True
+        raise UserError(f"{self.annotation_path}: none of its images in {self.image_dir} can be read")
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """What was left out so far, by reason; images that loader workers found unreadable are among it."""
+        unreadable = [self._files[i] for i in self._unreadable.nonzero().flatten().tolist()]
+        return {**self._skipped, **({"unreadable image": unreadable} if unreadable else {})}
+
+    def to_coco(self) -> Any:
+        """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
+        from pycocotools.coco import COCO
+
+        if self._content is None:
+            raise RuntimeError("made with training=True: make one without it to evaluate")
+        labels = {category for category in self.category_ids if category >= 0}
+        annotations: list[dict[str, Any]] = []
+        for a in self._content["annotations"]:
+            if a["category_id"] in labels:
+                area = a["area"] if _is_number(a.get("area")) else a["bbox"][2] * a["bbox"][3]
+                # ids from 1: pycocotools takes a match with annotation 0 for no match
+                ident, iscrowd = len(annotations) + 1, int(bool(a.get("iscrowd")))
+                annotations.append({**a, "id": ident, "iscrowd": iscrowd, "area": area})
+        coco = COCO()
+        coco.dataset = {
+            "info": self._content.get("info", {}),
+            "images": self._content["images"],
+            "annotations": annotations,
+            "categories": [c for c in self._content["categories"] if c["id"] in labels],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def _load(self, index: int) -> Sample:
+        path = self.image_dir / self._files[index]
+        width, height = self._sizes[index].tolist()
+        try:
+            image = read_image(path, (width, height) if width else None)
+        except UserError as error:
+            raise UserError(f"{error} (listed in {self.annotation_path})") from None
+        h, w = image.shape[:2]
+        if width and (w, h) != (width, height) and not self._resized.any():
+            warnings.warn(
+                f"{path} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; the real size is used, "
+                "here and for any other image like it",
+                stacklevel=2,
+            )
+        self._resized[index] = bool(width) and (w, h) != (width, height)
+        start, stop = self._starts[index : index + 2]
+        boxes = np.clip(self._boxes[start:stop], 0, np.array([w, h, w, h], np.float32))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path))
+
+    @property
+    def resized_count(self) -> int:
+        """Images loaded so far whose size was not the annotated one."""
+        return int(self._resized.sum())
+
+    def _bad(self, what: str, reason: str, detail: object) -> None:
+        """An error, or with skip_bad one more thing left out."""
+        if not self.skip_bad:
+            text = f"{self.annotation_path}: {what}: {reason} ({detail!s:.120})"
+            raise UserError(f"{text}; correct it, or leave such entries out with --skip-bad")
+        self._skip(what, reason)
+
+    def _skip(self, what: str, reason: str) -> None:
+        self._skipped.setdefault(reason, []).append(what)
+
+    def _read_categories(self, categories: list[Any], class_names: Sequence[str] | None) -> None:
+        by_id: dict[int, str] = {}
+        for category in categories:
+            if not isinstance(category, dict) or not _is_int(category.get("id")) or "name" not in category:
+                text = f"{category!r:.80}"
+                raise UserError(f"{self.annotation_path}: a category needs an integer id and a name, not {text}")
+            if category["id"] in by_id:
+                raise UserError(f"{self.annotation_path}: category id {category['id']} occurs twice")
+            by_id[category["id"]] = str(category["name"])
+        if not by_id:
+            raise UserError(f"{self.annotation_path}: lists no categories")
+        self._known_categories = set(by_id)
+        if class_names is None:
+            self.class_names, self.category_ids = tuple(by_id.values()), tuple(by_id)
+            return
+        by_name = {name: category for category, name in by_id.items()}
+        self.class_names = tuple(class_names)
+        self.category_ids = tuple(by_name.get(name, -1) for name in self.class_names)
+        if set(self.category_ids) <= {-1}:
+            raise UserError(
+                f"{self.annotation_path}: its categories ({', '.join(list(by_name)[:8])}, …) are none of the classes "
+                f"wanted ({', '.join(self.class_names[:8])}, …)"
+            )
+
+    def _read_images(self, entries: list[Any]) -> dict[int, dict[str, Any]]:
+        """The usable entries by id."""
+        images: dict[int, dict[str, Any]] = {}
+        self._listed: set[int] = set()
+        for entry in entries:
+            if (
+                not isinstance(entry, dict)
+                or not _is_int(entry.get("id"))
+                or not isinstance(entry.get("file_name"), str)
+            ):
+                self._bad("an image", "malformed, it needs an integer id and a file_name", entry)
+                continue
+            ident, name = entry["id"], entry["file_name"]
+            self._listed.add(ident)
+            path = os.path.normpath(name)
+            if os.path.isabs(path) or path.split(os.sep)[0] == "..":  # no matter of skipping: it may be an attack
+                raise UserError(f"{self.annotation_path}: file_name {name!r} leaves the image folder {self.image_dir}")
+            if ident in images:
+                self._bad(name, "duplicate image id", ident)
+            elif not (self.image_dir / path).is_file():
+                self._bad(name, "missing image", f"{self.image_dir / path} does not exist")
+            else:
+                images[ident] = entry
+        return images
+
+    def _read_annotations(self, entries: list[Any], images: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries that are well formed and belong to an image and a category."""
+        annotations: list[dict[str, Any]] = []
+        seen: set[Any] = set()
+        for entry in entries:
+            ids = [entry.get(k) for k in ("id", "image_id", "category_id")] if isinstance(entry, dict) else []
+            if not ids or any(isinstance(i, (list, dict)) for i in ids):
+                self._bad("an annotation", "malformed", entry)
+                continue
+            ident, image_id, category_id = ids
+            what = f"annotation {ident}" if ident is not None else f"an annotation of image {image_id}"
+            if ident is not None and ident in seen:
+                self._bad(what, "duplicate annotation id", f"image_id {image_id}")
+            elif image_id not in images:
+                if image_id not in self._listed:  # else it goes with its image
+                    self._bad(what, "of an image that is not listed", f"image_id {image_id}")
+            elif category_id not in self._known_categories:
+                self._bad(what, "of a category that is not listed", f"category_id {category_id}")
+            elif not _is_box(entry.get("bbox")):
+                self._bad(what, "bbox is not four finite numbers x, y, w, h", entry.get("bbox"))
+            else:
+                annotations.append(entry)
+            seen.add(ident)
+        return annotations
+
+    def _index(self, images: dict[int, dict[str, Any]], annotations: list[dict[str, Any]], min_size: int) -> None:
+        """Lays out what `load` needs in arrays, which forked loader workers share without copying."""
+        label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
+        boxes: dict[int, list[tuple[float, float, float, float, int]]] = {image_id: [] for image_id in images}
+        sizes = {image_id: _size(entry) for image_id, entry in images.items()}
+        for a in annotations:
+            x, y, w, h = a["bbox"]
+            width, height = sizes[a["image_id"]]
+            what = f"annotation {a.get('id')}"
+            if a.get("iscrowd") or a.get("ignore"):
+                continue
+            if a["category_id"] not in label_of:
+                self._skip(what, "category that is not among the classes")
+            elif w < 1 or h < 1:  # the reference's limit
+                self._skip(what, "box below one pixel")
+            elif x + w <= 0 or y + h <= 0 or (width and (x >= width or y >= height)):
+                self._skip(what, "box outside the image")
+            else:
+                boxes[a["image_id"]].append((x, y, x + w, y + h, label_of[a["category_id"]]))
+        if self.training:
+            images = self._trainable(images, boxes, sizes, min_size)
+        self.image_ids = tuple(images)
+        self._files = [os.path.normpath(e["file_name"]) for e in images.values()]
+        self._sizes = np.array([sizes[i] for i in images], np.int64).reshape(-1, 2)
+        self._starts = np.cumsum([0, *(len(boxes[i]) for i in images)])
+        flat = [box for i in images for box in boxes[i]]
+        self._boxes = np.array([box[:4] for box in flat], np.float32).reshape(-1, 4)
+        self._labels = np.array([box[4] for box in flat], np.int64)
+        # in shared memory: loader workers write, the main process reads
+        self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        self._resized = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+
+    def _trainable(
+        self, images: dict[int, dict[str, Any]], boxes: dict[int, list[Any]], sizes: dict[int, Any], min_size: int
+    ) -> dict[int, dict[str, Any]]:
+        """The images to train on; `sizes` learns those that the file does not tell."""
+        kept = {}
+        for image_id, entry in images.items():
+            name = entry["file_name"]
+            if not boxes[image_id]:
+                self._skip(name, "image without a box")
+                continue
+            if not sizes[image_id][0]:
+                try:
+                    sizes[image_id] = read_image(self.image_dir / name).shape[1::-1]
+                except UserError as error:
+                    self._bad(name, "unreadable image", error)
+                    continue
+            if min(sizes[image_id]) < min_size:
+                self._skip(name, f"image below {min_size} pixels")
+            else:
+                kept[image_id] = entry
+        if not kept:
+            reasons = ", ".join(f"{reason}: {len(what)}" for reason, what in self._skipped.items())
+            raise UserError(f"{self.annotation_path}: holds no box to train on ({reasons or 'it lists none'})")
+        return kept
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this annotation file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a JSON file: it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: is not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply for a COCO annotation file") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: is a JSON {type(content).__name__}, where COCO has an object of images and annotations"
+        )
+    for key in ("images", "annotations", "categories"):
+        # files of unannotated test images leave the annotations out
+        if not isinstance(content.get(key), list) and not (key == "annotations" and content.get(key) is None):
+            raise UserError(f'{path}: lacks the list "{key}" of a COCO annotation file')
+    return content
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int]:
+    """(width, height) of an image entry, or (0, 0) where it does not tell."""
+    width, height = entry.get("width"), entry.get("height")
+    if _is_number(width) and _is_number(height) and min(width, height) >= 1:
+        return int(width), int(height)
+    return 0, 0
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))

@@ -1,0 +1,128 @@
+"""Which images a training run shows, in which order and company: plans of indices and seeds, no pixels.
+
+The reference keeps decoded images in the caches of its CachedMosaic and CachedMixUp, so that what a run has seen is
+lost with the process. Here the caches hold plans: the data of a run is a pure function of (seed, number of loader
+workers), and a resumed run shows the very pixels the unbroken one would have shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from rtmdet_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from rtmdet_fast.data.augment import AugmentRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """One training sample: everything that decides its pixels and boxes."""
+
+    index: int
+    """Index into the dataset."""
+    seed: int
+    """Of every random choice within the sample; also its identity in the caches."""
+    mosaic_cache: tuple[int, ...] = ()
+    """Dataset indices in the mosaic cache once `index` was pushed; empty in stage 2."""
+    mixup_cache: tuple[SamplePlan, ...] = ()
+    """Plans whose augmented images are in the mixup cache once this one was pushed; theirs are empty."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The caches of one loader worker."""
+
+    mosaic: list[int] = field(default_factory=list)
+    mixup: list[SamplePlan] = field(default_factory=list)
+
+
+class PlanSampler(Sampler[list[SamplePlan]]):
+    """A batch sampler: every iteration is one epoch in a new random order, as lists of plans.
+
+    The DataLoader hands batch b to worker b % num_workers, and each worker has caches of its own, as in the
+    reference. Keep the workers alive between epochs (persistent_workers), or each epoch decodes its caches anew.
+    """
+
+    def __init__(
+        self,
+        dataset_length: int,
+        batch_size: int,
+        recipe: AugmentRecipe,
+        seed: int,
+        num_workers: int,
+        drop_last: bool = True,
+    ) -> None:
+        """`drop_last` leaves out an incomplete batch, unless it is the only one."""
+        if dataset_length < 1 or batch_size < 1:
+            raise UserError(f"an epoch needs images and a batch size of 1 or more, got {dataset_length}, {batch_size}")
+        self.dataset_length, self.batch_size, self.drop_last = dataset_length, batch_size, drop_last
+        self.recipe = recipe
+        self._rng = np.random.default_rng(seed)
+        self._streams = [_Stream() for _ in range(max(num_workers, 1))]
+        self._stage2 = False
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.dataset_length, self.batch_size)
+        return whole + (rest > 0 and (not self.drop_last or whole == 0))
+
+    def __iter__(self) -> Iterator[list[SamplePlan]]:
+        order = self._rng.permutation(self.dataset_length)
+        for b in range(len(self)):
+            stream = self._streams[b % len(self._streams)]
+            indices = order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
+            seeds = self._rng.integers(2**63, size=len(indices)).tolist()
+            yield [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
+
+    def set_stage2(self, enabled: bool) -> None:
+        """From the next epoch on: with True no mosaic and no mixup; either way the caches start empty."""
+        if enabled != self._stage2:
+            self._stage2 = enabled
+            self._streams = [_Stream() for _ in self._streams]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the epochs to come depend on, of JSON types; to be taken between two epochs."""
+        return {
+            "dataset_length": self.dataset_length,
+            "rng": self._rng.bit_generator.state,
+            "stage2": self._stage2,
+            "mosaic": [list(s.mosaic) for s in self._streams],
+            "mixup": [[[p.index, p.seed, list(p.mosaic_cache)] for p in s.mixup] for s in self._streams],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken. UserError where the dataset or the number of workers differs."""
+        if state["dataset_length"] != self.dataset_length:
+            raise UserError(
+                f"cannot resume: the run was on {state['dataset_length']} training images, now there are "
+                f"{self.dataset_length}"
+            )
+        if len(state["mosaic"]) != len(self._streams):
+            raise UserError(
+                f"cannot resume to the bit: the run had {len(state['mosaic'])} loader streams, now there are "
+                f"{len(self._streams)}; use the same number of workers"
+            )
+        self._rng.bit_generator.state = state["rng"]
+        self._stage2 = state["stage2"]
+        self._streams = [
+            _Stream(list(mosaic), [SamplePlan(index, seed, tuple(cache)) for index, seed, cache in mixup])
+            for mosaic, mixup in zip(state["mosaic"], state["mixup"], strict=True)
+        ]
+
+    def _plan(self, stream: _Stream, index: int, seed: int) -> SamplePlan:
+        if self._stage2:
+            return SamplePlan(index, seed)
+        self._push(stream.mosaic, index, self.recipe.mosaic_cache)
+        plan = SamplePlan(index, seed, tuple(stream.mosaic))
+        self._push(stream.mixup, plan, self.recipe.mixup_cache)
+        return replace(plan, mixup_cache=tuple(stream.mixup))
+
+    def _push(self, cache: list[Any], item: Any, limit: int) -> None:
+        cache.append(item)
+        if len(cache) > limit:  # a random pop may take the item just pushed, as in the reference
+            cache.pop(int(self._rng.integers(len(cache))) if self.recipe.random_pop else 0)

@@ -1,0 +1,152 @@
+"""COCO evaluation of a model on a data set, by pycocotools with the published test settings."""
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.model import RTMDet, check_image_size
+from rtmdet_fast.preprocess import letterbox
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics`: the twelve COCO figures, in [0, 1], -1 where there is nothing to measure.
+
+    per_class: name → AP and AP50. pr_curves: name → (recall [101], precision [101]) at IoU 0.5.
+    detections: COCO results entries. skipped: images that could not be read.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    pr_curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    detections: list[dict[str, Any]] = field(repr=False)
+    skipped: int = 0
+
+
+class _LetterboxedImages(Dataset):
+    """Network inputs of a data set: canvas [3, S, S] uint8, scale (x, y), (height, width), index."""
+
+    def __init__(self, dataset: CocoDataset, image_size: int):
+        self.dataset = dataset
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[float, float], tuple[int, int], int] | None:
+        try:
+            image = self.dataset.load(index).image
+        except UserError:
+            if not self.dataset.skip_bad:
+                raise
+            return None
+        canvas, scale = letterbox(image, self.image_size)
+        return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
+
+
+def evaluate(
+    model: RTMDet,
+    dataset: CocoDataset,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Detect on every image of `dataset` (score > 0.001, NMS 0.65, 300 kept) and compare with its ground truth.
+
+    The data set's classes are matched with the model's by name; raises UserError where they cannot be.
+    """
+    size = check_image_size(image_size or model.image_size)
+    category_ids = match_categories(model, dataset)
+    loader: DataLoader = DataLoader(
+        _LetterboxedImages(dataset, size),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=lambda items: [item for item in items if item is not None],
+    )
+    detections: list[dict[str, Any]] = []
+    image_ids = []
+    with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
+        for items in loader:
+            bar.update(batch_size if bar.n + batch_size <= len(dataset) else len(dataset) - bar.n)
+            if not items:
+                continue
+            canvases, scales, shapes, indices = zip(*items, strict=True)
+            for index, found in zip(indices, model.detect(torch.stack(canvases), scales, shapes), strict=True):
+                image_id = dataset.image_ids[index]
+                image_ids.append(image_id)
+                boxes = found.boxes.float().cpu()
+                boxes[:, 2:] -= boxes[:, :2]
+                detections += [
+                    {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+                    for box, score, label in zip(
+                        boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+                    )
+                ]
+    return score_detections(dataset, detections, image_ids, skipped=len(dataset) - len(image_ids))
+
+
+def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
+    """The data set's category id of each class of the model."""
+    by_name = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if all(name in by_name for name in model.class_names):
+        return [by_name[name] for name in model.class_names]
+    # Names may differ ("class 0", another language) where the classes are the same ones in the same order.
+    if len(model.class_names) == len(dataset.class_names) and not set(by_name) & set(model.class_names):
+        return list(dataset.category_ids)
+    missing = next(name for name in model.class_names if name not in by_name)
+    raise UserError(
+        f"the model's class {missing!r} is not in {dataset.annotation_path}, whose classes are "
+        f"{', '.join(dataset.class_names[:8])}{', …' if len(dataset.class_names) > 8 else ''}"
+    )
+
+
+def score_detections(
+    dataset: CocoDataset, detections: list[dict[str, Any]], image_ids: list[int] | None = None, skipped: int = 0
+) -> Evaluation:
+    """COCO figures of detections in COCO results form (category ids and pixels of the data set)."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = dataset.to_coco()
+        if detections:
+            found = truth.loadRes(detections)
+        else:  # loadRes cannot take an empty list
+            found = COCO()
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        scorer = COCOeval(truth, found, "bbox")
+        if image_ids is not None:
+            scorer.params.imgIds = sorted(image_ids)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    metrics = {name: float(value) for name, value in zip(METRICS, scorer.stats, strict=True)}
+    # precision: [IoU thresholds, recalls, classes, areas, limits]; all areas, 100 detections
+    precision = scorer.eval["precision"][:, :, :, 0, -1]
+    names = [dataset.class_names[dataset.category_ids.index(i)] for i in scorer.params.catIds]
+    per_class, curves = {}, {}
+    for k, name in enumerate(names):
+        values = precision[:, :, k]
+        measured = values[values > -1]
+        per_class[name] = {
+            "AP": float(measured.mean()) if measured.size else -1.0,
+            "AP50": float(values[0].mean()) if measured.size else -1.0,
+        }
+        if measured.size:
+            curves[name] = (scorer.params.recThrs.copy(), values[0].copy())
+    return Evaluation(metrics, per_class, curves, detections, skipped)

@@ -1,0 +1,308 @@
+"""RTMDet (arXiv:2212.07784): one model, whose task is its head."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtmdet_fast.backbone import CSPNeXt
+from rtmdet_fast.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.heads import DetectionHead, Detections, HeadOutput, Targets
+from rtmdet_fast.neck import CSPNeXtPAFPN
+from rtmdet_fast.preprocess import letterbox, normalize
+from rtmdet_fast.results import Results
+
+COCO_CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Depth and width of a published model. `separable` builds 3×3 convolutions depth-wise separable (nano)."""
+
+    deepen: float
+    widen: float
+    neck_blocks: int
+    exponential: bool = False
+    separable: bool = False
+    image_size: int = 640
+
+
+def rtmdet_nano() -> Architecture:
+    return Architecture(deepen=0.33, widen=0.25, neck_blocks=1, separable=True, image_size=320)
+
+
+def rtmdet_tiny() -> Architecture:
+    return Architecture(deepen=0.167, widen=0.375, neck_blocks=1)
+
+
+def rtmdet_s() -> Architecture:
+    return Architecture(deepen=0.33, widen=0.5, neck_blocks=1)
+
+
+def rtmdet_m() -> Architecture:
+    return Architecture(deepen=0.67, widen=0.75, neck_blocks=2, exponential=True)
+
+
+def rtmdet_l() -> Architecture:
+    return Architecture(deepen=1.0, widen=1.0, neck_blocks=3, exponential=True)
+
+
+def rtmdet_x() -> Architecture:
+    return Architecture(deepen=1.33, widen=1.25, neck_blocks=4, exponential=True)
+
+
+SIZES: dict[str, Callable[[], Architecture]] = {
+    "nano": rtmdet_nano,
+    "tiny": rtmdet_tiny,
+    "s": rtmdet_s,
+    "m": rtmdet_m,
+    "l": rtmdet_l,
+    "x": rtmdet_x,
+}
+TASKS = {"det": DetectionHead}
+
+
+class RTMDet(nn.Module):
+    """Backbone, neck and the head of one task; state_dict keys are those of the published checkpoints.
+
+    size: nano, tiny, s, m, l or x. task: det. class_names: one per class; COCO's for 80 classes where not given.
+    """
+
+    def __init__(
+        self,
+        size: str = "tiny",
+        task: str = "det",
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        if size not in SIZES:
+            raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+        if task not in TASKS:
+            raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+        if num_classes is None:
+            num_classes = len(class_names) if class_names is not None else len(COCO_CLASSES)
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
+        if class_names is None:
+            coco = num_classes == len(COCO_CLASSES)
+            class_names = COCO_CLASSES if coco else [f"class {i}" for i in range(num_classes)]
+        if len(class_names) != num_classes:
+            raise UserError(f"{len(class_names)} class names were given for num_classes={num_classes}")
+        architecture = SIZES[size]()
+        self.size, self.task, self.class_names = size, task, tuple(class_names)
+        self.image_size = architecture.image_size
+        widths = tuple(int(width * architecture.widen) for width in (256, 512, 1024))
+        separable = architecture.separable
+        self.backbone = CSPNeXt(architecture.deepen, architecture.widen, separable=separable)
+        self.neck = CSPNeXtPAFPN(widths, widths[0], architecture.neck_blocks, separable=separable)
+        self.bbox_head = TASKS[task](
+            widths[0], num_classes, exponential=architecture.exponential, separable=separable
+        )
+
+    def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | dict[str, Tensor]:
+        """Normalised images [B, 3, H, W] (H, W multiples of 32) → head output, or losses where targets are given."""
+        output = self.bbox_head(self.neck(self.backbone(images)))
+        return output if targets is None else self.bbox_head.loss(output, targets)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        canvases: Tensor,
+        scales: Sequence[tuple[float, float]],
+        shapes: Sequence[tuple[int, int]],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.65,
+        nms_pre: int = 30000,
+        max_detections: int = 300,
+        clip_to_image: bool = False,
+    ) -> list[Detections]:
+        """Detections in pixels of the original images, from letterboxed canvases [B, 3, S, S] uint8 BGR.
+
+        scales: canvas pixels per image pixel (x, y); shapes: original (height, width). The defaults are the
+        published test settings, which let boxes reach into the padding of the canvas: figures compare with published
+        ones only so (on real images `clip_to_image`, which `predict` uses, gains some 0.002 AP).
+        """
+        parameter = next(self.parameters())
+        images = normalize(canvases.to(parameter.device)).to(parameter.dtype)
+        training = self.training
+        self.eval()
+        output = self(images)
+        self.train(training)
+        found = self.bbox_head.detect(
+            output,
+            (canvases.shape[2], canvases.shape[3]),
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            nms_pre=nms_pre,
+            max_detections=max_detections,
+        )
+        return [
+            self._to_image(*item, clip=clip_to_image) for item in zip(found, scales, shapes, strict=True)
+        ]
+
+    @staticmethod
+    def _to_image(
+        found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
+    ) -> Detections:
+        boxes = found.boxes / found.boxes.new_tensor([*scale, *scale])
+        if not clip:
+            return found._replace(boxes=boxes)
+        boxes = torch.minimum(boxes, boxes.new_tensor([shape[1], shape[0]] * 2))
+        solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return Detections(boxes[solid], found.scores[solid], found.labels[solid])
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        score_threshold: float = 0.3,
+        iou_threshold: float = 0.65,
+        max_detections: int = 300,
+        image_size: int | None = None,
+        batch_size: int = 8,
+    ) -> Results | list[Results]:
+        """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
+
+        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
+        image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
+        """
+        from rtmdet_fast.data.image import as_bgr, read_image
+
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
+        if not 0 <= iou_threshold <= 1:
+            raise UserError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
+        size = check_image_size(image_size or self.image_size)
+        single = not isinstance(images, (list, tuple))
+        sources = [images] if single else list(images)
+        results: list[Results] = []
+        for start in range(0, len(sources), batch_size):
+            chunk = sources[start : start + batch_size]
+            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s) for s in chunk]
+            canvases, scales = zip(*(letterbox(array, size) for array in arrays), strict=True)
+            found = self.detect(
+                torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
+                scales,
+                [array.shape[:2] for array in arrays],
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+                clip_to_image=True,
+            )
+            for source, array, detections in zip(chunk, arrays, found, strict=True):
+                results.append(
+                    Results(
+                        image=array,
+                        boxes=detections.boxes.float().cpu(),
+                        scores=detections.scores.float().cpu(),
+                        labels=detections.labels.cpu(),
+                        names=self.class_names,
+                        path=str(source) if isinstance(source, (str, Path)) else None,
+                        shape=array.shape[:2],
+                    )
+                )
+        return results[0] if single else results
+
+    def save(self, path: str | Path, **extra: Any) -> None:
+        """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
+        meta = {
+            "dataset_meta": {"classes": self.class_names},
+            "rtmdet_fast": {"size": self.size, "task": self.task, "image_size": self.image_size},
+        }
+        save_atomically({"meta": meta, "state_dict": self.state_dict(), **extra}, path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path,
+        size: str | None = None,
+        task: str | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> RTMDet:
+        """A model in eval mode with the weights of a file, or of a published model by name ("rtmdet-tiny").
+
+        Size, task, classes and names are found in the file where they are not given. Other classes than the file's,
+        or a backbone-only file, leave the affected layers freshly initialised and say so in a warning.
+        """
+        checkpoint = read_checkpoint(resolve_weights(path_or_name))
+        found_size, found_task, found_classes = _inspect(checkpoint)
+        for what, told, found in (("size", size, found_size), ("task", task, found_task)):
+            if told is not None and found is not None and told != found:
+                raise UserError(f"{checkpoint.path} holds a model of {what} {found!r}, not {told!r}")
+        if class_names is None and num_classes in (None, found_classes):
+            class_names = checkpoint.class_names
+            if class_names is not None and found_classes is not None and len(class_names) != found_classes:
+                class_names = None
+        if num_classes is None and class_names is None:
+            num_classes = found_classes
+        model = cls(found_size, task or found_task or "det", num_classes, class_names)
+        model.load_weights(checkpoint)
+        own = checkpoint.meta.get("rtmdet_fast")
+        if isinstance(own, dict) and isinstance(own.get("image_size"), int):
+            model.image_size = own["image_size"]
+        return model.eval()
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights; layers that it lacks or that have another class count stay and are named."""
+        own = self.state_dict()
+        fitting = {k: v for k, v in checkpoint.state_dict.items() if k in own and own[k].shape == v.shape}
+        other_shape = {k for k, v in checkpoint.state_dict.items() if k in own and own[k].shape != v.shape}
+        unfit = [key for key in other_shape if not key.startswith("bbox_head.rtm_cls.")]
+        unfit += [k for k in own if k.startswith("backbone.") and k not in checkpoint.state_dict]
+        unknown = [k for k in checkpoint.state_dict if k not in own]
+        if unfit or (unknown and not checkpoint_is_backbone(checkpoint)):
+            keys = sorted(unfit or unknown)
+            raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {keys[0]})")
+        self.load_state_dict(fitting, strict=False)
+        fresh = sorted({".".join(k.split(".")[:2]) for k in own if k not in fitting})
+        if fresh:
+            classes = f" for {len(self.class_names)} classes" if other_shape else ""
+            warnings.warn(
+                f"{checkpoint.path.name}: freshly initialised{classes}, to be trained: {', '.join(fresh)}", stacklevel=3
+            )
+
+
+def checkpoint_is_backbone(checkpoint: Checkpoint) -> bool:
+    """True for an ImageNet-pretrained backbone without neck and head."""
+    return all(key.startswith("backbone.") for key in checkpoint.state_dict)
+
+
+def check_image_size(size: int) -> int:
+    """`size` itself where the network can take it."""
+    if size < 32 or size % 32:
+        raise UserError(f"image size {size} is not a positive multiple of 32")
+    return size
+
+
+def _inspect(checkpoint: Checkpoint) -> tuple[str, str | None, int | None]:
+    """Size, task and number of classes of the weights; task and classes are None for a bare backbone."""
+    state = checkpoint.state_dict
+    stem = state["backbone.stem.0.conv.weight"].shape[0]
+    by_stem = {int(64 * architecture().widen // 2): size for size, architecture in SIZES.items()}
+    if stem not in by_stem:
+        raise UserError(f"{checkpoint.path} has a stem of {stem} channels, which no RTMDet of {', '.join(SIZES)} has")
+    task = None
+    if "bbox_head.rtm_reg.0.weight" in state:
+        task = "det"
+        if "bbox_head.rtm_ang.0.weight" in state:
+            task = "rotated"
+        elif any(key.startswith("bbox_head.rtm_kernel") or "kernel" in key for key in state):
+            task = "ins"
+    weight = state.get("bbox_head.rtm_cls.0.weight")
+    return by_stem[stem], task, None if weight is None else weight.shape[0]

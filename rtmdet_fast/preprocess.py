@@ -1,0 +1,41 @@
+"""From an image to the network's input, as the published checkpoints expect it: letterbox, then normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEAN = (103.53, 116.28, 123.675)  # BGR, of pixels in 0..255
+STD = (57.375, 57.12, 58.395)
+
+
+def letterbox(image: np.ndarray, size: int, pad_value: int = 114) -> tuple[np.ndarray, tuple[float, float]]:
+    """Resizes `image` to fit a square and pads it on the right and at the bottom.
+
+    Args:
+        image: [H, W, 3] uint8.
+        size: side of the square in pixels.
+        pad_value: grey level of the padding.
+
+    Returns:
+        The canvas [size, size, 3] uint8, and the scale (x, y): canvas pixels per pixel of `image`. The two differ
+        where the resized side is rounded to whole pixels.
+    """
+    import cv2  # here: models and losses run where OpenCV is not installed
+
+    h, w = image.shape[:2]
+    ratio = size / max(h, w)
+    new_w, new_h = max(int(w * ratio + 0.5), 1), max(int(h * ratio + 0.5), 1)
+    if (new_w, new_h) != (w, h):
+        image = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+    canvas = np.full((size, size, 3), pad_value, np.uint8)
+    canvas[:new_h, :new_w] = image
+    return canvas, (new_w / w, new_h / h)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """[B, 3, H, W] uint8 BGR to float32 of zero mean and unit variance per channel, in the memory format given."""
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    return (images.float() - mean) / std

@@ -1,0 +1,82 @@
+"""What a prediction returns: the detections of one image, in pixels of that image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rtmdet_fast.errors import UserError
+
+
+@dataclass(eq=False, repr=False)
+class Results:
+    """The detections of one image, best score first.
+
+    image: [H, W, 3] uint8 BGR, or None where it was not kept
+    boxes: [n, 4] float32 xyxy in pixels of the original image
+    scores: [n] float32; labels: [n] int64, indices into `names`
+    names: the class names of the model (those of the detections are `label_names`)
+    path: the file the image came from, or None; shape: (height, width) of the original image
+    """
+
+    image: np.ndarray | None
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    path: str | None = None
+    shape: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.names)
+        if self.image is not None:
+            self.shape = (self.image.shape[0], self.image.shape[1])
+
+    @property
+    def label_names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.names[label] for label in self.labels.tolist()]
+
+    def plot(self, line_width: int | None = None) -> np.ndarray:
+        """A copy of the image, [H, W, 3] uint8 BGR, with boxes, names and scores drawn."""
+        from rtmdet_fast.visualize import draw_detections
+
+        if self.image is None:
+            raise UserError("these results hold no image to draw on")
+        return draw_detections(self.image, self.boxes, self.labels, self.scores, self.names, line_width)
+
+    def save(self, path: str | Path) -> Path:
+        """Draws the detections and writes the picture; its folder is made where it is missing."""
+        from rtmdet_fast.visualize import write_image
+
+        return write_image(path, self.plot())
+
+    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO result entries with plain numbers; `bbox` is [x, y, width, height].
+
+        category_ids: the data set's category id of each class index; the index itself where it is not given.
+        """
+        boxes, scores, labels = self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()
+        return [
+            {
+                "image_id": image_id,
+                "category_id": int(category_ids[label]) if category_ids is not None else label,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+            for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        name = Path(self.path).name if self.path else f"{self.shape[1]}x{self.shape[0]} image"
+        counts = ", ".join(f"{n} {label}" for label, n in Counter(self.label_names).most_common())
+        return f"Results({name}: {counts or 'nothing found'})"

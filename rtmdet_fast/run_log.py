@@ -1,0 +1,113 @@
+"""What a training run writes while it goes: running means, metrics.csv and TensorBoard scalars."""
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+COLUMNS = (
+    "epoch",
+    "iteration",
+    "loss",
+    "loss_cls",
+    "loss_bbox",
+    "lr",
+    "images_per_second",
+    "data_wait",
+    "AP",
+    "AP50",
+    "AP75",
+)
+T = TypeVar("T")
+
+
+class Meter:
+    """Means of the losses, and the pace, since the last reading."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was not read: time spent elsewhere (validation) is none of the pace."""
+        self._losses: dict[str, torch.Tensor] = {}
+        self._batches = self._steps = self._images = 0
+        self._wait = 0.0
+        self._since = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Time in which the loop stood still for data."""
+        self._wait += seconds
+
+    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
+        """Losses of one batch, left on their device."""
+        for name, value in losses.items():
+            value = value.detach()
+            self._losses[name] = self._losses[name] + value if name in self._losses else value
+        self._batches += 1
+        self._images += images
+
+    def step(self) -> None:
+        """The optimiser stepped."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading; `data_wait` is a share of the time."""
+        losses = {name: value.item() / max(self._batches, 1) for name, value in self._losses.items()}
+        elapsed = time.perf_counter() - self._since
+        self.seconds_per_step = elapsed / max(self._steps, 1)
+        pace = {"images_per_second": self._images / elapsed, "data_wait": self._wait / elapsed}
+        self.restart()
+        return {"loss": sum(losses.values()), **losses, **pace}
+
+
+class RunLog:
+    """metrics.csv and TensorBoard events of a run. Rows of a crashed run past `iteration`, where it goes on, are dropped."""
+
+    def __init__(self, folder: Path, iteration: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.csv"
+        kept = [row for row in read_metrics(self.path) if int(row["iteration"]) <= iteration] if iteration else []
+        self._file = self.path.open("w", newline="")
+        self._csv = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
+        self._csv.writeheader()
+        self._csv.writerows(kept)
+        self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row: `epoch` and `iteration`, and the values that there are."""
+        self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self._file.flush()
+        for name, value in row.items():
+            if name not in ("epoch", "iteration"):
+                group = "val" if name.startswith("A") else "train"
+                self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics.csv; none where it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timed(items: Iterator[T], meter: Meter) -> Iterator[T]:
+    """The items, with the time that getting each took told to the meter."""
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        meter.waited(time.perf_counter() - started)
+        yield item

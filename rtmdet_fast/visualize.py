@@ -1,0 +1,173 @@
+"""Drawing detections so that they can be read: one colour per class, labels that keep clear of each other."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from rtmdet_fast.errors import UserError
+
+Array = np.ndarray | Tensor
+
+# cv2 and the font are imported where they are used: the package imports without OpenCV.
+
+
+@lru_cache(maxsize=4096)
+def class_color(label: int) -> tuple[int, int, int]:
+    """The BGR colour of a class: hues by the golden ratio, so that neighbours differ, in three tones."""
+    saturation, value = ((0.85, 1.0), (0.55, 1.0), (0.9, 0.72))[label // 7 % 3]
+    r, g, b = colorsys.hsv_to_rgb((0.02 + label * 0.618034) % 1.0, saturation, value)
+    return round(255 * b), round(255 * g), round(255 * r)
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes: Array,
+    labels: Array,
+    scores: Array | None,
+    names: Sequence[str],
+    line_width: int | None = None,
+) -> np.ndarray:
+    """A copy of `image` with its boxes, names and scores.
+
+    image: [H, W, 3] uint8 BGR; boxes: [n, 4] xyxy pixels; labels: [n]; scores: [n], or None for ground truth
+    line_width: in pixels, by default by the size of the image
+    Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
+    each other, the better score keeps its label and the other box goes without.
+    """
+    import cv2
+
+    canvas = np.ascontiguousarray(image).copy()
+    boxes_np = _array(boxes, np.float32).reshape(-1, 4)
+    labels_np = _array(labels, np.int64)
+    scores_np = None if scores is None else _array(scores, np.float32)
+    if not len(boxes_np):
+        return canvas
+    height, width = canvas.shape[:2]
+    crowd = max(len(boxes_np) / 30, 1.0) ** 0.25
+    side = (height * width) ** 0.5
+    line = line_width or max(round(side / 240 / crowd), 1)
+    font_size = max(round(side / 42 / crowd), 10)
+
+    order = np.arange(len(boxes_np)) if scores_np is None else np.argsort(-scores_np, kind="stable")
+    corners = np.rint(boxes_np).clip(-10 * line, [width + 10 * line, height + 10 * line] * 2).astype(int)
+    for i in order[::-1]:  # the best on top
+        x1, y1, x2, y2 = corners[i].tolist()
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), class_color(int(labels_np[i])), line, cv2.LINE_AA)
+
+    taken = np.zeros((height, width), bool)
+    for i in order:
+        text = str(names[labels_np[i]])
+        if scores_np is not None:
+            text += f" {scores_np[i]:.2f}"
+        glyphs = _text(text, font_size)
+        place = _free_place(corners[i].tolist(), glyphs.shape, line, taken)
+        if place is not None:
+            _put_label(canvas, glyphs, *place, class_color(int(labels_np[i])))
+            taken[place[1] : place[1] + glyphs.shape[0], place[0] : place[0] + glyphs.shape[1]] = True
+    return canvas
+
+
+def draw_side_by_side(
+    truth_image: np.ndarray, prediction_image: np.ndarray, titles: tuple[str, str] = ("truth", "prediction")
+) -> np.ndarray:
+    """The two pictures in one, [H', W', 3] uint8 BGR, each under its title; the lower one is filled up."""
+    height = max(truth_image.shape[0], prediction_image.shape[0])
+    font_size = max(round(height / 28), 12)
+    halves = []
+    for image, title in zip((truth_image, prediction_image), titles, strict=True):
+        glyphs = _text(title, font_size)[:, : image.shape[1]]
+        half = np.full((glyphs.shape[0] + height, image.shape[1], 3), 255, np.uint8)
+        half[: glyphs.shape[0], : glyphs.shape[1]] -= glyphs[..., None] // 8 * 7
+        half[glyphs.shape[0] : glyphs.shape[0] + image.shape[0]] = image
+        halves.append(half)
+    gap = np.full((halves[0].shape[0], max(height // 100, 4), 3), 255, np.uint8)
+    return np.hstack([halves[0], gap, halves[1]])
+
+
+def write_image(path: str | Path, image: np.ndarray) -> Path:
+    """Writes a [H, W, 3] uint8 BGR picture in the format of the suffix, making its folder.
+
+    Raises UserError where OpenCV has no encoder for the suffix or the file cannot be written.
+    """
+    import cv2
+
+    path = Path(path)
+    if not path.suffix or not cv2.haveImageWriter(path.name):
+        raise UserError(f"cannot write an image to {path}: use a name that ends in .jpg or .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encoded = cv2.imencode(path.suffix, image)[1]
+        path.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def _array(values: Array, dtype: type) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().double().cpu().numpy()  # numpy has no bfloat16
+    return np.asarray(values, dtype=dtype)
+
+
+def _free_place(box: list[int], shape: tuple[int, int], line: int, taken: np.ndarray) -> tuple[int, int] | None:
+    """The top left corner of a label, inside the image and on no other label; None where there is no room."""
+    height, width = taken.shape
+    h, w = shape
+    x1, y1, x2, y2 = box
+    out = line // 2
+    left, right = x1 - out, x2 + out + 1 - w
+    # Above the box, inside its upper edge, below it, inside its lower edge; to the left first.
+    for x, y in (
+        (left, y1 - out - h),
+        (left, y1 - out),
+        (right, y1 - out - h),
+        (left, y2 + out),
+        (right, y1 - out),
+        (left, y2 + out - h),
+        (right, y2 + out),
+        (right, y2 + out - h),
+    ):
+        if y < 0 or y + h > height:
+            continue
+        x = min(max(x, 0), max(width - w, 0))
+        if not taken[y : y + h, x : x + w].any():
+            return x, y
+    return None
+
+
+def _put_label(canvas: np.ndarray, glyphs: np.ndarray, x: int, y: int, color: tuple[int, int, int]) -> None:
+    """Blends the letters, black or white by the luma of `color`, onto a rectangle of that colour."""
+    patch = canvas[y : y + glyphs.shape[0], x : x + glyphs.shape[1]]
+    alpha = glyphs[: patch.shape[0], : patch.shape[1], None].astype(np.float32) / 255
+    b, g, r = color
+    ink = 0.0 if 0.114 * b + 0.587 * g + 0.299 * r > 110 else 255.0
+    patch[:] = np.array(color, dtype=np.float32) * (1 - alpha) + ink * alpha
+
+
+@lru_cache(maxsize=4096)
+def _text(text: str, size: int) -> np.ndarray:
+    """Opacity of the letters with a small margin, [h, w] uint8."""
+    from PIL import Image, ImageDraw
+
+    font = _font(size)
+    pad = max(size // 5, 2)
+    ascent, descent = font.getmetrics()
+    width = round(font.getlength(text)) + 2 * pad
+    picture = Image.new("L", (width, ascent + descent + pad))
+    ImageDraw.Draw(picture).text((pad, pad // 2), text, fill=255, font=font)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int):  # type: ignore[no-untyped-def]  # PIL's type, and PIL is imported here
+    """DejaVu Sans, which comes with matplotlib: cv2's own letters are ASCII only and coarse when small."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)

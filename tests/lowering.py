@@ -1,0 +1,85 @@
+"""Compile a Triton kernel for a GPU that is not there, and read what it would use of it.
+
+    lower(_kernel, {"x_ptr": "*fp16:16", "n": "i32"}, {"BLOCK": 1024}, "sm_90", num_warps=4).spills == 0
+"""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    import triton
+except ModuleNotFoundError:
+    triton = None
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# under the interpreter a jit function is no jit function any more: there is nothing left to compile
+needs_lowering = pytest.mark.skipif(triton is None or os.environ.get("TRITON_INTERPRET") == "1",
+                                    reason="needs Triton's compiler, thus no TRITON_INTERPRET=1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    registers: int  # per thread (gfx942: vector registers, accumulation registers included)
+    spills: int  # bytes of local memory per thread (gfx942: spilled vector registers)
+    shared_bytes: int  # per program
+    assembly: str  # PTX or amdgcn
+
+
+def lower(
+    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, *,
+    num_warps: int = 4, num_stages: int = 3,
+) -> Resources:
+    """Resources of `kernel` (jit function, or wrapped by autotune or heuristics) on one of TARGETS.
+
+    `signature` maps each run-time argument to its type: "*fp16", "*fp32", "i32", "i64", "fp32", ... A ":16"
+    behind it says that the pointer or integer is a multiple of 16, which Triton finds out at a launch and
+    which decides the width of loads. Constexprs, and integer arguments that a launch specialises because
+    they equal 1, go into `constexprs`. An argument in neither, or in both, is an error.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    if set(signature) & set(constexprs) or set(signature) | set(constexprs) != set(kernel.arg_names):
+        wrong = (set(signature) | set(constexprs)) ^ set(kernel.arg_names) | set(signature) & set(constexprs)
+        raise ValueError(f"{kernel.__name__}: arguments missing, unknown or given twice: {sorted(wrong)}")
+    types, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        types[name], _, multiple = signature.get(name, "constexpr").partition(":")
+        if multiple:
+            attrs[(i,)] = [["tt.divisibility", int(multiple)]]
+    backend, arch = ("cuda", int(target[3:])) if target.startswith("sm_") else ("hip", target)
+    compiled = triton.compile(
+        ASTSource(kernel, types, dict(constexprs), attrs),
+        target=GPUTarget(backend, arch, 32 if backend == "cuda" else 64),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    if backend == "hip":
+        text = compiled.asm["amdgcn"]
+        usage = {key: int(value) for key, value in re.findall(r"\.vgpr_(count|spill_count):\s+(\d+)", text)}
+        return Resources(registers=usage["count"], spills=usage["spill_count"],
+                         shared_bytes=compiled.metadata.shared, assembly=text)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Resources(registers=usage["REG"], spills=usage["STACK"] + usage["LOCAL"],
+                     shared_bytes=compiled.metadata.shared, assembly=compiled.asm["ptx"])
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True,
+                              text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

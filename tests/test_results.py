@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.results import Results
+from rtmdet_fast.visualize import class_color, draw_detections, draw_side_by_side
+
+NAMES = ("person", "car", "bicycle")
+
+
+def results(image, boxes, scores, labels, **kwargs):
+    return Results(
+        image, torch.tensor(boxes).reshape(-1, 4), torch.tensor(scores), torch.tensor(labels).long(), NAMES, **kwargs
+    )
+
+
+@pytest.fixture
+def street():
+    image = np.full((240, 320, 3), 90, np.uint8)
+    boxes = [[20.0, 30.0, 120.0, 200.0], [150.5, 60.0, 300.25, 180.0]]
+    return results(image, boxes, [0.9, 0.5], [0, 2], path="photos/street.jpg")
+
+
+def test_says_what_it_holds(street):
+    assert len(street) == 2
+    assert street.shape == (240, 320)
+    assert street.names == NAMES
+    assert street.label_names == ["person", "bicycle"]
+    assert repr(street) == "Results(street.jpg: 1 person, 1 bicycle)"
+    assert repr(results(None, [], [], [], shape=(480, 640))) == "Results(640x480 image: nothing found)"
+
+
+def test_to_coco_gives_plain_numbers(street):
+    import json
+
+    first, second = street.to_coco(image_id=7, category_ids=(1, 3, 90))
+    assert first == {"image_id": 7, "category_id": 1, "bbox": [20, 30, 100, 170], "score": pytest.approx(0.9)}
+    assert second["category_id"] == 90
+    assert second["bbox"] == [150.5, 60, 149.75, 120]
+    json.dumps([first, second])
+    assert street.to_coco()[1]["category_id"] == 2
+
+
+def test_plot_draws_in_class_colours_on_a_copy(street):
+    before = street.image.copy()
+    drawn = street.plot(line_width=3)
+    assert np.array_equal(street.image, before)
+    assert drawn.shape == before.shape and drawn.dtype == np.uint8
+    assert tuple(drawn[120, 20]) == class_color(0)
+    assert tuple(drawn[120, 300]) == class_color(2)
+    assert np.array_equal(drawn[120, 70], before[120, 70])  # the inside stays
+
+
+def test_save_makes_the_folder_and_refuses_unknown_suffixes(street, tmp_path):
+    import cv2
+
+    path = street.save(tmp_path / "a" / "b" / "ü street.png")
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    assert np.array_equal(cv2.imdecode(data, cv2.IMREAD_COLOR), street.plot())
+    for name in ("street.xyz", "street"):
+        with pytest.raises(UserError, match=name):
+            street.save(tmp_path / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        street.save(tmp_path / "file" / "street.png")
+
+
+def test_plot_without_image_is_an_error():
+    with pytest.raises(UserError, match="no image"):
+        results(None, [[0.0, 0.0, 1.0, 1.0]], [0.5], [0], shape=(10, 10)).plot()
+
+
+@pytest.mark.parametrize("size", [(3, 5), (40, 33), (240, 320), (1500, 2000)])
+@pytest.mark.parametrize("scores", [True, False])
+def test_draws_any_box_on_any_size(size, scores):
+    h, w = size
+    boxes = torch.tensor(
+        [[0, 0, w, h], [-1e5, -50, 1e5, h + 50], [w - 1, h - 1, w, h], [2, 2, 2, 2], [w + 9, 0, w + 20, 5]]
+    ).to(torch.bfloat16)
+    values = torch.linspace(0, 1, 5) if scores else None
+    drawn = draw_detections(np.zeros((h, w, 3), np.uint8), boxes, torch.zeros(5).long(), values, ["ein Wörterbuch"])
+    assert drawn.shape == (h, w, 3)
+    assert drawn.any()
+
+
+def test_labels_of_a_crowd_do_not_cover_each_other():
+    """Of 150 boxes at one place the best score keeps its label; far ones keep theirs."""
+    boxes = np.tile(np.array([[100, 100, 300, 300]], np.float32), (151, 1))
+    boxes[150] = [400, 400, 460, 460]
+    labels = np.zeros(151, int)
+    labels[150] = 1
+    scores = np.linspace(0.3, 0.9, 151)
+    blank = np.zeros((480, 640, 3), np.uint8)
+    crowd = draw_detections(blank, boxes, labels, scores, NAMES)
+    pair = draw_detections(blank, boxes[149:], labels[149:], scores[149:], NAMES)
+    filled = [(image == class_color(1)).all(-1).sum() for image in (crowd, pair)]
+    assert 0.3 * filled[1] < filled[0] < filled[1]  # smaller, but there
+    # The outline, and no more labels than there are places around a box.
+    assert (crowd == class_color(0)).all(-1).sum() < 4 * 200 * 2 + 8 * 80 * 16
+
+
+def test_class_colours_differ():
+    colors = np.array([class_color(i) for i in range(20)], int)
+    distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(20, dtype=int)
+    assert distance.min() > 60
+    assert class_color(500) == class_color(500)
+
+
+def test_side_by_side():
+    truth, found = np.full((100, 150, 3), 10, np.uint8), np.full((80, 120, 3), 200, np.uint8)
+    both = draw_side_by_side(truth, found)
+    assert both.shape[1] >= 270 and both.shape[0] > 100
+    top = both.shape[0] - 100
+    assert np.array_equal(both[top:, :150], truth)
+    assert np.array_equal(both[top : top + 80, -120:], found)
+    assert (both[:top, :150] < 100).any()  # the title
+
+
+def test_plot_on_a_photograph(shared):
+    import json
+
+    import cv2
+
+    data = json.loads((shared / "data/coco_tiny/instances_val.json").read_text())
+    names = tuple(c["name"] for c in data["categories"])
+    index = {c["id"]: i for i, c in enumerate(data["categories"])}
+    image = data["images"][0]
+    rows = [a for a in data["annotations"] if a["image_id"] == image["id"]]
+    boxes = torch.tensor([a["bbox"] for a in rows]).float().reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    photo = cv2.imread(str(shared / "data/coco_tiny/val" / image["file_name"]))
+    labels = torch.tensor([index[a["category_id"]] for a in rows]).long()
+    result = Results(photo, boxes, torch.full((len(rows),), 0.8), labels, names)
+    changed = (result.plot() != photo).any(-1)
+    assert 0 < changed.mean() < 0.6
