@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference
+
 
 def batched_nms_padded(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int
@@ -134,7 +136,7 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, 
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected [B, N, 4] or [B, N, 5]")
     for name, x in (("scores", scores), ("labels", labels)):
         if x.shape != boxes.shape[:2]:
-            raise ValueError(f"{name} have shape {tuple(x.shape)}: expected {list(boxes.shape[:2])} as boxes")
+            raise ValueError(f"{name} have shape {tuple(x.shape)}: expected {list(boxes.shape[:2])} as boxes have")
         if x.device != boxes.device:
             raise ValueError(f"{name} are on {x.device}, boxes on {boxes.device}")
     for name, x in (("boxes", boxes), ("scores", scores)):
@@ -148,7 +150,41 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, 
         raise ValueError(f"max_keep={max_keep!r}: expected at least 0")
 
 
-TILE = 64  # boxes of one class compared at once
+NEVER = 2**30  # start of the class of a dropped box
+
+
+def _sorted(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sorts each image by class, then falling score, then index; dropped boxes come last. All without a sync.
+
+    Returns order [B, N] (index by rank, the place in order of score), rank [B, N] by slot (place after sorting),
+    boxes [B, N, 4 or 5] by slot in float32 or float64, start [B, N] int32: the first slot of a slot's class.
+    """
+    N = boxes.shape[1]
+    if boxes.dtype != torch.float64:
+        boxes = boxes.float()
+    size = boxes[..., 2:4] - boxes[..., :2] if boxes.shape[2] == 4 else boxes[..., 2:4]
+    area = size[..., 0] * size[..., 1]
+    usable = (boxes.abs().sum(2) < HUGE) & (size[..., 0] > 0) & (area >= torch.finfo(torch.float32).tiny)
+    usable = usable & scores.isfinite() & (labels >= 0)
+    order = scores.masked_fill(~usable, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    label, rank = labels.long().masked_fill(~usable, 2**63 - 1).gather(1, order).sort(dim=1, stable=True)
+    boxes = boxes.gather(1, order.gather(1, rank)[..., None].expand(-1, -1, boxes.shape[2]))
+    slot = torch.arange(N, device=boxes.device)
+    first = torch.cat([label[:, :1] >= 0, label[:, 1:] != label[:, :-1]], 1)
+    start = torch.where(first, slot, 0).cummax(1).values if N else slot.expand_as(label)
+    return order, rank, boxes, start.masked_fill(label == 2**63 - 1, NEVER).int()
+
+
+def _selected(kept: Tensor, order: Tensor, max_keep: int) -> tuple[Tensor, Tensor]:
+    """The first `max_keep` indices of `order` [B, N] with `kept` [B, N], both by rank, then -1; and their counts."""
+    place = kept.cumsum(1)
+    keep = order.new_full((len(order), max_keep + 1), -1)
+    keep.scatter_(1, torch.where(kept & (place <= max_keep), place - 1, max_keep), order)
+    keep[:, max_keep] = -1  # the rest was sent there
+    return keep[:, :max_keep].contiguous(), kept.sum(1).clamp(max=max_keep)
+
+
+TILE = 64  # boxes of one class settled at once; in Triton, bits of a word
 
 
 @torch.library.custom_op("rtmdet_fast::batched_nms_reference", mutates_args=())
@@ -157,93 +193,90 @@ def batched_nms_padded_reference(
 ) -> tuple[Tensor, Tensor]:
     """`batched_nms_padded` in PyTorch; opaque to `torch.compile`, since its loop depends on the boxes.
 
-    Each round settles the `TILE` best boxes left of every class at once, then removes what they suppress.
-    Memory stays near that of a few N rows plus one chunk of pairs.
+    A round settles the best TILE boxes left of every class of every image at once, then removes what they suppress.
+    Memory stays at some rows of B N elements and one chunk of pairs.
     """
     B, N = scores.shape
-    if boxes.dtype != torch.float64:
-        boxes = boxes.float()
-    size = boxes[..., 2:4] - boxes[..., :2] if boxes.shape[2] == 4 else boxes[..., 2:4]
-    valid = boxes.isfinite().all(2) & (size > 0).all(2) & scores.isfinite() & (labels >= 0)
-    order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    # rank: place in score order, image by image; the rows below stand in order of (image, class, rank)
-    label, rank = labels.gather(1, order).sort(dim=1, stable=True)
-    image = torch.arange(B, device=boxes.device)[:, None]
-    row = (order.gather(1, rank) + image * N).flatten()
-    keep_row = valid.flatten()[row]
-    row = row[keep_row]
-    rank = (rank + image * N).flatten()[keep_row]
-    label = label.flatten()[keep_row]
-    image = image.expand(B, N).flatten()[keep_row]
-    group = ((label[1:] != label[:-1]) | (image[1:] != image[:-1])).long().cumsum(0)
-    group = torch.cat([group.new_zeros(min(1, len(row))), group])
-    boxes = boxes.flatten(0, 1)[row]
-
+    order, rank, boxes, start = _sorted(boxes, scores, labels)
+    image = torch.arange(B, device=boxes.device)[:, None] * N
+    usable = start < NEVER
+    rank, group, boxes = (rank + image)[usable], (start + image)[usable], boxes[usable]
     kept = torch.zeros(B * N, dtype=torch.bool, device=boxes.device)  # by rank
+    nowhere = boxes.new_tensor([[10 * HUGE, 10 * HUGE, -1, -1, 0]])[:, : boxes.shape[1]]  # meets no box
     slot = torch.arange(TILE, device=boxes.device)
-    earlier = slot[:, None] < slot
-    nowhere = boxes.new_tensor([[torch.inf, torch.inf, -torch.inf, -torch.inf, 0]])[:, : boxes.shape[1]]
     while len(rank):
         count = group.unique_consecutive(return_counts=True)[1]
         end = count.cumsum(0)
-        start = end - count
-        rows = start[:, None] + slot
-        heads = torch.cat([boxes, nowhere])[rows.where(rows < end[:, None], len(boxes))]
-        suppress = _overlaps(heads, heads, iou_threshold) & earlier
-        keep, before = rows < end[:, None], None
-        while before is None or not torch.equal(keep, before):  # as often as the longest chain of suppressions
-            before, keep = keep, (rows < end[:, None]) & ~(suppress & keep[:, :, None]).any(1)
-        kept[rank[rows[keep]]] = True
-
-        # what max_keep better ones already beat cannot enter, and suppresses only what comes later still
-        full = kept.view(B, N).cumsum(1) >= max_keep
-        place = torch.arange(len(rank), device=boxes.device) - start.repeat_interleave(count)
-        alive = (place >= TILE) & ~full.flatten()[rank]
-
-        heads = torch.where(keep[..., None], heads, nowhere)
-        first = keep.sum(1).amax()
-        heads = heads.gather(1, keep.sort(dim=1, descending=True, stable=True).indices[:, :first, None].expand(
-            -1, -1, boxes.shape[1]))
-        tiles = (count - 1).div(TILE, rounding_mode="floor")  # tiles of the rest of each class
-        owner = torch.arange(len(count), device=boxes.device).repeat_interleave(tiles)
-        number = torch.arange(len(owner), device=boxes.device) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)
-        rows = (start[owner] + (number + 1) * TILE)[:, None] + slot
-        rows = rows.where(rows < end[owner, None], len(boxes))
+        first = end - count
         padded = torch.cat([boxes, nowhere])
-        hit = torch.zeros(len(boxes) + 1, dtype=torch.bool, device=boxes.device)
-        for part, who in zip(rows.split(32), owner.split(32), strict=True):
-            hit[part] = _overlaps(heads[who], padded[part], iou_threshold).any(1)
+
+        rows = first[:, None] + slot[: int(count.max())]
+        rows = rows.where(rows < end[:, None], len(boxes))
+        heads = padded[rows]
+        keep = torch.cat([_settle(part, iou_threshold) for part in heads.split(32)]) & (rows < len(boxes))
+        kept[rank[rows[keep]]] = True
+        # a box that max_keep better ones beat is out, and suppresses only what comes later still
+        full = kept.view(B, N).cumsum(1) >= max_keep
+        place = torch.arange(len(rank), device=boxes.device) - first.repeat_interleave(count)
+        alive = (place >= TILE) & ~full.view(-1)[rank]
+
+        # tiles of the rest of each class, against its kept heads, moved to the front
+        best = keep.long().argsort(dim=1, descending=True, stable=True)[:, : int(keep.sum(1).max())]
+        heads = torch.where(keep[..., None], heads, nowhere).take_along_dim(best[..., None], 1)
+        tiles = (count - 1).div(TILE, rounding_mode="floor")
+        owner = torch.arange(len(count), device=boxes.device).repeat_interleave(tiles)
+        number = torch.arange(len(owner), device=boxes.device) - (tiles.cumsum(0) - tiles)[owner]
+        rows = (first[owner] + (number + 1) * TILE)[:, None] + slot
+        rows = rows.where(rows < end[owner, None], len(boxes))
+        hit = torch.zeros(len(padded), dtype=torch.bool, device=boxes.device)
+        for i in range(0, len(owner), 32):
+            part = rows[i : i + 32]
+            hit[part] = _excess(heads[owner[i : i + 32]], padded[part], iou_threshold).amax(1) > 0
         alive &= ~hit[:-1]
         rank, group, boxes = rank[alive], group[alive], boxes[alive]
-
-    place = kept.view(B, N).cumsum(1)
-    counts = place[:, -1].clamp(max=max_keep) if N else place.new_zeros(B)
-    out = place.new_full((B, max_keep + 1), -1)
-    out.scatter_(1, torch.where(kept.view(B, N) & (place <= max_keep), place - 1, max_keep), order)
-    return out[:, :max_keep].contiguous(), counts
+    return _selected(kept.view(B, N), order, max_keep)
 
 
 @batched_nms_padded_reference.register_fake
 def _(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
-    return (boxes.new_empty(boxes.shape[0], max_keep, dtype=torch.int64),
-            boxes.new_empty(boxes.shape[0], dtype=torch.int64))
+    B = boxes.shape[0]
+    return boxes.new_empty((B, max_keep), dtype=torch.int64), boxes.new_empty((B,), dtype=torch.int64)
 
 
-def _overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
-    """IoU > threshold of a [G, m, 4] with b [G, n, 4] -> [G, m, n] bool; float32 finds, float64 decides."""
+def _settle(boxes: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy NMS of boxes [G, n, 4 or 5], sorted, in each of G classes -> keep [G, n] bool."""
+    suppresses = _excess(boxes, boxes, iou_threshold).triu(1).gt_(0)
+    keep, before = suppresses.new_ones(len(boxes), 1, boxes.shape[1]), None
+    while before is None or not torch.equal(keep, before):  # as often as the longest chain of suppressions
+        before, keep = keep, (keep.bmm(suppresses) == 0).to(keep.dtype)
+    return keep[:, 0] > 0
+
+
+def _excess(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
+    """Above 0 where IoU of a [G, m, 4 or 5] with b [G, n, 4 or 5] > threshold, as float64 decides -> [G, m, n]."""
     if a.shape[2] == 5:
-        raise NotImplementedError("rotated boxes")
+        radius_a, radius_b = torch.hypot(a[..., 2], a[..., 3]) / 2, torch.hypot(b[..., 2], b[..., 3]) / 2
+        dx, dy = a[:, :, None, 0] - b[:, None, :, 0], a[:, :, None, 1] - b[:, None, :, 1]
+        reach = radius_a[:, :, None] + radius_b[:, None]
+        near = dx.mul_(dx).addcmul_(dy, dy) < reach.mul_(reach)
+        excess = torch.zeros_like(dx)
+        g, i, j = near.nonzero(as_tuple=True)
+        iou = box_iou_rotated_reference(a[g, i].double(), b[g, j].double(), aligned=True)
+        excess[g, i, j] = (iou - iou_threshold).to(excess.dtype)
+        return excess
     ax1, ay1, ax2, ay2 = a[:, :, None].unbind(3)
     bx1, by1, bx2, by2 = b[:, None].unbind(3)
     w = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1))
     h = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1))
-    # inter / (A + B - inter) > t  <=>  inter > t / (1 + t) (A + B); not (<) also passes what overflows
-    least = iou_threshold / (1 + iou_threshold) * (1 - 1e-5)
-    bound = (ax2 - ax1) * (ay2 - ay1) * least + (bx2 - bx1) * (by2 - by1) * least
-    found = (torch.minimum(w, h) > 0) & ~(w.mul_(h) < bound)
-    g, i, j = found.nonzero(as_tuple=True)
-    p, q = a[g, i].double(), b[g, j].double()
-    inter = (torch.minimum(p[:, 2:], q[:, 2:]) - torch.maximum(p[:, :2], q[:, :2])).prod(1)
-    union = (p[:, 2:] - p[:, :2]).prod(1) + (q[:, 2:] - q[:, :2]).prod(1) - inter
-    found[g, i, j] = inter / union > iou_threshold
-    return found
+    # inter / (A + B - inter) > t  <=>  inter / (A + B) > t / (1 + t); float32 is within 6e-7 of that ratio
+    bound = iou_threshold / (1 + iou_threshold)
+    excess = (w * h).div_((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(bound)
+    overlap = torch.minimum(w, h)
+    distance = excess.abs()
+    if distance.amin() <= 1e-6 * bound:
+        g, i, j = ((distance <= 1e-6 * bound) & (overlap > 0)).nonzero(as_tuple=True)
+        p, q = a[g, i].double(), b[g, j].double()
+        inter = (torch.minimum(p[:, 2:], q[:, 2:]) - torch.maximum(p[:, :2], q[:, :2])).prod(1)
+        union = (p[:, 2:] - p[:, :2]).prod(1) + (q[:, 2:] - q[:, :2]).prod(1) - inter
+        excess[g, i, j] = (inter / union - iou_threshold).to(excess.dtype)
+    return torch.minimum(overlap, excess)

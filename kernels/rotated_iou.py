@@ -8,8 +8,8 @@ Each term is continuous in every coordinate: no two edges are compared, so none 
 by a rounding error, and no epsilon is needed. The gradient follows from the parts of the edges inside the other
 box: pushing an edge outwards by e adds e times its length inside (Reynolds' transport theorem).
 
-The angle turns x towards y (clockwise on a screen, y down). Boxes with a non-finite value, a side <= 0 or an area
-that leaves float32 have IoU 0 with everything, and gradient 0.
+The angle turns x towards y (clockwise on a screen, y down). Boxes with a non-finite value, a side <= 0, values
+beyond some 1e18 or an area below 1.2e-38 have IoU 0 with everything, and gradient 0.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rtmdet_fast.kernels._dispatch import tl, triton, use_triton
+
+HUGE = 1e18  # from here on squares near the end of float32
 
 
 def box_iou_rotated(
@@ -147,7 +149,7 @@ class _Aligned(torch.autograd.Function):
 def _area(boxes: Tensor) -> Tensor:
     """Area [...] of boxes [..., 5]; NaN for those that match nothing."""
     area = boxes[..., 2] * boxes[..., 3]
-    usable = boxes.isfinite().all(-1) & (boxes[..., 2] > 0) & (area > 0) & (area < torch.inf)
+    usable = (boxes.abs().sum(-1) < HUGE) & (boxes[..., 2] > 0) & (area >= torch.finfo(torch.float32).tiny)
     return torch.where(usable, area, torch.nan)
 
 
@@ -173,7 +175,8 @@ def _edges(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, ...]:
 
 
 def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.finfo(x.dtype).tiny, x)
+    tiny = torch.finfo(x.dtype).tiny
+    return torch.where(x.abs() < tiny, tiny, x)
 
 
 def _iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -219,3 +222,196 @@ def _iou_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
     inter_to_union = (_area(boxes1) + _area(boxes2))[..., None] / (1 + iou)  # union = (A + B) / (1 + iou)
     grad = diou[..., None] * ((1 + iou) * dinter - iou * darea) / inter_to_union
     return torch.where((iou > 0) & (iou < 1), grad, 0)
+
+
+@triton.jit
+def _cos_sin(x):
+    """cos x and sin x, or both negated where x lies in another half turn, after which a box is the same box.
+
+    Series, since the library's cos and sin keep a stack frame for the reduction of huge arguments.
+    """
+    TERMS: tl.constexpr = 13 if x.dtype == tl.float64 else 7
+    turns = tl.floor(x * 0.3183098861837907 + 0.5)
+    x = x - turns * 3.140625 - turns * 9.67502593994140625e-4 - turns * 1.509957990978376432e-7  # pi in 3 parts
+    cos, sin = x * 0 + 1, x * 0 + 1
+    for k in tl.static_range(2 * TERMS, 0, -2):
+        cos = 1 - x * x * cos * (1.0 / (k * (k - 1)))
+        sin = 1 - x * x * sin * (1.0 / (k * (k + 1)))
+    return cos, x * sin
+
+
+@triton.jit
+def _nonzero_tl(x):
+    return tl.where(tl.abs(x) < 1.1754943508222875e-38, 1.1754943508222875e-38, x)  # the smallest normal number
+
+
+@triton.jit
+def _clamp(x, a):
+    return tl.minimum(tl.maximum(x, -a), a)
+
+
+@triton.jit
+def _unit(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def _edge_integral(x0, y0, x1, y1, dx, dy, a, b):
+    """Integral of -clamp(y, -b, b) dx over |x| <= a, along the edge from (x0, y0) to (x1, y1)."""
+    xs, xe, run = _clamp(x0, a), _clamp(x1, a), _nonzero_tl(dx)
+    ys, ye = y0 + _unit((xs - x0) / run) * dy, y1 - _unit((x1 - xe) / run) * dy
+    rise = _nonzero_tl(ye - ys)
+    t, u = _unit((-b - ys) / rise), _unit((b - ys) / rise)
+    t1, t2 = tl.minimum(t, u), tl.maximum(t, u)
+    middle = ys + (t1 + t2) * 0.5 * (ye - ys)
+    return (xs - xe) * (t1 * _clamp(ys, b) + (t2 - t1) * _clamp(middle, b) + (1 - t2) * _clamp(ye, b))
+
+
+@triton.jit
+def _relative(x1, y1, a1, x2, y2, w2, h2, a2):
+    """Centre and half sides (as vectors) of box 2 in the frame of box 1."""
+    cos, sin = _cos_sin(a1)
+    u, v = (x2 - x1) * cos + (y2 - y1) * sin, (y2 - y1) * cos - (x2 - x1) * sin
+    cos, sin = _cos_sin(a2 - a1)
+    return u, v, cos * w2 * 0.5, sin * w2 * 0.5, -sin * h2 * 0.5, cos * h2 * 0.5
+
+
+@triton.jit
+def rotated_iou_pair(x1, y1, w1, h1, a1, x2, y2, w2, h2, a2):
+    """IoU of two rotated boxes a lane; the ten tensors (or scalars) broadcast, and are all float32 or all float64.
+
+    Centre, sides, radians. 0 where either box is unusable (see the module). Some 350 flops and 20 divisions, so
+    cull by bounding circles first: `(x1-x2)^2 + (y1-y2)^2 < (r1+r2)^2` with `r = sqrt(w^2 + h^2) / 2`.
+    """
+    u, v, wx, wy, hx, hy = _relative(x1, y1, a1, x2, y2, w2, h2, a2)
+    ax, ay, bx, by = u + (wx - hx), v + (wy - hy), u + (wx + hx), v + (wy + hy)
+    cx, cy, dx, dy = u - (wx - hx), v - (wy - hy), u - (wx + hx), v - (wy + hy)
+    a, b = w1 * 0.5, h1 * 0.5
+    inter = _edge_integral(ax, ay, bx, by, 2 * hx, 2 * hy, a, b)
+    inter += _edge_integral(bx, by, cx, cy, -2 * wx, -2 * wy, a, b)
+    inter += _edge_integral(cx, cy, dx, dy, -2 * hx, -2 * hy, a, b)
+    inter += _edge_integral(dx, dy, ax, ay, 2 * wx, 2 * wy, a, b)
+    area1, area2 = w1 * h1, w2 * h2
+    inter = tl.minimum(tl.maximum(inter, 0.0), tl.minimum(area1, area2))
+    iou = inter / (area1 + area2 - inter)
+    most = tl.abs(x1) + tl.abs(y1) + w1 + h1 + tl.abs(a1) + tl.abs(x2) + tl.abs(y2) + w2 + h2 + tl.abs(a2)
+    least = tl.minimum(tl.minimum(w1, h1), tl.minimum(w2, h2))
+    usable = (most < 1e18) & (least > 0) & (tl.minimum(area1, area2) >= 1.1754943508222875e-38)
+    return tl.where(usable & (iou > 0), iou, 0.0)
+
+
+@triton.jit
+def _edge_inside(x0, y0, dx, dy, a, b):
+    """Share of the edge inside |x| <= a, |y| <= b, and its moment about the middle of the edge."""
+    run, rise = _nonzero_tl(dx), _nonzero_tl(dy)
+    tx, ux, ty, uy = (-a - x0) / run, (a - x0) / run, (-b - y0) / rise, (b - y0) / rise
+    t1 = _unit(tl.maximum(tl.minimum(tx, ux), tl.minimum(ty, uy)))
+    t2 = _unit(tl.minimum(tl.maximum(tx, ux), tl.maximum(ty, uy)))
+    share = tl.maximum(t2 - t1, 0.0)
+    return share, share * ((t1 + t2) * 0.5 - 0.5)
+
+
+@triton.jit
+def _store_gradient(grad_ptr, i, inside, diou, iou, x1, y1, w1, h1, a1, x2, y2, w2, h2, a2):
+    """Gradient of diou * IoU for box 2, to grad [N, 5]."""
+    u, v, wx, wy, hx, hy = _relative(x1, y1, a1, x2, y2, w2, h2, a2)
+    a, b = w1 * 0.5, h1 * 0.5
+    s0, m0 = _edge_inside(u + (wx - hx), v + (wy - hy), 2 * hx, 2 * hy, a, b)
+    s1, m1 = _edge_inside(u + (wx + hx), v + (wy + hy), -2 * wx, -2 * wy, a, b)
+    s2, m2 = _edge_inside(u - (wx - hx), v - (wy - hy), -2 * hx, -2 * hy, a, b)
+    s3, m3 = _edge_inside(u - (wx + hx), v - (wy + hy), 2 * wx, 2 * wy, a, b)
+    du, dv = 2 * (hy * (s0 - s2) - wy * (s1 - s3)), 2 * (wx * (s1 - s3) - hx * (s0 - s2))
+    cos, sin = _cos_sin(a1)
+    scale = diou * (1 + iou) / (w1 * h1 + w2 * h2)
+    inner = scale * (1 + iou)
+    moves = inside & (iou > 0) & (iou < 1)
+    grad_ptr += i * 5
+    tl.store(grad_ptr, tl.where(moves, inner * (du * cos - dv * sin), 0.0), mask=inside)
+    tl.store(grad_ptr + 1, tl.where(moves, inner * (du * sin + dv * cos), 0.0), mask=inside)
+    tl.store(grad_ptr + 2, tl.where(moves, h2 * (inner * (s0 + s2) * 0.5 - scale * iou), 0.0), mask=inside)
+    tl.store(grad_ptr + 3, tl.where(moves, w2 * (inner * (s1 + s3) * 0.5 - scale * iou), 0.0), mask=inside)
+    turn = -inner * (h2 * h2 * (m0 + m2) + w2 * w2 * (m1 + m3))
+    tl.store(grad_ptr + 4, tl.where(moves, turn, 0.0), mask=inside)
+
+
+@triton.jit
+def _load_box(ptr, mask):
+    """Box at `ptr`; NaN where masked, which is near nothing."""
+    nan = float("nan")
+    return (tl.load(ptr, mask, nan), tl.load(ptr + 1, mask, nan), tl.load(ptr + 2, mask, nan),
+            tl.load(ptr + 3, mask, nan), tl.load(ptr + 4, mask, nan))
+
+
+@triton.jit
+def _aligned_kernel(boxes1_ptr, boxes2_ptr, diou_ptr, iou_ptr, grad1_ptr, grad2_ptr, n,
+                    BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    x1, y1, w1, h1, a1 = _load_box(boxes1_ptr + i * 5, inside)
+    x2, y2, w2, h2, a2 = _load_box(boxes2_ptr + i * 5, inside)
+    iou = rotated_iou_pair(x1, y1, w1, h1, a1, x2, y2, w2, h2, a2)
+    if BACKWARD:  # recomputing the IoU is cheaper than saving it
+        diou = tl.load(diou_ptr + i, mask=inside, other=0)
+        _store_gradient(grad1_ptr, i, inside, diou, iou, x2, y2, w2, h2, a2, x1, y1, w1, h1, a1)
+        _store_gradient(grad2_ptr, i, inside, diou, iou, x1, y1, w1, h1, a1, x2, y2, w2, h2, a2)
+    else:
+        tl.store(iou_ptr + i, iou, mask=inside)
+
+
+@triton.jit
+def _pairwise_kernel(boxes1_ptr, boxes2_ptr, iou_ptr, n, m, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """A warp holds BLOCK boxes of the first set, one a lane, and meets CHUNK boxes of the second one by one.
+
+    Where no bounding circle meets that of box 2, the step ends after some 10 instructions; neighbouring predictions
+    lie together, so about 3 % of the steps do not end there when 1 % of the pairs meet. Stores only these pairs: the
+    output, filled with zeros beforehand, is written once (4 bytes a pair) and hardly again.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x1, y1, w1, h1, a1 = _load_box(boxes1_ptr + (image * n + i) * 5, i < n)
+    r1 = tl.sqrt(w1 * w1 + h1 * h1) * 0.5
+    iou_ptr += (image * n + i) * m
+    for k in range(CHUNK):
+        j = tl.program_id(1) * CHUNK + k
+        x2, y2, w2, h2, a2 = _load_box(boxes2_ptr + (image * m + j) * 5, j < m)
+        reach = r1 + tl.sqrt(w2 * w2 + h2 * h2) * 0.5
+        dx, dy = x1 - x2, y1 - y2
+        near = dx * dx + dy * dy < reach * reach
+        if tl.max(near.to(tl.int32), 0) > 0:
+            iou = rotated_iou_pair(x1, y1, w1, h1, a1, x2, y2, w2, h2, a2)
+            tl.store(iou_ptr + j, iou, mask=near)
+
+
+@triton_op("rtmdet_fast::box_iou_rotated", mutates_args=())
+def _pairwise(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
+    n, m = boxes1.shape[-2], boxes2.shape[-2]
+    iou = boxes1.new_zeros(*boxes1.shape[:-1], m)
+    if iou.numel():
+        grid = (triton.cdiv(n, 32), triton.cdiv(m, 64), iou.numel() // (n * m))
+        wrap_triton(_pairwise_kernel)[grid](boxes1, boxes2, iou, n, m, CHUNK=64, BLOCK=32, num_warps=1)
+    return iou
+
+
+@triton_op("rtmdet_fast::box_iou_rotated_aligned", mutates_args=())
+def _aligned(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
+    iou = boxes1.new_empty(boxes1.shape[:-1])
+    if n := iou.numel():
+        wrap_triton(_aligned_kernel)[(triton.cdiv(n, 128),)](
+            boxes1, boxes2, iou, iou, iou, iou, n, BACKWARD=False, BLOCK=128)
+    return iou
+
+
+@triton_op("rtmdet_fast::box_iou_rotated_aligned_backward", mutates_args=())
+def _aligned_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    diou, boxes1, boxes2 = diou.contiguous(), boxes1.contiguous(), boxes2.contiguous()
+    grad1, grad2 = torch.empty_like(boxes1), torch.empty_like(boxes2)
+    if n := diou.numel():
+        wrap_triton(_aligned_kernel)[(triton.cdiv(n, 128),)](
+            boxes1, boxes2, diou, diou, grad1, grad2, n, BACKWARD=True, BLOCK=128)
+    return grad1, grad2
+
+
+_aligned.register_autograd(lambda ctx, diou: _aligned_backward(diou, *ctx.saved_tensors),
+                           setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

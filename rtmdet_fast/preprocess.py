@@ -36,6 +36,9 @@ def letterbox(image: np.ndarray, size: int, pad_value: int = 114) -> tuple[np.nd
 
 def normalize(images: Tensor) -> Tensor:
     """[B, 3, H, W] uint8 BGR to float32 of zero mean and unit variance per channel, in the memory format given."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
-    return (images.float() - mean) / std
+    return (images.float() - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
+
+
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """[3, 1, 1], filled on the device: a copy from the host would make the host wait for all work queued before it."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])

@@ -184,7 +184,7 @@ def _training(history: Sequence[Row]) -> str:
     def curves(keys: Mapping[str, str], at: np.ndarray) -> list[_Curve]:
         columns = ((label, _column(history, key)) for key, label in keys.items())
         return [
-            _Curve(label, at[ok], y[ok], color)
+            _Curve(label, *_thinned(at[ok], y[ok]), color)
             for (label, y), color in zip(columns, LINE_COLORS, strict=False)
             if (ok := np.isfinite(at) & np.isfinite(y)).any()
         ]
@@ -205,6 +205,14 @@ def _training(history: Sequence[Row]) -> str:
     if not any(charts):
         return ""
     return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>'
+
+
+def _thinned(x: np.ndarray, y: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbours, so that a long run makes a page no larger than a short one."""
+    group = math.ceil(len(x) / most)
+    starts = np.arange(0, len(x), group)
+    sizes = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
 def _classes(evaluation: Row, pr_curves: PRCurves) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 from rtmdet_fast.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What a drawn, coloured picture can be written as.
+WRITABLE_SUFFIXES = IMAGE_SUFFIXES - {".pgm"}
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 
 # Cameras and some containers tell no frame rate, and the writer needs one.
@@ -46,12 +48,17 @@ class Source:
 
     total: the number of frames as the files tell it (a video's header may be wrong), None where unknown
     skipped: entries of the folder, or matches of the pattern, that are neither image nor video
+    unreadable: files that the last iteration passed over with `skip_bad`
     """
 
-    def __init__(self, paths: list[Path], skipped: int = 0, camera: str | None = None) -> None:
+    def __init__(
+        self, paths: list[Path], *, skipped: int = 0, camera: str | None = None, skip_bad: bool = False
+    ) -> None:
         self.paths = paths
         self.skipped = skipped
         self.camera = camera
+        self.skip_bad = skip_bad
+        self.unreadable: list[str] = []
         self.total = None if camera is not None else _count_frames(paths)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -60,33 +67,38 @@ class Source:
             return
         # Names are relative to what the files have in common, so that a/1.jpg and b/1.jpg stay apart.
         base = os.path.commonpath([path.parent.absolute() for path in self.paths])
+        self.unreadable = []
         index = 0
         for path in self.paths:
-            name = os.path.relpath(path.absolute(), base)
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                for frame in _video_frames(str(path), os.path.splitext(name)[0], str(path), index):
-                    yield frame
-                    index += 1
-            else:
-                from rtmdet_fast.data.image import read_image
-
-                yield Frame(name, read_image(path), str(path), index, is_video=False)
+            frames = _file_frames(path, os.path.relpath(path.absolute(), base), index)
+            while True:
+                try:
+                    frame = next(frames, None)
+                except UserError as error:
+                    if not self.skip_bad:
+                        raise
+                    log.warning("%s", error)
+                    self.unreadable.append(str(path))
+                    break
+                if frame is None:
+                    break
+                yield frame
                 index += 1
 
 
-def iter_sources(source: str | Path) -> Source:
+def iter_sources(source: str | Path, *, skip_bad: bool = False) -> Source:
     """The frames of `source`: an image, a video, a folder (without its sub-folders), a glob pattern such as
     "photos/**/*.jpg", a camera's number ("0") or the address of a stream ("rtsp://...").
 
     Raises UserError at once where there is nothing to read, and in the iteration, naming the file, where one
-    cannot be decoded.
+    cannot be decoded; with `skip_bad` the iteration goes on and counts it as `unreadable`.
     """
     text = str(source)
     if "://" in text or (text.isdecimal() and not Path(text).exists()):
         return Source([], camera=text)
     path = Path(text).expanduser()
     if path.is_file():
-        return Source([path])
+        return Source([path], skip_bad=skip_bad)
     if path.is_dir():
         found = sorted(path.iterdir())
     elif glob.has_magic(text):
@@ -101,7 +113,7 @@ def iter_sources(source: str | Path) -> Source:
     skipped = len(found) - len(wanted)
     if skipped:
         log.warning("%s: %d of %d entries are neither image nor video and are skipped", text, skipped, len(found))
-    return Source(wanted, skipped)
+    return Source(wanted, skipped=skipped, skip_bad=skip_bad)
 
 
 class VideoWriter:
@@ -143,6 +155,17 @@ class VideoWriter:
         self.close()
 
 
+def _file_frames(path: Path, name: str, first: int) -> Iterator[Frame]:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        yield from _video_frames(str(path), os.path.splitext(name)[0], str(path), first)
+    else:
+        from rtmdet_fast.data.image import read_image
+
+        if path.suffix.lower() not in WRITABLE_SUFFIXES:
+            name += ".png"
+        yield Frame(name, read_image(path), str(path), first, is_video=False)
+
+
 def _video_frames(address: str, stem: str, path: str | None, first: int) -> Iterator[Frame]:
     import cv2
 
@@ -181,8 +204,8 @@ def _count_frames(paths: list[Path]) -> int | None:
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             total += 1
             continue
-        capture = _open_video(str(path))
-        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        capture = cv2.VideoCapture(str(path))
+        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if frames <= 0:
             return None

@@ -98,11 +98,12 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
     import cv2
 
     path = Path(path)
-    if not path.suffix or not cv2.haveImageWriter(path.name):
+    known = path.suffix and cv2.haveImageWriter(path.name)
+    done, encoded = cv2.imencode(path.suffix, image) if known else (False, np.empty(0))
+    if not done:
         raise UserError(f"cannot write an image to {path}: use a name that ends in .jpg or .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = cv2.imencode(path.suffix, image)[1]
         path.write_bytes(encoded.tobytes())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -80,7 +80,7 @@ def full(tmp_path, names, epochs=12):
         tmp_path,
         history=history,
         evaluation={"AP": 0.4321, "AP50": 0.7, "AP75": 0.5, "APs": -1, "per_class": per_class},
-        pr_curves=dict.fromkeys(names, (RECALL, 1 - RECALL ** 4)),
+        pr_curves=dict.fromkeys(names, (RECALL, 1 - RECALL**4)),
         samples=[sample(names), sample(names)],
         settings={"size": "tiny", "data": {"train": "a/train.json"}},
         parameters=4_870_000,
@@ -157,6 +157,11 @@ def test_hardly_anything_known(tmp_path, history):
 def test_rows_within_epochs_are_drawn_by_iteration(tmp_path):
     history = [{"epoch": i // 4, "iteration": 50 * i, "loss": 5 - i / 10} for i in range(40)]
     assert ">iteration</text>" in report(tmp_path, history=history)
+
+
+def test_a_long_run_makes_no_larger_page(tmp_path):
+    history = [{"iteration": i, "loss": 5 + np.sin(i)} for i in range(1, 20_000)]
+    assert len(report(tmp_path, history=history)) < 100_000
 
 
 def test_unwritable_path(tmp_path):

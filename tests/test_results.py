@@ -58,7 +58,7 @@ def test_save_makes_the_folder_and_refuses_unknown_suffixes(street, tmp_path):
     path = street.save(tmp_path / "a" / "b" / "ü street.png")
     data = np.frombuffer(path.read_bytes(), np.uint8)
     assert np.array_equal(cv2.imdecode(data, cv2.IMREAD_COLOR), street.plot())
-    for name in ("street.xyz", "street"):
+    for name in ("street.xyz", "street", "street.pgm"):
         with pytest.raises(UserError, match=name):
             street.save(tmp_path / name)
     (tmp_path / "file").write_text("")

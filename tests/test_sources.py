@@ -31,6 +31,13 @@ def test_one_image(tmp_path):
     assert len(list(source)) == 1  # a second time
 
 
+def test_names_can_be_written_under(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.pgm"), np.zeros((24, 32), np.uint8))
+    picture(tmp_path / "b.jpg").rename(tmp_path / "b")
+    assert [f.name for f in iter_sources(tmp_path / "a.pgm")] == ["a.pgm.png"]
+    assert [f.name for f in iter_sources(tmp_path / "b")] == ["b.png"]
+
+
 def test_folder_is_sorted_flat_and_counts_what_it_skips(tmp_path, caplog):
     for name in ("b.jpg", "a.PNG", "c.bmp", "sub/d.jpg"):
         picture(tmp_path / name)
@@ -87,12 +94,25 @@ def test_errors_name_the_file(tmp_path):
         iter_sources(tmp_path)
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError, match=r"bad\.mp4"):
-        iter_sources(tmp_path / "bad.mp4")
+        list(iter_sources(tmp_path / "bad.mp4"))
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"bad\.jpg"):
         list(iter_sources(tmp_path / "bad.jpg"))
     with pytest.raises(UserError, match="camera 97"):
         list(iter_sources("97"))
+
+
+def test_skip_bad_goes_on_and_tells(tmp_path):
+    for name in ("a.jpg", "c.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    (tmp_path / "d.mp4").write_bytes(b"not a video")
+    source = iter_sources(tmp_path, skip_bad=True)
+    for _ in range(2):
+        assert [(f.name, f.index) for f in source] == [("a.jpg", 0), ("c.jpg", 1)]
+        assert source.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.mp4")]
+    with pytest.raises(UserError, match=r"b\.jpg"):
+        list(iter_sources(tmp_path))
 
 
 def test_writer_refuses_other_sizes_and_unknown_suffixes(tmp_path):

@@ -226,8 +226,7 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if index not in self._tiles:
             sample = self.dataset.load(index)
             h, w = sample.image.shape[:2]
-            ratio = self.recipe.image_size / max(h, w)
-            new_w, new_h = max(int(w * ratio), 1), max(int(h * ratio), 1)
+            new_w, new_h = (max(side * self.recipe.image_size // max(h, w), 1) for side in (w, h))
             image, boxes = sample.image, sample.boxes
             if (new_w, new_h) != (w, h):
                 image = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)

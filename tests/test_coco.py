@@ -1,0 +1,359 @@
+"""COCO files as they come: sparse, crowded, empty, damaged and hostile ones."""
+
+import json
+import multiprocessing
+
+import cv2
+import numpy as np
+import pytest
+
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.errors import UserError
+
+
+def box(ident, image_id=1, bbox=(2, 3, 10, 8), category_id=7, **more):
+    return {"id": ident, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
+
+
+class Folder:
+    """A dataset of 40 x 30 images under construction."""
+
+    def __init__(self, path):
+        self.path = path / "images"
+        self.path.mkdir()
+        self.file = path / "train.json"
+        self.content = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}],
+        }
+
+    def image(self, ident, name=None, shape=(30, 40), **more):
+        name = name or f"{ident}.png"
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(self.path / name), np.full((*shape, 3), ident, np.uint8))
+        entry = {"id": ident, "file_name": name, "width": 40, "height": 30, **more}
+        self.content["images"].append(entry)
+        return entry
+
+    def add(self, *annotations):
+        self.content["annotations"] += annotations
+
+    def dataset(self, text=None, **options):
+        self.file.write_text(json.dumps(self.content) if text is None else text, encoding="utf-8")
+        return CocoDataset(self.file, self.path, **options)
+
+    def refuses(self, match, **options):
+        with pytest.raises(UserError, match=match) as caught:
+            self.dataset(**options)
+        assert "train.json" in str(caught.value) or "images" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_sample(folder):
+    folder.image(1)
+    folder.image(5, "deep/er/ünï.png")
+    folder.add(box(1), box(2, 5, (0.5, 0, 39.5, 30), 90), box(3))
+    dataset = folder.dataset()
+    assert len(dataset) == 2 and dataset.image_ids == (1, 5) and dataset.skipped == {}
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (7, 90)
+    assert dataset.annotation_path == folder.file
+    first, second = dataset.load(0), dataset.load(1)
+    assert first.image.shape == (30, 40, 3) and (first.image == 1).all() and first.image_id == 1
+    assert first.boxes.dtype == np.float32 and first.boxes.tolist() == [[2, 3, 12, 11]] * 2
+    assert first.labels.dtype == np.int64 and first.labels.tolist() == [0, 0]
+    assert second.boxes.tolist() == [[0.5, 0, 40, 30]] and second.labels.tolist() == [1]
+    assert second.path == str(folder.path / "deep/er/ünï.png")
+
+
+def test_labels_follow_the_files_order_or_the_names_given(folder):
+    folder.image(1)
+    folder.add(box(1, category_id=7), box(2, category_id=90))
+    folder.content["categories"].reverse()
+    dataset = folder.dataset()
+    assert dataset.class_names == ("dog", "cat") and dataset.load(0).labels.tolist() == [1, 0]
+    dataset = folder.dataset(class_names=("bird", "cat"))
+    assert dataset.class_names == ("bird", "cat") and dataset.category_ids == (-1, 7)
+    assert dataset.load(0).labels.tolist() == [1]
+    assert dataset.skipped == {"category that is not among the classes": ["annotation 2"]}
+    coco = dataset.to_coco()
+    assert coco.getCatIds() == [7] and [a["category_id"] for a in coco.dataset["annotations"]] == [7]
+    folder.refuses("none of the classes wanted", class_names=("bird",))
+
+
+def test_crowd_is_kept_for_evaluation_only(folder, capsys):
+    folder.image(1)
+    rle = {"counts": [0, 1200], "size": [30, 40]}
+    folder.add(box(0), box(9, bbox=(0, 0, 40, 30), iscrowd=1, area=1200.5, segmentation=rle), box(3, ignore=1))
+    dataset = folder.dataset()
+    assert len(dataset.load(0).boxes) == 1
+    coco = dataset.to_coco()
+    assert capsys.readouterr() == ("", "")  # pycocotools is a talker
+    annotations = coco.loadAnns(coco.getAnnIds())
+    # an id of 0 would count as "unmatched" in pycocotools
+    assert [(a["id"], a["iscrowd"], a["area"]) for a in annotations] == [(1, 0, 80), (2, 1, 1200.5), (3, 0, 80)]
+    assert coco.getImgIds() == [1]
+
+
+def test_evaluates_with_pycocotools(folder):
+    from pycocotools.cocoeval import COCOeval
+
+    for i in (1, 2):
+        folder.image(i)
+    folder.add(box(0), box(1, 2, category_id=90))
+    truth = folder.dataset().to_coco()
+    found = [{"image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 8], "score": 0.9}]
+    evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(0.5)
+
+
+def test_empty_images_stay_for_evaluation_and_go_for_training(folder):
+    for i in (1, 2, 3):
+        folder.image(i)
+    folder.add(box(1, 2), box(2, 3, iscrowd=1))
+    dataset = folder.dataset()
+    assert dataset.image_ids == (1, 2, 3)
+    empty = dataset.load(0)
+    assert empty.boxes.shape == (0, 4) and empty.boxes.dtype == np.float32
+    assert empty.labels.shape == (0,) and empty.labels.dtype == np.int64
+    dataset = folder.dataset(training=True)
+    assert dataset.image_ids == (2,) and dataset.skipped == {"image without a box": ["1.png", "3.png"]}
+    with pytest.raises(RuntimeError):
+        dataset.to_coco()
+
+
+def test_boxes_are_clipped_and_those_without_area_dropped(folder):
+    folder.image(1)
+    folder.add(
+        box(1, bbox=(-5, -5, 10, 10)),
+        box(2, bbox=(35, 25, 100, 100)),
+        box(3, bbox=(40, 0, 5, 5)),
+        box(4, bbox=(-10, 5, 10, 5)),
+        box(5, bbox=(5, 5, 0, 9)),
+        box(6, bbox=(5, 5, 9, -2)),
+        box(7, bbox=(5, 5, 0.5, 9)),
+    )
+    dataset = folder.dataset()
+    assert dataset.load(0).boxes.tolist() == [[0, 0, 5, 5], [35, 25, 40, 30]]
+    assert dataset.skipped == {
+        "box outside the image": ["annotation 3", "annotation 4"],
+        "box below one pixel": ["annotation 5", "annotation 6", "annotation 7"],
+    }
+    assert len(dataset.to_coco().dataset["annotations"]) == 7  # the evaluation is the file's
+
+
+def test_nothing_to_train_on(folder):
+    folder.image(1)
+    folder.refuses("no box to train on", training=True)
+    folder.add(box(1, bbox=(0.1, 0.1, 0.5, 0.5)), box(2, iscrowd=1))
+    folder.refuses("no box to train on.*below one pixel: 1", training=True)
+    folder.refuses("no box to train on", training=True, skip_bad=True)
+    assert len(folder.dataset()) == 1
+    del folder.content["annotations"]
+    assert len(folder.dataset().load(0).boxes) == 0 and folder.dataset().to_coco().getAnnIds() == []
+
+
+def test_small_images_are_not_trained_on(folder):
+    folder.image(1)
+    folder.image(2, shape=(7, 40), height=7)
+    folder.add(box(1), box(2, 2))
+    assert folder.dataset(training=True).skipped == {"image below 8 pixels": ["2.png"]}
+    assert len(folder.dataset(training=True, min_size=7)) == 2
+
+
+@pytest.mark.parametrize("size", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}, {"width": "40"}])
+def test_size_missing_from_the_file(folder, size):
+    entry = folder.image(1, shape=(30, 40))
+    del entry["width"], entry["height"]
+    entry.update(size)
+    folder.add(box(1, bbox=(30, 20, 100, 100)), box(2, bbox=(50, 0, 9, 9)))
+    for training in (False, True):
+        assert folder.dataset(training=training).load(0).boxes.tolist() == [[30, 20, 40, 30]]
+    folder.refuses("no box to train on", training=True, min_size=31)
+
+
+def test_another_size_than_annotated(folder):
+    for i in (1, 2):
+        folder.image(i, shape=(20, 30))
+    folder.image(3)
+    folder.add(box(1, bbox=(10, 10, 25, 15)))
+    dataset = folder.dataset()
+    with pytest.warns(UserWarning, match=r"1\.png has 30x20 pixels where .* says 40x30"):
+        sample = dataset.load(0)
+    assert sample.boxes.tolist() == [[10, 10, 30, 20]]
+    dataset.load(1)  # one warning is enough: the test session would fail on a second
+    dataset.load(2)
+    assert dataset.resized_count == 2
+
+
+def test_exif_orientation_and_its_annotations(folder):
+    Image = pytest.importorskip("PIL.Image")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, size in ((1, (40, 30)), (2, (30, 40))):
+        entry = folder.image(i, f"{i}.jpg")
+        entry["width"], entry["height"] = size
+        Image.new("RGB", (40, 30)).save(folder.path / f"{i}.jpg", exif=exif)
+    dataset = folder.dataset()
+    assert dataset.load(0).image.shape == (30, 40, 3)  # annotated on the pixels as stored
+    assert dataset.load(1).image.shape == (40, 30, 3)  # annotated upright
+    assert dataset.resized_count == 0
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "a/../../images2/x.png"])
+def test_file_names_must_stay_in_the_folder(folder, name):
+    folder.image(1)["file_name"] = name
+    folder.refuses("leaves the image folder")
+    folder.refuses("leaves the image folder", skip_bad=True)
+
+
+def test_a_detour_within_the_folder_is_fine(folder):
+    folder.image(1, "a.png")["file_name"] = "b/.././a.png"
+    assert folder.dataset().load(0).image.shape == (30, 40, 3)
+
+
+def bad_cases():
+    def damaged(**changes):
+        return lambda f: f.add({**box(2), **changes})
+
+    yield "duplicate image id", lambda f: f.image(1, "other.png"), "other.png: duplicate image id"
+    yield (
+        "missing image",
+        lambda f: f.image(4) and (f.path / "4.png").unlink(),
+        r"4\.png: missing image .*does not exist",
+    )
+    yield (
+        "malformed, it needs an integer id and a file_name",
+        lambda f: f.content["images"].append({"id": "x"}),
+        "integer id",
+    )
+    yield "duplicate annotation id", damaged(id=1), "annotation 1: duplicate"
+    yield "of an image that is not listed", damaged(image_id=99), "annotation 2: of an image .*99"
+    yield "of a category that is not listed", damaged(category_id=8), "annotation 2: of a category .*8"
+    for bbox in (None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, 3, float("inf")], ["1", 2, 3, 4], 5, [True, 2, 3, 4]):
+        yield "bbox is not four finite numbers x, y, w, h", damaged(bbox=bbox), "annotation 2: bbox"
+    yield "malformed", lambda f: f.add("x"), "malformed"
+    yield "malformed", damaged(image_id=[1]), "malformed"
+
+
+@pytest.mark.parametrize(("reason", "damage", "message"), list(bad_cases()))
+def test_bad_entries(folder, reason, damage, message):
+    folder.image(1)
+    folder.add(box(1))
+    damage(folder)
+    folder.refuses(message)
+    dataset = folder.dataset(skip_bad=True, training=True)
+    assert {k: len(v) for k, v in dataset.skipped.items()} == {reason: 1}
+    assert dataset.image_ids == (1,) and dataset.load(0).boxes.tolist() == [[2, 3, 12, 11]]
+    assert len(folder.dataset(skip_bad=True).to_coco().dataset["annotations"]) == 1
+
+
+def test_annotations_go_with_their_missing_image(folder):
+    for i in (1, 2):
+        folder.image(i)
+    folder.add(box(1), box(2, 2), box(3, 2))
+    (folder.path / "2.png").unlink()
+    dataset = folder.dataset(skip_bad=True)
+    assert dataset.skipped == {"missing image": ["2.png"]}
+    assert dataset.to_coco().getImgIds() == [1] and len(dataset.to_coco().getAnnIds()) == 1
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def test_truncated_file(folder):
+    for i in (1, 2, 3):
+        folder.image(i)
+        folder.add(box(i, i))
+    truncate(folder.path / "2.png")
+    for options in ({}, {"training": True}, {"skip_bad": True}):  # evaluation must not take one image for another
+        with pytest.raises(UserError, match=r"2\.png.*truncated.*train\.json"):
+            folder.dataset(**options).load(1)
+    dataset = folder.dataset(training=True, skip_bad=True)
+    assert dataset.skipped == {}
+    assert [dataset.load(1).image_id for _ in range(2)] == [3, 3]
+    assert dataset.skipped == {"unreadable image": ["2.png"]}
+    for i in (1, 3):
+        truncate(folder.path / f"{i}.png")
+    with pytest.raises(UserError, match="none of its images"):
+        dataset.load(0)
+
+
+def _load_all(dataset):
+    for i in range(len(dataset)):
+        dataset.load(i)
+
+
+def test_skips_in_loader_workers_are_seen_by_the_main_process(folder):
+    for i in (1, 2):
+        folder.image(i)
+        folder.add(box(i, i))
+    truncate(folder.path / "1.png")
+    dataset = folder.dataset(training=True, skip_bad=True)
+    process = multiprocessing.get_context("fork").Process(target=_load_all, args=(dataset,))
+    process.start()
+    process.join()
+    assert dataset.skipped == {"unreadable image": ["1.png"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [],\n"annotations": [}', "line 2, column 17"),
+        ("", "line 1, column 1"),
+        ("[1]", "is a JSON list"),
+        ('"x"', "is a JSON str"),
+        ("{}", 'lacks the list "images"'),
+        ('{"images": {}}', 'lacks the list "images"'),
+        ('{"images": [], "annotations": 3, "categories": []}', 'lacks the list "annotations"'),
+        ('{"images": [], "annotations": []}', 'lacks the list "categories"'),
+        ('{"images": [], "annotations": [], "categories": []}', "no categories"),
+        ('{"images": [], "categories": [{"id": 1}]}', "an integer id and a name"),
+        (
+            '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "category id 1 occurs twice",
+        ),
+        ("[" * 100_000, "nested|line"),
+    ],
+)
+def test_malformed_files(folder, text, message):
+    with pytest.raises(UserError, match=rf"train\.json.*{message}"):
+        folder.dataset(text)
+
+
+def test_files_that_cannot_be_read(folder, tmp_path):
+    with pytest.raises(UserError, match=r"none\.json.*No such file"):
+        CocoDataset(tmp_path / "none.json", folder.path)
+    with pytest.raises(UserError, match="directory"):
+        CocoDataset(tmp_path, folder.path)
+    with pytest.raises(UserError, match="no such folder"):
+        CocoDataset(tmp_path / "none.json", tmp_path / "none")
+    folder.file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        CocoDataset(folder.file, folder.path)
+
+
+def test_byte_order_mark(folder):
+    folder.image(1)
+    assert len(folder.dataset("\ufeff" + json.dumps(folder.content))) == 1
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_coco_tiny(shared, part):
+    root = shared / "data" / "coco_tiny"
+    dataset = CocoDataset(root / f"instances_{part}.json", root / part)
+    content = json.loads((root / f"instances_{part}.json").read_text())
+    assert len(dataset) == 80 and len(dataset.class_names) == 80 and dataset.category_ids[-1] == 90
+    assert len(dataset.to_coco().getAnnIds()) == len(content["annotations"])
+    crowds = sum(a["iscrowd"] for a in content["annotations"])
+    dropped = sum(len(what) for what in dataset.skipped.values())
+    assert sum(len(dataset.load(i).boxes) for i in range(80)) == len(content["annotations"]) - crowds - dropped

@@ -1,0 +1,93 @@
+"""Evaluation against the reference's own detections and figures."""
+import json
+
+import numpy as np
+import pytest
+
+from rtmdet_fast import RTMDet, UserError
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.evaluate import METRICS, evaluate, match_categories, score_detections
+
+
+@pytest.fixture(scope="module")
+def bccd(shared):
+    return CocoDataset(shared / "data/bccd/val.json", shared / "data/bccd/images")
+
+
+@pytest.fixture(scope="module")
+def expected(shared):
+    return json.loads((shared / "reference/mmdet_results_bccd_rtmdet_tiny.json").read_text())
+
+
+def test_the_references_checkpoint_gives_the_references_detections(shared, bccd, expected):
+    model = RTMDet.from_pretrained(shared / "reference/mmdet_checkpoint_bccd_rtmdet_tiny.pth")
+    found = evaluate(model, bccd, image_size=256, progress=False)
+    assert found.metrics["AP"] == pytest.approx(0.478, abs=1e-3)
+    assert found.metrics["AP50"] == pytest.approx(0.770, abs=1e-3)
+    assert found.metrics["AP75"] == pytest.approx(0.547, abs=1e-3)
+    assert tuple(found.metrics) == METRICS and set(found.per_class) == {"RBC", "WBC", "Platelets"}
+    assert len(found.detections) == len(expected)
+    for image_id in bccd.image_ids:
+        ours, theirs = (
+            np.array([[d["category_id"], d["score"], *d["bbox"]] for d in side if d["image_id"] == image_id])
+            for side in (found.detections, expected)
+        )
+        gap = np.abs(ours[:, None] - theirs)
+        gap[..., 4:] = np.abs((ours[:, None, 2:4] + ours[:, None, 4:]) - (theirs[:, 2:4] + theirs[:, 4:]))
+        same = (gap[..., 0] == 0) & (gap[..., 1] < 2e-4) & (gap[..., 2:].max(-1) < 0.05)
+        assert same.any(1).all() and same.any(0).all()
+
+
+def test_scoring_the_references_own_detections(bccd, expected):
+    assert score_detections(bccd, expected).metrics["AP"] == pytest.approx(0.4779, abs=1e-4)
+
+
+def test_perfect_and_no_detections(bccd):
+    truth = json.loads(bccd.annotation_path.read_text())["annotations"]
+    perfect = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 1.0} for a in truth]
+    assert score_detections(bccd, perfect).metrics["AP"] > 0.99
+    none = score_detections(bccd, [])
+    assert none.metrics["AP"] == 0 and none.per_class["RBC"] == {"AP": 0.0, "AP50": 0.0}
+
+
+def write_dataset(folder, names=("a", "b"), annotations=()):
+    content = {
+        "images": [{"id": 5, "file_name": "x.png", "width": 64, "height": 64}],
+        "annotations": list(annotations),
+        "categories": [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(names)],
+    }
+    import cv2
+
+    cv2.imwrite(str(folder / "x.png"), np.full((64, 64, 3), 90, np.uint8))
+    (folder / "ann.json").write_text(json.dumps(content))
+    return CocoDataset(folder / "ann.json", folder)
+
+
+def test_a_data_set_without_annotations_has_figures_of_minus_one(tmp_path):
+    dataset = write_dataset(tmp_path)
+    result = evaluate(RTMDet("nano", class_names=("a", "b")), dataset, image_size=64, progress=False)
+    assert result.metrics["AP"] == -1 and result.per_class["a"]["AP"] == -1 and not result.pr_curves
+
+
+def test_crowds_swallow_detections(tmp_path):
+    box = {"image_id": 5, "category_id": 10, "area": 400.0}
+    dataset = write_dataset(
+        tmp_path,
+        annotations=[
+            {"id": 1, "bbox": [0, 0, 20, 20], "iscrowd": 0, **box},
+            {"id": 2, "bbox": [30, 30, 20, 20], "iscrowd": 1, **box},
+        ],
+    )
+    detections = [
+        {"image_id": 5, "category_id": 10, "bbox": [0, 0, 20, 20], "score": 0.5},
+        {"image_id": 5, "category_id": 10, "bbox": [31, 31, 9, 9], "score": 0.9},
+    ]
+    assert score_detections(dataset, detections).metrics["AP"] == pytest.approx(1, abs=1e-6)
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    dataset = write_dataset(tmp_path, names=("cat", "dog", "owl"))
+    assert match_categories(RTMDet("nano", class_names=("owl", "cat")), dataset) == [30, 10]
+    assert match_categories(RTMDet("nano", num_classes=3), dataset) == [10, 20, 30]
+    with pytest.raises(UserError, match="'cow'"):
+        match_categories(RTMDet("nano", class_names=("cat", "cow", "owl")), dataset)
