@@ -222,6 +222,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             val_interval=max(config.epochs // 4, 1),
             device=config.device,
             seed=config.seed,
+            overwrite=True,
         )
     )
     summary = run_predict(
@@ -307,7 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
         if config.json is not None:
             write_json(config.json, found)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A loader process wraps the sentence in its traceback, whose last line it is.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("rtmdet_fast.errors.UserError: ")
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; a training goes on with --resume", file=sys.stderr)

@@ -71,6 +71,7 @@ class RunLog:
     def __init__(self, folder: Path, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.csv"
         kept = [row for row in read_metrics(self.path) if int(row["iteration"]) <= iteration] if iteration else []
         self._file = self.path.open("w", newline="")

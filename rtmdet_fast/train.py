@@ -25,6 +25,7 @@ from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluate import evaluate
 from rtmdet_fast.heads import Targets
+from rtmdet_fast.layers import enable_sync_bn
 from rtmdet_fast.model import RTMDet, check_image_size
 from rtmdet_fast.preprocess import normalize
 from rtmdet_fast.report import ReportSample, write_report
@@ -33,7 +34,7 @@ from rtmdet_fast.schedule import ModelEMA, learning_rate_factor, parameter_group
 
 LOG_EVERY = 10
 # What may differ between a run and its continuation.
-RESUMABLE = {"out", "resume", "device", "val_interval", "report", "progress", "val", "val_images"}
+RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,8 @@ class TrainConfig:
     """Go on over unreadable images and invalid annotations, and count them."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
+    overwrite: bool = False
+    """Start anew in an `out` that holds a run already."""
     compile: bool = False
     """Compile the model with torch.compile."""
     report: bool = True
@@ -159,7 +162,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def pick_device(name: str) -> torch.device:
     """The torch device of a `--device` argument."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # which torchrun sets, one process to a GPU
+        return torch.device(local if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -171,12 +175,15 @@ def pick_device(name: str) -> torch.device:
 def train(config: TrainConfig) -> TrainResult:
     """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
     config = resolve(config)
+    rank, world_size = join_processes(config)
+    if rank > 0:
+        config = replace(config, progress=False, report=False)
     assert config.lr and config.image_size and config.num_workers is not None and config.stage2_epochs is not None
     device = torch.device(config.device)
     out = config.out
     last, best = out / "last.pth", out / "best.pth"
-    if last.exists() and not config.resume:
-        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
+    if last.exists() and not (config.resume or config.overwrite):
+        raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -186,7 +193,15 @@ def train(config: TrainConfig) -> TrainResult:
     if config.val is not None and config.val_images is not None:
         val_dataset = CocoDataset(config.val, config.val_images, skip_bad=config.skip_bad)
     recipe = recipe_for(config.size, config.image_size)
-    sampler = PlanSampler(len(dataset), config.batch_size, recipe, config.seed, config.num_workers)
+    sampler = PlanSampler(
+        len(dataset),
+        config.batch_size,
+        recipe,
+        config.seed,
+        config.num_workers,
+        rank=rank,
+        world_size=world_size,
+    )
     loader = DataLoader(
         Augmenter(dataset, recipe),
         batch_sampler=sampler,
@@ -201,12 +216,19 @@ def train(config: TrainConfig) -> TrainResult:
     if config.init is not None:
         model.load_weights(read_checkpoint(resolve_weights(config.init)))
     model.image_size = config.image_size
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, config.ema_momentum)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     amp_dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
-    step_model = torch.compile(model) if config.compile else model
+    step_model: torch.nn.Module = model
+    if world_size > 1:
+        enable_sync_bn(model, torch.distributed.group.WORLD)
+        step_model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if config.compile:
+        step_model = torch.compile(step_model)
 
     steps_per_epoch = math.ceil(len(sampler) / config.accumulate)
     total = steps_per_epoch * config.epochs
@@ -222,13 +244,13 @@ def train(config: TrainConfig) -> TrainResult:
         ema.step = iteration = state["iteration"]
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        sampler.load_state_dict(state["sampler"])
+        sampler.load_state_dict(state["samplers"][rank])
         torch.set_rng_state(state["torch_rng"])
         start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
-    out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    (out / "config.json").write_text(json.dumps(settings, indent=1))
-    log = RunLog(out, iteration)
+    log = RunLog(out, iteration) if rank == 0 else None
+    if log is not None:
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
     meter = Meter()
     previous: tuple[torch.Tensor, Batch] | None = None
     started, first_iteration = time.perf_counter(), iteration
@@ -265,7 +287,8 @@ def train(config: TrainConfig) -> TrainResult:
             meter.step()
             if iteration % LOG_EVERY == 0 or iteration == total:
                 row = {"epoch": epoch + 1, "iteration": iteration, "lr": lr, **meter.read()}
-                log.write(row)
+                if log is not None:
+                    log.write(row)
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f}, lr {lr:.1e}, {row['images_per_second']:.0f} img/s, "
                     f"data {row['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
@@ -273,6 +296,9 @@ def train(config: TrainConfig) -> TrainResult:
         stop_on_nan(previous, out, iteration)
         previous = None
 
+        samplers = gather(sampler.state_dict(), world_size)
+        if log is None:  # the first process alone validates and writes
+            continue
         if val_dataset is not None and due(epoch + 1, config):
             validation_started = time.perf_counter()
             evaluation = evaluate(ema.model, val_dataset, batch_size=config.batch_size, progress=config.progress)
@@ -292,7 +318,7 @@ def train(config: TrainConfig) -> TrainResult:
                 "ema": ema.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "sampler": sampler.state_dict(),
+                "samplers": samplers,
                 "torch_rng": torch.get_rng_state(),
                 "epoch": epoch + 1,
                 "iteration": iteration,
@@ -303,13 +329,35 @@ def train(config: TrainConfig) -> TrainResult:
         if val_dataset is None:
             ema.model.save(best)
 
-    log.close()
+    if log is not None:
+        log.close()
     seconds = time.perf_counter() - started
     pace = (seconds - validating) / max(iteration - first_iteration, 1)
     report = None
     if config.report:
         report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
     return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report)
+
+
+def join_processes(config: TrainConfig) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started, joined; (0, 1) for one alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        # The others wait while the first validates.
+        torch.distributed.init_process_group(
+            "nccl" if config.device.startswith("cuda") else "gloo", timeout=timedelta(hours=6)
+        )
+    return torch.distributed.get_rank(), world_size
+
+
+def gather(value: Any, world_size: int) -> list[Any]:
+    """The value of every process, by rank."""
+    values = [value] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def due(epoch: int, config: TrainConfig) -> bool:

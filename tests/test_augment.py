@@ -106,20 +106,19 @@ def test_recipe_errors():
         recipe_for("tiny", 16)
 
 
-def assert_drawn_where_boxed(image, boxes, ids=()):
-    """The white pixels are those inside the boxes, to one pixel at the edges."""
+def assert_drawn_where_boxed(image, boxes, margin, plan):
+    """The white pixels are those inside the boxes, to `margin` pixels at the edges."""
     white = (image.min(2) > 127).astype(np.uint8)
     inner, outer = np.zeros_like(white), np.zeros_like(white)
     height, width = white.shape
     for box in boxes:
         assert (box >= 0).all() and (box[:2] < box[2:]).all() and (box[2:] <= (width, height)).all()
-        x0, y0, x1, y1 = (max(int(v), 0) for v in (*np.floor(box[:2] - 0.6), *np.ceil(box[2:] + 0.6)))
+        x0, y0, x1, y1 = (max(int(v), 0) for v in (*np.floor(box[:2] - margin), *np.ceil(box[2:] + margin)))
         outer[y0:y1, x0:x1] = 1
-        # a pixel must be white where its whole area lies inside, by a margin
-        x0, y0, x1, y1 = (max(int(v), 0) for v in (*np.ceil(box[:2] + 0.6), *np.floor(box[2:] - 0.6)))
+        x0, y0, x1, y1 = (max(int(v), 0) for v in (*np.ceil(box[:2] + margin), *np.floor(box[2:] - margin)))
         inner[y0:y1, x0:x1] = 1
-    assert not (white & ~outer & 1).any(), ids
-    assert not (inner & ~white & 1).any(), ids
+    assert not (white & ~outer & 1).any(), plan
+    assert not (inner & ~white & 1).any(), plan
 
 
 SIZES = [(S, S), (2 * S, S), (S // 2, S), (300, 211), (64, 200), (97, 95), (33, 40), (S, 70)]
@@ -136,7 +135,8 @@ def test_boxes_and_pixels_agree(resize_range, stage2, flip):
         image, boxes, labels = augmenter[plan]
         assert image.shape == (3, S, S) and image.dtype == torch.uint8
         assert boxes.dtype == torch.float32 and labels.dtype == torch.int64 and len(boxes) == len(labels) > 0
-        assert_drawn_where_boxed(hwc(image), boxes.numpy(), plan)
+        # the first resize, to the size of a tile, blurs or shifts an edge by half a pixel; the second may enlarge that
+        assert_drawn_where_boxed(hwc(image), boxes.numpy(), 0.6 * max(resize_range[1], 1), plan)
 
 
 def test_boxes_and_pixels_agree_with_many_boxes():
@@ -146,7 +146,7 @@ def test_boxes_and_pixels_agree_with_many_boxes():
     counts = []
     for plan in plans(recipe, len(dataset), epochs=4):
         image, boxes, labels = augmenter[plan]
-        assert_drawn_where_boxed(hwc(image), boxes.numpy(), plan)
+        assert_drawn_where_boxed(hwc(image), boxes.numpy(), 1.2, plan)
         counts.append(len(set(labels.tolist())))
     assert max(counts) == 4  # all four tiles are seen
 
@@ -219,7 +219,9 @@ def test_mosaic_waits_for_more_than_four_cached_images():
         if len(plan.mosaic_cache) <= 4:
             assert labels.tolist() == [plan.index]
         else:
-            assert len(labels) == 4 and labels[0] == plan.index and set(labels.tolist()) <= set(plan.mosaic_cache)
+            assert (
+                len(labels) == 4 and labels[0] == plan.index and set(labels[1:].tolist()) <= set(plan.mosaic_cache[:-1])
+            )
 
 
 def test_ratios_and_crops_are_uniform():
@@ -332,7 +334,7 @@ def test_mixup():
             continue
         n = len(own_boxes)
         assert torch.equal(boxes[:n], own_boxes) and torch.equal(labels[:n], own_labels) and len(boxes) > n
-        for cached in plan.mixup_cache:
+        for cached in plan.mixup_cache[:-1]:  # never itself
             partner, partner_boxes, partner_labels = apart[cached]
             flipped = partner_boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([S, 0, S, 0])
             for kind, other, other_boxes in (("as is", partner, partner_boxes), ("flipped", partner.flip(2), flipped)):

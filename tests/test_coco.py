@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import warnings
 
 import cv2
 import numpy as np
@@ -189,8 +190,10 @@ def test_another_size_than_annotated(folder):
     with pytest.warns(UserWarning, match=r"1\.png has 30x20 pixels where .* says 40x30"):
         sample = dataset.load(0)
     assert sample.boxes.tolist() == [[10, 10, 30, 20]]
-    dataset.load(1)  # one warning is enough: the test session would fail on a second
-    dataset.load(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one is enough
+        dataset.load(1)
+        dataset.load(2)
     assert dataset.resized_count == 2
 
 
@@ -288,6 +291,18 @@ def test_truncated_file(folder):
         dataset.load(0)
 
 
+def test_unreadable_images_of_unknown_size_are_counted_once(folder):
+    for i in (1, 2, 3):
+        del folder.image(i)["width"]
+        folder.add(box(i, i))
+    truncate(folder.path / "1.png")
+    folder.refuses(r"1\.png.*truncated", training=True)
+    dataset = folder.dataset(training=True, skip_bad=True)
+    truncate(folder.path / "2.png")
+    assert dataset.load(0).image_id == 3
+    assert dataset.skipped == {"unreadable image": ["1.png", "2.png"]}
+
+
 def _load_all(dataset):
     for i in range(len(dataset)):
         dataset.load(i)
@@ -340,6 +355,12 @@ def test_files_that_cannot_be_read(folder, tmp_path):
     folder.file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         CocoDataset(folder.file, folder.path)
+
+
+def test_an_empty_file_is_an_empty_dataset(folder):
+    dataset = folder.dataset()
+    assert len(dataset) == 0 and dataset.skipped == {} and dataset.to_coco().getImgIds() == []
+    folder.refuses("no box to train on", training=True)
 
 
 def test_byte_order_mark(folder):

@@ -1,6 +1,9 @@
 """The trainer on drawn scenes: what it writes, that a resumed run equals an unbroken one, how it fails."""
 import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -109,6 +112,23 @@ def test_the_seed_decides_the_run(config, tmp_path):
     key = "bbox_head.rtm_reg.0.weight"
     first, same, other = (weights(r.last, "state_dict", key) for r in (a, b, c))
     assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """torchrun on the CPU: each takes its half of every epoch, the weights stay the same, and the run resumes."""
+    options = ["--train", config.train, "--train-images", config.train_images, "--val", config.val]
+    options += ["--val-images", config.val_images, "--size", "nano", "--epochs", 2, "--stage2-epochs", 1]
+    options += ["--batch-size", 4, "--image-size", 64, "--num-workers", 0, "--device", "cpu", "--out", config.out]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rtmdet_fast.cli", "train", *map(str, options), "--no-progress"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    state = weights(config.out / "last.pth", "training")
+    assert state["iteration"] == 2 * (18 // 2 // 4) and len(state["samplers"]) == 2
+    assert (config.out / "report.html").exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_accumulated_batches_make_one_step(config):

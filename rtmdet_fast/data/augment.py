@@ -193,7 +193,8 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if len(cache) > 4:
             side = 2 * size
             x, y = (int(rng.uniform(*self.recipe.mosaic_center_range) * size) for _ in range(2))
-            tiles = [self._tile(i) for i in (index, *(cache[k] for k in rng.integers(len(cache), size=3)))]
+            # The cache's last is the plan's own image. As in the reference the others are drawn from before it.
+            tiles = [self._tile(i) for i in (index, *(cache[k] for k in rng.integers(len(cache) - 1, size=3)))]
             # the tiles meet at (x, y): top left, top right, bottom left, bottom right
             corners = [
                 (x if i % 2 else x - t.image.shape[1], y if i // 2 else y - t.image.shape[0])
@@ -241,7 +242,7 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if len(cache) <= 1 or rng.random() > self.recipe.mixup_prob:
             return own
         for _ in range(MAX_PARTNER_DRAWS):
-            partner = self._augment(cache[int(rng.integers(len(cache)))])
+            partner = self._augment(cache[int(rng.integers(len(cache) - 1))])  # not with itself
             if len(partner.boxes):
                 break
         else:

@@ -97,7 +97,13 @@ class CocoDataset:
     def skipped(self) -> dict[str, list[str]]:
         """What was left out so far, by reason; images that loader workers found unreadable are among it."""
         unreadable = [self._files[i] for i in self._unreadable.nonzero().flatten().tolist()]
+        unreadable = self._skipped.get("unreadable image", []) + unreadable
         return {**self._skipped, **({"unreadable image": unreadable} if unreadable else {})}
+
+    @property
+    def resized_count(self) -> int:
+        """Images loaded so far whose size was not the annotated one."""
+        return int(self._resized.sum())
 
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
@@ -143,11 +149,6 @@ class CocoDataset:
         boxes = np.clip(self._boxes[start:stop], 0, np.array([w, h, w, h], np.float32))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path))
-
-    @property
-    def resized_count(self) -> int:
-        """Images loaded so far whose size was not the annotated one."""
-        return int(self._resized.sum())
 
     def _bad(self, what: str, reason: str, detail: object) -> None:
         """An error, or with skip_bad one more thing left out."""

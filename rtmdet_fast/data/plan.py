@@ -29,9 +29,9 @@ class SamplePlan:
     seed: int
     """Of every random choice within the sample; also its identity in the caches."""
     mosaic_cache: tuple[int, ...] = ()
-    """Dataset indices in the mosaic cache once `index` was pushed; empty in stage 2."""
+    """Dataset indices in the mosaic cache once `index` was pushed, which is the last; empty in stage 2."""
     mixup_cache: tuple[SamplePlan, ...] = ()
-    """Plans whose augmented images are in the mixup cache once this one was pushed; theirs are empty."""
+    """Plans whose augmented images are in the mixup cache, this one the last; their own `mixup_cache` is empty."""
 
 
 @dataclass(slots=True)
@@ -57,22 +57,31 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         seed: int,
         num_workers: int,
         drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """`drop_last` leaves out an incomplete batch, unless it is the only one."""
+        """`drop_last` leaves out an incomplete batch, unless it is the only one.
+
+        Each of `world_size` processes shows a part of its own of every epoch; `rank` counts them from 0.
+        """
         if dataset_length < 1 or batch_size < 1:
             raise UserError(f"an epoch needs images and a batch size of 1 or more, got {dataset_length}, {batch_size}")
         self.dataset_length, self.batch_size, self.drop_last = dataset_length, batch_size, drop_last
-        self.recipe = recipe
-        self._rng = np.random.default_rng(seed)
+        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self._order = np.random.default_rng((seed, 0))  # the same in every process
+        self._rng = np.random.default_rng((seed, 1, rank))
         self._streams = [_Stream() for _ in range(max(num_workers, 1))]
         self._stage2 = False
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.dataset_length, self.batch_size)
+        # All processes take the same number of steps, or the last would wait for the others.
+        share = max(self.dataset_length // self.world_size, 1)
+        whole, rest = divmod(share, self.batch_size)
         return whole + (rest > 0 and (not self.drop_last or whole == 0))
 
     def __iter__(self) -> Iterator[list[SamplePlan]]:
-        order = self._rng.permutation(self.dataset_length)
+        order = self._order.permutation(self.dataset_length)
+        order = np.roll(order, -self.rank)[:: self.world_size]
         for b in range(len(self)):
             stream = self._streams[b % len(self._streams)]
             indices = order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
@@ -89,6 +98,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         """All that the epochs to come depend on, of JSON types; to be taken between two epochs."""
         return {
             "dataset_length": self.dataset_length,
+            "order": self._order.bit_generator.state,
             "rng": self._rng.bit_generator.state,
             "stage2": self._stage2,
             "mosaic": [list(s.mosaic) for s in self._streams],
@@ -107,6 +117,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
                 f"cannot resume to the bit: the run had {len(state['mosaic'])} loader streams, now there are "
                 f"{len(self._streams)}; use the same number of workers"
             )
+        self._order.bit_generator.state = state["order"]
         self._rng.bit_generator.state = state["rng"]
         self._stage2 = state["stage2"]
         self._streams = [
@@ -124,5 +135,5 @@ class PlanSampler(Sampler[list[SamplePlan]]):
 
     def _push(self, cache: list[Any], item: Any, limit: int) -> None:
         cache.append(item)
-        if len(cache) > limit:  # a random pop may take the item just pushed, as in the reference
-            cache.pop(int(self._rng.integers(len(cache))) if self.recipe.random_pop else 0)
+        if len(cache) > limit:  # the item just pushed stays, and stays last
+            cache.pop(int(self._rng.integers(len(cache) - 1)) if self.recipe.random_pop else 0)
