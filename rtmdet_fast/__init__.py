@@ -1,4 +1,5 @@
 """RTMDet without the install trouble: official weights, plain PyTorch, and Triton kernels for the hot paths."""
+
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.model import RTMDet
 from rtmdet_fast.results import Results

@@ -1,4 +1,5 @@
 """CSPNeXt, the backbone of RTMDet (arXiv:2212.07784, section 3.2)."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -13,27 +14,21 @@ class CSPNeXt(nn.Module):
         super().__init__()
         stem, *widths = (int(width * widen) for width in (64, 128, 256, 512, 1024))
         half = int(64 * widen // 2)
+
+        def stage(in_channels: int, width: int, blocks: int, *, last: bool = False) -> nn.Sequential:
+            down = conv3x3(in_channels, width, 2, separable=separable)
+            pyramid = [SPPBottleneck(width)] if last else []
+            blocks = max(round(blocks * deepen), 1)
+            csp = CSPLayer(width, width, blocks, identity=not last, attention=True, separable=separable)
+            return nn.Sequential(down, *pyramid, csp)
+
         self.stem = nn.Sequential(
             ConvModule(3, half, 3, stride=2), ConvModule(half, half, 3), ConvModule(half, stem, 3)
         )
-        in_channels = stem
-        for stage, (width, blocks) in enumerate(zip(widths, (3, 6, 6, 3), strict=True), start=1):
-            last = stage == 4
-            layers: list[nn.Module] = [conv3x3(in_channels, width, 2, separable=separable)]
-            if last:
-                layers.append(SPPBottleneck(width))
-            layers.append(
-                CSPLayer(
-                    width,
-                    width,
-                    max(round(blocks * deepen), 1),
-                    identity=not last,
-                    attention=True,
-                    separable=separable,
-                )
-            )
-            self.add_module(f"stage{stage}", nn.Sequential(*layers))
-            in_channels = width
+        self.stage1 = stage(stem, widths[0], 3)
+        self.stage2 = stage(widths[0], widths[1], 6)
+        self.stage3 = stage(widths[1], widths[2], 6)
+        self.stage4 = stage(widths[2], widths[3], 3, last=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.stage1(self.stem(images))

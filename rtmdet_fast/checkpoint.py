@@ -4,6 +4,7 @@ Files of the reference carry pickled extras (log buffers, configs), which `torch
 a plain unpickler would execute. `read_checkpoint` builds tensors and plain containers, and puts an inert placeholder
 for everything else, so nothing in a file is ever executed.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -131,7 +132,7 @@ _INERT_PICKLE = SimpleNamespace(__name__="inert_pickle", Unpickler=_InertUnpickl
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of RTMDet or CSPNeXt from a file of mmengine, of mmcv, of a plain `torch.save`, or of this project.
+    """Read the weights of RTMDet or CSPNeXt from a file of mmengine, mmcv, `torch.save` or this project.
 
     Raises UserError where the file is missing, is not a checkpoint or holds no such weights.
     """
@@ -203,9 +204,7 @@ def resolve_weights(path_or_name: str | Path) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(target), digest)
         except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot download {url} ({error}); without a network, put that file at {target}"
-            ) from error
+            raise UserError(f"cannot download {url} ({error}); without a network, put that file at {target}") from error
     elif digest and not hashlib.sha256(target.read_bytes()).hexdigest().startswith(digest):
         raise UserError(f"{target} is damaged (its SHA-256 does not start with {digest}); delete it and try again")
     return target

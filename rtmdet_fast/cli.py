@@ -1,4 +1,5 @@
 """The command line: rtmdet-fast train | eval | predict | demo | info."""
+
 from __future__ import annotations
 
 import json
@@ -121,7 +122,10 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     print(f"\n{'class':{width}}     AP   AP50")
     for name, figures in evaluation.per_class.items():
         print(f"{name:{width}} {figures['AP']:6.3f} {figures['AP50']:6.3f}")
-    print(f"\n{len(dataset)} images in {seconds:.1f} s" + (f", {evaluation.skipped} skipped" if evaluation.skipped else ""))
+    print()
+    print_skipped({reason: len(what) for reason, what in dataset.skipped.items()})
+    unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""
+    print(f"{len(dataset)} images in {seconds:.1f} s{unreadable}")
     if config.detections is not None:
         write_json(config.detections, evaluation.detections)
     return {
@@ -150,9 +154,7 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
         for frame in tqdm(source, total=source.total, desc="predict", unit="img"):
             if config.limit is not None and len(images) >= config.limit:
                 break
-            results = model.predict(
-                frame.image, score_threshold=config.score_threshold, image_size=config.image_size
-            )
+            results = model.predict(frame.image, score_threshold=config.score_threshold, image_size=config.image_size)
             image_id = len(images) + 1
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
@@ -194,6 +196,7 @@ def run_train(config: Any) -> dict[str, Any]:
     result = train(config)
     for name, value in result.metrics.items():
         print(f"{name:6} {value:6.3f}")
+    print_skipped(result.skipped)
     print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
     print(f"best weights {result.best}, last {result.last}" + (f", report {result.report}" if result.report else ""))
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
@@ -227,7 +230,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     )
     summary = run_predict(
         PredictConfig(
-            source=str(shapes.val_images), weights=str(result.best), out=config.out / "pictures", device=config.device, limit=24
+            source=str(shapes.val_images),
+            weights=str(result.best),
+            out=config.out / "pictures",
+            device=config.device,
+            limit=24,
         )
     )
     print(f"\nAP50 {result.metrics['AP50']:.3f}, AP {result.metrics['AP']:.3f} on {shapes.val_ann}")
@@ -267,6 +274,11 @@ def run_info(config: InfoConfig) -> dict[str, Any]:
     for name, value in found.items():
         print(f"{name:14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
     return found
+
+
+def print_skipped(skipped: dict[str, int]) -> None:
+    for reason, count in skipped.items():
+        print(f"left out: {count} x {reason}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,5 @@
 """COCO evaluation of a model on a data set, by pycocotools with the published test settings."""
+
 from __future__ import annotations
 
 import contextlib

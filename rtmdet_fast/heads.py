@@ -2,6 +2,7 @@
 
 Legend: B images, N priors (all levels, stride 8 first), C classes, M ground truths, D detections.
 """
+
 from __future__ import annotations
 
 import math
@@ -83,34 +84,31 @@ class DetectionHead(nn.Module):
         self.num_classes = num_classes
         self.exponential = exponential
 
-        def tower() -> nn.ModuleList:
-            return nn.ModuleList(conv3x3(channels, channels, separable=separable) for _ in range(2))
+        def towers() -> nn.ModuleList:
+            levels = [[conv3x3(channels, channels, separable=separable) for _ in range(2)] for _ in STRIDES]
+            if not separable:
+                for level in levels[1:]:
+                    for layer, first in zip(level, levels[0], strict=True):
+                        layer.conv = first.conv
+            return nn.ModuleList(nn.Sequential(*level) for level in levels)
 
-        self.cls_convs = nn.ModuleList(tower() for _ in STRIDES)
-        self.reg_convs = nn.ModuleList(tower() for _ in STRIDES)
-        self.rtm_cls = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for _ in STRIDES)
-        self.rtm_reg = nn.ModuleList(nn.Conv2d(channels, 4, 1) for _ in STRIDES)
-        if not separable:
-            for towers in (self.cls_convs, self.reg_convs):
-                for level in towers[1:]:
-                    for depth, layer in enumerate(level):
-                        layer.conv = towers[0][depth].conv
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for conv in self.rtm_cls:
-            nn.init.constant_(conv.bias, -math.log(99))  # a first score of 0.01
+        def predictors(outputs: int) -> nn.ModuleList:
+            return nn.ModuleList(nn.Conv2d(channels, outputs, 1) for _ in STRIDES)
+
+        self.cls_convs, self.reg_convs = towers(), towers()
+        self.rtm_cls, self.rtm_reg = predictors(num_classes), predictors(4)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.01)
+            elif name.startswith("rtm_"):
+                # a first score of 0.01 for every class, a first distance of 0
+                nn.init.constant_(parameter, -math.log(99) if name.startswith("rtm_cls") else 0.0)
 
     def forward(self, features: tuple[Tensor, ...]) -> HeadOutput:
         logits, distances = [], []
         for level, x in enumerate(features):
-            cls_feature = reg_feature = x
-            for cls_conv, reg_conv in zip(self.cls_convs[level], self.reg_convs[level], strict=True):
-                cls_feature, reg_feature = cls_conv(cls_feature), reg_conv(reg_feature)
-            logits.append(self.rtm_cls[level](cls_feature))
-            distance = self.rtm_reg[level](reg_feature).float()
+            logits.append(self.rtm_cls[level](self.cls_convs[level](x)))
+            distance = self.rtm_reg[level](self.reg_convs[level](x)).float()
             distances.append((distance.exp() if self.exponential else distance) * STRIDES[level])
         return HeadOutput(tuple(logits), tuple(distances))
 
@@ -169,15 +167,14 @@ class DetectionHead(nn.Module):
             self._candidates(image_boxes, image_scores, lengths, score_threshold, nms_pre)
             for image_boxes, image_scores in zip(boxes, scores, strict=True)
         ]
-        size = max(len(c.scores) for c in candidates)
-        if size == 0:
+        if not any(len(c.scores) for c in candidates):
             return candidates
-        padded = [nn.utils.rnn.pad_sequence([c[i] for c in candidates], batch_first=True) for i in range(3)]
-        # NMS drops rows that are not finite: the padding.
-        counts = torch.tensor([len(c.scores) for c in candidates], device=boxes.device)
-        padding = torch.arange(size, device=boxes.device) >= counts[:, None]
-        padded[1] = padded[1].masked_fill(padding, -math.inf)
-        keep, kept = batched_nms_padded(*padded, iou_threshold, max_detections)
+        boxes, scores, labels = (
+            # NMS drops rows whose score is not finite: the padding.
+            nn.utils.rnn.pad_sequence([c[i] for c in candidates], batch_first=True, padding_value=padding)
+            for i, padding in enumerate((0, -math.inf, 0))
+        )
+        keep, kept = batched_nms_padded(boxes, scores, labels, iou_threshold, max_detections)
         return [
             Detections(*(field[indices[:count]] for field in candidate))
             for candidate, indices, count in zip(candidates, keep, kept.tolist(), strict=True)
@@ -187,7 +184,7 @@ class DetectionHead(nn.Module):
     def _candidates(
         boxes: Tensor, scores: Tensor, lengths: list[int], score_threshold: float, nms_pre: int
     ) -> Detections:
-        """The (prior, class) pairs of one image above the threshold, at most `nms_pre` per level, without empty boxes."""
+        """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""
         picked = []
         start = 0
         for length in lengths:

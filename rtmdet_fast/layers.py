@@ -2,7 +2,10 @@
 
 Shapes: x is [B, C, H, W]. Every convolution is followed by BatchNorm and SiLU, which run in one fused kernel.
 """
+
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +33,24 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn = self.bn
+        assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
         if self.training and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
-        norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        options = dict(
+        if self.depthwise:
+            fused = partial(dwconv_bn_silu, x, self.conv.weight, stride=self.conv.stride[0])
+        else:
+            fused = partial(bn_silu, self.conv(x))
+        return fused(
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
             training=self.training,
             momentum=bn.momentum,
             eps=bn.eps,
             residual=residual,
             process_group=self.process_group,
         )
-        if self.depthwise:
-            return dwconv_bn_silu(x, self.conv.weight, *norm, stride=self.conv.stride[0], **options)
-        return bn_silu(self.conv(x), *norm, **options)
 
 
 class DepthwiseSeparableConv(nn.Module):
@@ -132,8 +140,9 @@ class SPPBottleneck(nn.Module):
         return self.conv2(torch.cat((x, pool5, pool9, F.max_pool2d(pool9, 5, 1, 2)), 1))
 
 
-def enable_sync_bn(module: nn.Module, process_group: torch.distributed.ProcessGroup) -> None:
-    """Let every ConvModule in `module` take its batch statistics over all processes of the group."""
+def enable_sync_bn(module: nn.Module) -> None:
+    """Let every ConvModule in `module` take its batch statistics over all distributed processes."""
+    process_group = torch.distributed.group.WORLD
     for child in module.modules():
         if isinstance(child, ConvModule):
             child.process_group = process_group

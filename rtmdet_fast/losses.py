@@ -2,6 +2,7 @@
 
 Legend: B images, N priors, C classes.
 """
+
 from __future__ import annotations
 
 import torch

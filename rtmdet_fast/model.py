@@ -1,11 +1,12 @@
 """RTMDet (arXiv:2212.07784): one model, whose task is its head."""
+
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -105,13 +106,11 @@ class RTMDet(nn.Module):
         architecture = SIZES[size]()
         self.size, self.task, self.class_names = size, task, tuple(class_names)
         self.image_size = architecture.image_size
-        widths = tuple(int(width * architecture.widen) for width in (256, 512, 1024))
+        low, mid, high = (int(width * architecture.widen) for width in (256, 512, 1024))
         separable = architecture.separable
         self.backbone = CSPNeXt(architecture.deepen, architecture.widen, separable=separable)
-        self.neck = CSPNeXtPAFPN(widths, widths[0], architecture.neck_blocks, separable=separable)
-        self.bbox_head = TASKS[task](
-            widths[0], num_classes, exponential=architecture.exponential, separable=separable
-        )
+        self.neck = CSPNeXtPAFPN((low, mid, high), low, architecture.neck_blocks, separable=separable)
+        self.bbox_head = TASKS[task](low, num_classes, exponential=architecture.exponential, separable=separable)
 
     def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | dict[str, Tensor]:
         """Normalised images [B, 3, H, W] (H, W multiples of 32) → head output, or losses where targets are given."""
@@ -151,20 +150,40 @@ class RTMDet(nn.Module):
             nms_pre=nms_pre,
             max_detections=max_detections,
         )
-        return [
-            self._to_image(*item, clip=clip_to_image) for item in zip(found, scales, shapes, strict=True)
-        ]
+        return [self._to_image(*item, clip=clip_to_image) for item in zip(found, scales, shapes, strict=True)]
 
     @staticmethod
-    def _to_image(
-        found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
-    ) -> Detections:
+    def _to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
         boxes = found.boxes / found.boxes.new_tensor([*scale, *scale])
         if not clip:
             return found._replace(boxes=boxes)
         boxes = torch.minimum(boxes, boxes.new_tensor([shape[1], shape[0]] * 2))
         solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         return Detections(boxes[solid], found.scores[solid], found.labels[solid])
+
+    @overload
+    def predict(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        score_threshold: float = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        image_size: int | None = ...,
+        batch_size: int = ...,
+    ) -> list[Results]: ...
+
+    @overload
+    def predict(
+        self,
+        images: Any,
+        *,
+        score_threshold: float = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        image_size: int | None = ...,
+        batch_size: int = ...,
+    ) -> Results: ...
 
     def predict(
         self,
@@ -259,7 +278,7 @@ class RTMDet(nn.Module):
         return model.eval()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's weights; layers that it lacks or that have another class count stay and are named."""
+        """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         own = self.state_dict()
         fitting = {k: v for k, v in checkpoint.state_dict.items() if k in own and own[k].shape == v.shape}
         other_shape = {k for k, v in checkpoint.state_dict.items() if k in own and own[k].shape != v.shape}

@@ -1,4 +1,5 @@
 """CSPNeXtPAFPN, the neck of RTMDet: top-down, then bottom-up, with CSPNeXt blocks (arXiv:2212.07784)."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """What a training run writes while it goes: running means, metrics.csv and TensorBoard scalars."""
+
 from __future__ import annotations
 
 import csv
@@ -66,7 +67,7 @@ class Meter:
 
 
 class RunLog:
-    """metrics.csv and TensorBoard events of a run. Rows of a crashed run past `iteration`, where it goes on, are dropped."""
+    """metrics.csv and TensorBoard events of a run; rows past `iteration`, where a resumed run goes on, are dropped."""
 
     def __init__(self, folder: Path, iteration: int):
         from torch.utils.tensorboard import SummaryWriter

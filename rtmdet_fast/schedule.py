@@ -1,8 +1,10 @@
 """Learning rate, weight decay and weight averaging of the published recipe."""
+
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def learning_rate_factor(iteration: int, total: int, warmup: int = 1000) -> floa
     return factor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on convolution weights only: BatchNorm and biases (one-dimensional) have none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -37,19 +39,22 @@ def ema_momentum(step: int, momentum: float = 2e-4) -> float:
     return (1 - momentum) * math.exp(-(1 + step) / 2000) + momentum
 
 
-class ModelEMA:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ModelEMA(Generic[Model]):
     """Exponential moving average of all parameters and floating-point buffers; other buffers are copied.
 
     A tensor that the head shares between levels is averaged once.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = 2e-4):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: Model, momentum: float = 2e-4):
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.momentum = momentum
         self.step = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Model) -> None:
         averaged = [*self.model.parameters(), *self.model.buffers()]
         current = [*model.parameters(), *model.buffers()]
         floating: tuple[list[Tensor], list[Tensor]] = ([], [])

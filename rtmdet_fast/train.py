@@ -1,4 +1,5 @@
 """Training: the published two-stage recipe in one loop that reads from top to bottom."""
+
 from __future__ import annotations
 
 import itertools
@@ -7,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -112,6 +114,8 @@ class TrainResult:
     last: Path
     best: Path
     report: Path | None
+    skipped: dict[str, int]
+    """Training images and annotations left out, by reason."""
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -178,7 +182,14 @@ def train(config: TrainConfig) -> TrainResult:
     rank, world_size = join_processes(config)
     if rank > 0:
         config = replace(config, progress=False, report=False)
-    assert config.lr and config.image_size and config.num_workers is not None and config.stage2_epochs is not None
+    assert (
+        config.train
+        and config.train_images
+        and config.lr
+        and config.image_size
+        and config.num_workers is not None
+        and config.stage2_epochs is not None
+    )
     device = torch.device(config.device)
     out = config.out
     last, best = out / "last.pth", out / "best.pth"
@@ -218,12 +229,14 @@ def train(config: TrainConfig) -> TrainResult:
     model.image_size = config.image_size
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, config.ema_momentum)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.lr, fused=device.type == "cuda"
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     amp_dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
-    step_model: torch.nn.Module = model
+    step_model: Callable[..., Any] = model
     if world_size > 1:
-        enable_sync_bn(model, torch.distributed.group.WORLD)
+        enable_sync_bn(model)
         step_model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
@@ -336,7 +349,8 @@ def train(config: TrainConfig) -> TrainResult:
     report = None
     if config.report:
         report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
-    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report)
+    skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
+    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
 
 
 def join_processes(config: TrainConfig) -> tuple[int, int]:
@@ -421,7 +435,7 @@ def report_run(
             samples.append(ReportSample(model.predict(sample.image), sample.boxes, sample.labels))
     return write_report(
         config.out / "report.html",
-        title=f"RTMDet-{config.size} on {config.train.name}",
+        title=f"RTMDet-{config.size} on {dataset.annotation_path.name}",
         history=read_metrics(config.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,

@@ -1,5 +1,7 @@
 """Reading weights: files of the reference, of this project, hostile ones, and the ones that do not fit."""
+
 import hashlib
+import io
 import pickle
 import subprocess
 import zipfile
@@ -42,7 +44,9 @@ def test_saved_model_comes_back_whole(nano, tmp_path):
     nano.image_size = 320
 
 
-@pytest.mark.parametrize("layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name"])
+@pytest.mark.parametrize(
+    "layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name"]
+)
 def test_layouts_of_other_tools(nano, tmp_path, layout):
     state = nano.state_dict()
     path = tmp_path / "weights.pth"
@@ -130,7 +134,7 @@ def test_a_file_cannot_reach_torchs_own_functions(nano, tmp_path):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "evil.pth")
     assert not hasattr(function, "evil")
-    checkpoint_module._INERT_PICKLE.load(open(tmp_path / "evil.pth", "rb"))
+    checkpoint_module._INERT_PICKLE.load(io.BytesIO(payload))
     assert not hasattr(function, "evil")
 
 

@@ -1,4 +1,5 @@
 """Evaluation against the reference's own detections and figures."""
+
 import json
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Losses against their definitions written out in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F

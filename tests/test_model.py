@@ -1,4 +1,5 @@
 """The model against the published one: keys, outputs, losses, gradients, assignments, detections."""
+
 import json
 
 import pytest
@@ -139,7 +140,9 @@ def test_batch_without_any_object_has_a_finite_loss_and_gradient():
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_runs_forward_and_backward(size):
     model = RTMDet(size, num_classes=3)
-    targets = Targets(torch.tensor([[[8.0, 8, 40, 48]]] * 2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2).long())
+    targets = Targets(
+        torch.tensor([[[8.0, 8, 40, 48]]] * 2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2).long()
+    )
     losses = model(torch.randn(2, 3, 64, 64), targets)
     sum(losses.values()).backward()
     assert losses["loss_bbox"].item() > 0

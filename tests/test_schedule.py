@@ -1,4 +1,5 @@
 """Learning rate, weight decay groups and weight averaging against the reference's numbers."""
+
 import json
 
 import pytest

@@ -1,4 +1,5 @@
 """The trainer on drawn scenes: what it writes, that a resumed run equals an unbroken one, how it fails."""
+
 import csv
 import json
 import os
@@ -58,7 +59,7 @@ def test_a_run_writes_what_it_promises(config):
     out = config.out
     assert result.report == out / "report.html"
     html = result.report.read_text()
-    assert "AP50" in html and "<svg" in html and "src=\"data:image" in html
+    assert "AP50" in html and "<svg" in html and 'src="data:image' in html
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     steps = [row for row in rows if row["loss"]]
     assert int(steps[-1]["iteration"]) == 3 * (18 // 4)
@@ -225,7 +226,7 @@ def test_a_finished_run_is_not_overwritten_and_another_one_not_resumed(config):
     train(config)
     with pytest.raises(UserError, match="--resume"):
         train(config)
-    with pytest.raises(UserError, match="--batch-size is 2, but the run in .* has 4"):
+    with pytest.raises(UserError, match=r"--batch-size is 2, but the run in .* has 4"):
         train(replace(config, resume=True, batch_size=2))
     train(replace(config, resume=True))
 

@@ -1,4 +1,5 @@
 """Finding annotation files and images in a folder laid out like COCO."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,7 +22,7 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
     if len(found) > 1:
         raise UserError(f"{folder} has several {split} annotation files ({', '.join(f.name for f in found)}); name one")
     name = found[0].stem.removeprefix("instances_")
-    for images in (folder / name, folder / split, folder / "images" / name, folder / "images" / split, folder / "images"):
-        if images.is_dir():
-            return found[0], images
+    for place in (name, split, f"images/{name}", f"images/{split}", "images"):
+        if (folder / place).is_dir():
+            return found[0], folder / place
     raise UserError(f"{folder} has {found[0].name} but no image folder {name} or images")
