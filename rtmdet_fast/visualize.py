@@ -73,23 +73,6 @@ def draw_detections(
     return canvas
 
 
-def draw_side_by_side(
-    truth_image: np.ndarray, prediction_image: np.ndarray, titles: tuple[str, str] = ("truth", "prediction")
-) -> np.ndarray:
-    """The two pictures in one, [H', W', 3] uint8 BGR, each under its title; the lower one is filled up."""
-    height = max(truth_image.shape[0], prediction_image.shape[0])
-    font_size = max(round(height / 28), 12)
-    halves = []
-    for image, title in zip((truth_image, prediction_image), titles, strict=True):
-        glyphs = _text(title, font_size)[:, : image.shape[1]]
-        half = np.full((glyphs.shape[0] + height, image.shape[1], 3), 255, np.uint8)
-        half[: glyphs.shape[0], : glyphs.shape[1]] -= glyphs[..., None] // 8 * 7
-        half[glyphs.shape[0] : glyphs.shape[0] + image.shape[0]] = image
-        halves.append(half)
-    gap = np.full((halves[0].shape[0], max(height // 100, 4), 3), 255, np.uint8)
-    return np.hstack([halves[0], gap, halves[1]])
-
-
 def write_image(path: str | Path, image: np.ndarray) -> Path:
     """Writes a [H, W, 3] uint8 BGR picture in the format of the suffix, making its folder.
 

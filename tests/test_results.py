@@ -4,7 +4,7 @@ import torch
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.results import Results
-from rtmdet_fast.visualize import class_color, draw_detections, draw_side_by_side
+from rtmdet_fast.visualize import class_color, draw_detections
 
 NAMES = ("person", "car", "bicycle")
 
@@ -105,16 +105,6 @@ def test_class_colours_differ():
     distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(20, dtype=int)
     assert distance.min() > 60
     assert class_color(500) == class_color(500)
-
-
-def test_side_by_side():
-    truth, found = np.full((100, 150, 3), 10, np.uint8), np.full((80, 120, 3), 200, np.uint8)
-    both = draw_side_by_side(truth, found)
-    assert both.shape[1] >= 270 and both.shape[0] > 100
-    top = both.shape[0] - 100
-    assert np.array_equal(both[top:, :150], truth)
-    assert np.array_equal(both[top : top + 80, -120:], found)
-    assert (both[:top, :150] < 100).any()  # the title
 
 
 def test_plot_on_a_photograph(shared):

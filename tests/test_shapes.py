@@ -36,7 +36,7 @@ def test_every_class_and_crowded_and_small_and_large(coco):
     counts = [len(coco.getAnnIds(i)) for i in coco.imgs]
     assert min(counts) <= 1 and max(counts) >= 8
     sides = [max(a["bbox"][2:]) for a in coco.anns.values()]
-    assert min(sides) < 16 and max(sides) > 56
+    assert min(sides) < 20 and max(sides) > 56
 
 
 def test_polygons_boxes_and_area_agree(coco):

@@ -145,7 +145,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         if len(masks) == wanted:
             break
         label = int(rng.integers(len(CLASSES)))
-        diameter = max(size * math.exp(rng.uniform(math.log(0.12), math.log(0.5))), 10.0)
+        diameter = max(size * math.exp(rng.uniform(math.log(0.14), math.log(0.5))), 10.0)
         polygon, angle = _outline(rng, CLASSES[label], diameter)
         polygon += rng.uniform(0.02, 0.98, 2) * size
         alpha = _filled(polygon, size)

@@ -1,0 +1,24 @@
+"""The hot paths as functions, stable to import. Signatures are those of `mmcv.ops` where mmcv has the op.
+
+`rtmdet_fast.ops.torchvision` has `nms` and `batched_nms` with torchvision's signatures.
+"""
+
+from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign, task_aligned_assign
+from rtmdet_fast.kernels.bn_silu import bn_silu
+from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
+from rtmdet_fast.kernels.nms import batched_nms, batched_nms_padded, nms, nms_rotated
+from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
+
+__all__ = [
+    "batched_nms",
+    "batched_nms_padded",
+    "bn_silu",
+    "box_iou_rotated",
+    "dwconv_bn_silu",
+    "dynamic_soft_label_assign",
+    "nms",
+    "nms_rotated",
+    "rotated_iou_loss",
+    "simota_assign",
+    "task_aligned_assign",
+]
