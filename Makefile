@@ -1,14 +1,16 @@
 # make demo    train, evaluate and show a detector on drawn scenes
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
+# make bench   kernel benches beside the peers that are installed; writes benches/results and benches/README.md
+# make test-gpu bench-gpu   parity, then benches, on a CUDA machine with its own Python (torch, triton, numpy, pytest)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,assign nms rotated_iou bn_silu dwconv_bn_silu))
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu training_with_kernels)
 
-.PHONY: demo test lint test-torch test-triton setup clean
+.PHONY: demo test lint test-torch test-triton test-gpu bench bench-gpu setup clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +37,15 @@ test-torch: setup
 # The same parity tests, with every kernel run by Triton's interpreter on the CPU.
 test-triton: setup
 	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+bench: setup
+	$(BIN)/python -m benches.run
+
+test-gpu:
+	$(PYTHON) -m pytest $(KERNEL_TESTS)
+
+bench-gpu:
+	$(PYTHON) -m benches.run
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,4 +1,5 @@
 """Which implementation runs: Triton for CUDA tensors, plain PyTorch for everything else."""
+
 from __future__ import annotations
 
 import os

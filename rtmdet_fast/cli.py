@@ -77,7 +77,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Where data, weights, report and pictures go."""
-    epochs: int = 9
+    epochs: int = 10
     """Passes over the drawn images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""

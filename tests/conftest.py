@@ -1,4 +1,5 @@
 """Shared fixtures. The reference's files stand beside the project in CI, and are absent for users: tests then skip."""
+
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,8 @@
 """Compile a Triton kernel for a GPU that is not there, and read what it would use of it.
 
-    lower(_kernel, {"x_ptr": "*fp16:16", "n": "i32"}, {"BLOCK": 1024}, "sm_90", num_warps=4).spills == 0
+lower(_kernel, {"x_ptr": "*fp16:16", "n": "i32"}, {"BLOCK": 1024}, "sm_90", num_warps=4).spills == 0
 """
+
 from __future__ import annotations
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 try:
     import triton
@@ -23,8 +25,10 @@ except ModuleNotFoundError:
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # under the interpreter a jit function is no jit function any more: there is nothing left to compile
-needs_lowering = pytest.mark.skipif(triton is None or os.environ.get("TRITON_INTERPRET") == "1",
-                                    reason="needs Triton's compiler, thus no TRITON_INTERPRET=1")
+needs_lowering = pytest.mark.skipif(
+    triton is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton's compiler, thus no TRITON_INTERPRET=1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,13 @@ class Resources:
 
 
 def lower(
-    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, *,
-    num_warps: int = 4, num_stages: int = 3,
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    target: str,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
 ) -> Resources:
     """Resources of `kernel` (jit function, or wrapped by autotune or heuristics) on one of TARGETS.
 
@@ -68,11 +77,71 @@ def lower(
     if backend == "hip":
         text = compiled.asm["amdgcn"]
         usage = {key: int(value) for key, value in re.findall(r"\.vgpr_(count|spill_count):\s+(\d+)", text)}
-        return Resources(registers=usage["count"], spills=usage["spill_count"],
-                         shared_bytes=compiled.metadata.shared, assembly=text)
+        return Resources(
+            registers=usage["count"], spills=usage["spill_count"], shared_bytes=compiled.metadata.shared, assembly=text
+        )
     usage = _resource_usage(compiled.asm["cubin"])
-    return Resources(registers=usage["REG"], spills=usage["STACK"] + usage["LOCAL"],
-                     shared_bytes=compiled.metadata.shared, assembly=compiled.asm["ptx"])
+    return Resources(
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        assembly=compiled.asm["ptx"],
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+
+    def lower(self, target: str) -> Resources:
+        return lower(self.kernel, dict(self.signature), dict(self.constexprs), target, **dict(self.options))
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[Launch]:
+    """The list to which every kernel that `modules` launch through `wrap_triton` is added instead of being run.
+
+    The kernels must be plain jit functions, and all their arguments positional but constexprs and options.
+    """
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            assert all(n > 0 for n in grid), f"{self.kernel.__name__}: empty grid {grid}"
+            return self.launch
+
+        def launch(self, *args, **kwargs):
+            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            signature, constexprs = {}, {}
+            for parameter in self.kernel.params:
+                value = given[parameter.name]
+                if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                    constexprs[parameter.name] = value
+                else:
+                    signature[parameter.name] = _type(value)
+            launches.append(Launch(self.kernel, *(tuple(x.items()) for x in (signature, constexprs, options))))
+
+    for module in modules:
+        monkeypatch.setattr(module, "wrap_triton", Recorder)
+    return launches
+
+
+def _type(value: torch.Tensor | int | float) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}" + ":16" * (value.data_ptr() % 16 == 0)
+    return "fp32" if isinstance(value, float) else "i32" + ":16" * (value % 16 == 0)
+
+
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.bool: "i1", torch.uint8: "u8",
+}  # fmt: skip
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -80,6 +149,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True,
-                              text=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

@@ -1,7 +1,7 @@
 """A detection data set that is drawn instead of downloaded: shapes on textured backgrounds.
 
 Each class leans to a hue of its own, as many real things do, so that minutes on a CPU are enough to learn it; the
-backgrounds come in all hues, with lines, arcs and blobs that are no objects, and objects hide parts of each other.
+backgrounds come in all hues, with lines, arcs and grey blobs that are no objects, and objects hide parts of each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIN_VISIBLE = 0.65
 MIN_CONTRAST = 90
 
 # Standard deviation of an object's hue around its class's, in degrees; the classes are 360 / 5 = 72 apart.
-HUE_SPREAD = 14
+HUE_SPREAD = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
         for n in (2, 3, 5):
             bumps += rng.uniform(0.1, 0.3) * np.cos(n * t + rng.uniform(0, 2 * math.pi))
         points = rng.uniform(0.04, 0.16) * size * bumps[:, None] * np.stack([np.cos(t), np.sin(t)], 1)
-        _blend(scene, _filled(points + rng.uniform(0, size, 2), size), _colour(rng))
+        grey = rng.uniform(30, 225) + rng.uniform(-20, 20, 3)  # such as stones: in a class's hue they would mislead
+        _blend(scene, _filled(points + rng.uniform(0, size, 2), size), grey.astype(np.float32))
     return np.clip(scene, 0, 255)
 
 

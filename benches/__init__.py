@@ -1,0 +1,1 @@
+"""Speed and memory of the kernels beside their peers: `python -m benches.run`."""

@@ -1,0 +1,65 @@
+"""Batch normalisation and SiLU after a dense convolution, at shapes of RTMDet-s and -l at 640 px.
+
+The reference is what eager PyTorch and mmcv's `ConvModule` run: batch_norm, then silu.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benches.bench_dwconv_bn_silu import TOLERANCE, inference, tensors, training
+from benches.harness import Case, Contender, compiled, own, relative_error
+from rtmdet_fast.kernels.bn_silu import bn_silu, bn_silu_reference
+
+PASSES = {"inference": 2, "training": 8}  # of x-sized data, as the kernel's docstring counts them
+
+
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
+        return [
+            _case(device, 1, "s", 64, 160, "inference", torch.float32),
+            _case(device, 4, "s", 128, 80, "training", torch.float32),
+        ]
+    shapes = [("s", 64, 160), ("l", 128, 160), ("s", 128, 80), ("l", 256, 40), ("s", 256, 20)]
+    return [
+        *(_case(device, 32, *shape, "training", torch.bfloat16) for shape in shapes),
+        *(_case(device, 32, *shape, "inference", torch.float16) for shape in shapes[:2]),
+    ]
+
+
+def _case(device: torch.device, batch: int, size: str, channels: int, side: int, mode: str, dtype: torch.dtype) -> Case:
+    shape = (batch, channels, side, side)
+    wrap = inference if mode == "inference" else training
+    kind = f"{mode}, {str(dtype).removeprefix('torch.')}"
+    return Case(
+        op="bn_silu",
+        name=f"{kind}: RTMDet-{size} {list(shape)}",
+        group=kind,
+        shapes={"x": list(shape)},
+        inputs=partial(_inputs, shape, dtype, device),
+        expected=lambda *inputs: wrap(bn_silu_reference)(*(x.double() for x in inputs)),
+        compare=lambda result, expected: relative_error(result, expected, TOLERANCE[dtype]),
+        contenders=[
+            *own(device, wrap(bn_silu), wrap(bn_silu_reference), graph_reference=True),
+            Contender(name="torch.compile", build=lambda: wrap(compiled(device, bn_silu_reference)()), graph=True),
+            Contender(name="eager", build=lambda: wrap(eager), graph=True),
+        ],
+        bytes=PASSES[mode] * batch * channels * side * side * dtype.itemsize,
+        headline=False,
+    )
+
+
+def eager(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool = False
+) -> Tensor:
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training)
+    return F.silu(y, inplace=not training)
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    x, _, *rest = tensors(shape, dtype, False, device, seed)
+    return x, *rest
