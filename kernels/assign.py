@@ -272,12 +272,12 @@ def _reference(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_counts: Tensor,
-    gt_centers: Optional[Tensor],
+    gt_centers: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
     cost: str,
     topk: int,
     radius: float,
     iou_weight: float,
-    cls_weight: float,  # noqa: UP045
+    cls_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In PyTorch, on any device; opaque to `torch.compile`, since it goes on with the candidates alone.
 
@@ -929,12 +929,12 @@ def _forward(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_counts: Tensor,
-    gt_centers: Optional[Tensor],
+    gt_centers: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
     cost: str,
     topk: int,
     radius: float,
     iou_weight: float,
-    cls_weight: float,  # noqa: UP045
+    cls_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, C), M = scores.shape, gt_boxes.shape[1]
     dtype = torch.promote_types(boxes.dtype, torch.float32)
