@@ -293,6 +293,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
+    import torch
+
     from rtmdet_fast.train import TrainConfig
 
     @dataclass(frozen=True, kw_only=True)
@@ -328,6 +330,13 @@ def main(arguments: list[str] | None = None) -> int:
         # A loader process wraps the sentence in its traceback, whose last line it is.
         sentence = str(error).strip().splitlines()[-1].removeprefix("rtmdet_fast.errors.UserError: ")
         print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        hint = "a smaller --batch-size or --image-size needs less"
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; a training goes on with --resume", file=sys.stderr)

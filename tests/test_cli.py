@@ -143,6 +143,12 @@ def test_every_mistake_is_one_sentence_and_exit_code_2(arguments, word, weights,
     assert error.startswith("error: ") and word in error
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(weights, shapes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "file/p") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: Not a directory: ")
+
+
 def test_unknown_option_has_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stop:
         run("train", "--epoch", 3)

@@ -151,6 +151,7 @@ BAD = [  # box, score, label
             [-inf, 0, 9, 9],
             [0, 0, 1e30, 1e30],
             [0, 0, 1e-25, 1e-25],
+            [0, 0, 1e-19, 1e-20],
         )
     ),
     *(([0, 0, 9, 9], score, 0) for score in (nan, inf, -inf)),
