@@ -1,6 +1,7 @@
 # make demo    train, evaluate and show a detector on drawn scenes
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
+# make test-slow   every configuration of the kernels, compiled for four GPUs
 # make bench   kernel benches beside the peers that are installed; writes benches/results and benches/README.md
 # make test-gpu bench-gpu   parity, then benches, on a CUDA machine with its own Python (torch, triton, numpy, pytest)
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu training_with_kernels)
 
-.PHONY: demo test lint test-torch test-triton test-gpu bench bench-gpu setup clean
+.PHONY: demo test lint test-torch test-triton test-slow test-gpu bench bench-gpu setup clean
 
 setup: $(VENV)/.installed
 
@@ -31,12 +32,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread a process: two PyTorch processes with all the threads each slow each other many-fold.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test-torch: setup
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 # The same parity tests, with every kernel run by Triton's interpreter on the CPU.
 test-triton: setup
-	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
+
+# Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core.
+test-slow: setup
+	$(PYTEST) -m slow $(KERNEL_TESTS)
 
 bench: setup
 	$(BIN)/python -m benches.run

@@ -398,7 +398,6 @@ def _backward_kernel(
     eps,
     K: tl.constexpr,
     S: tl.constexpr,
-    UNROLL: tl.constexpr,
     AHEAD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PACKED_IN: tl.constexpr,
@@ -458,59 +457,58 @@ def _backward_kernel(
     Z: tl.constexpr = len(z_ptrs)
     X: tl.constexpr = len(x_ptrs)
     while row < end:
-        for _unrolled in tl.static_range(UNROLL):
-            dy = _unpack(loaded[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
-            z = _unpack(loaded[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
-            for k in tl.static_range(S):
-                x = x + _unpack(loaded[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACKED_IN)
-            ahead = row + AHEAD
-            inside = (ahead >= 0) & (ahead < out_height)
-            loaded = loaded[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, inside)
-            loaded = loaded + _load(z_ptrs, z_masks, z_at, inside)
-            z_at = (ahead + 1) * z_row if CHANNELS_LAST else z_at + z_row
-            for k in tl.static_range(S):
-                x_new = S * ahead - P + K - S + k
-                # only rows that this program stores, so that every product counts once in dw
-                loaded = loaded + _load(x_ptrs, x_masks, x_at, (x_new >= first_dx) & (x_new < end_dx))
-                x_at = (x_new + 1) * x_row if CHANNELS_LAST else x_at + x_row
-                dx = dx + (zeros, zeros)
+        dy = _unpack(loaded[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
+        z = _unpack(loaded[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
+        for k in tl.static_range(S):
+            x = x + _unpack(loaded[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACKED_IN)
+        ahead = row + AHEAD
+        inside = (ahead >= 0) & (ahead < out_height)
+        loaded = loaded[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, inside)
+        loaded = loaded + _load(z_ptrs, z_masks, z_at, inside)
+        z_at = (ahead + 1) * z_row if CHANNELS_LAST else z_at + z_row
+        for k in tl.static_range(S):
+            x_new = S * ahead - P + K - S + k
+            # only rows that this program stores, so that every product counts once in dw
+            loaded = loaded + _load(x_ptrs, x_masks, x_at, (x_new >= first_dx) & (x_new < end_dx))
+            x_at = (x_new + 1) * x_row if CHANNELS_LAST else x_at + x_row
+            dx = dx + (zeros, zeros)
 
-            inside = (row >= 0) & (row < out_height)
-            dz = ()  # without the factor weight * invstd, which w and the sum of dw take
-            for i in tl.static_range(len(z)):
-                xhat = (z[i] - mean) * invstd
-                du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
-                mask = z_masks[(i + FIRST) // 2 - FIRST // 2 if PACKED_OUT else i]
-                dz = dz + (tl.where(mask & inside, du, 0),)
-            updated, updated_dw = (), ()
-            for i in tl.static_range(K):
-                v0, v1 = dx[2 * i], dx[2 * i + 1]
-                for j in tl.static_range(K):
-                    d = dw[i * K + j]
-                    if (P - j) % S == 0:
-                        v0 = tl.fma(w[i * K + j], dz[(P - j) // S - FIRST], v0)
-                        d = tl.fma(x[2 * i], dz[(P - j) // S - FIRST], d)
-                    if (1 + P - j) % S == 0:
-                        v1 = tl.fma(w[i * K + j], dz[(1 + P - j) // S - FIRST], v1)
-                        d = tl.fma(x[2 * i + 1], dz[(1 + P - j) // S - FIRST], d)
-                    updated_dw = updated_dw + (d,)
-                updated = updated + (v0, v1)
-            dw = updated_dw
-            for k in tl.static_range(S):
-                done = S * row - P + k
-                _store(
-                    dx_ptrs,
-                    dx_masks,
-                    dx_at,
-                    (done >= first_dx) & (done < end_dx),
-                    updated[2 * k],
-                    updated[2 * k + 1],
-                    DTYPE,
-                    PACKED_IN,
-                )
-                dx_at = (done + 1) * dx_row if CHANNELS_LAST else dx_at + dx_row
-            dx, x = updated[2 * S :], x[2 * S :]
-            row += 1
+        inside = (row >= 0) & (row < out_height)
+        dz = ()  # without the factor weight * invstd, which w and the sum of dw take
+        for i in tl.static_range(len(z)):
+            xhat = (z[i] - mean) * invstd
+            du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
+            mask = z_masks[(i + FIRST) // 2 - FIRST // 2 if PACKED_OUT else i]
+            dz = dz + (tl.where(mask & inside, du, 0),)
+        updated, updated_dw = (), ()
+        for i in tl.static_range(K):
+            v0, v1 = dx[2 * i], dx[2 * i + 1]
+            for j in tl.static_range(K):
+                d = dw[i * K + j]
+                if (P - j) % S == 0:
+                    v0 = tl.fma(w[i * K + j], dz[(P - j) // S - FIRST], v0)
+                    d = tl.fma(x[2 * i], dz[(P - j) // S - FIRST], d)
+                if (1 + P - j) % S == 0:
+                    v1 = tl.fma(w[i * K + j], dz[(1 + P - j) // S - FIRST], v1)
+                    d = tl.fma(x[2 * i + 1], dz[(1 + P - j) // S - FIRST], d)
+                updated_dw = updated_dw + (d,)
+            updated = updated + (v0, v1)
+        dw = updated_dw
+        for k in tl.static_range(S):
+            done = S * row - P + k
+            _store(
+                dx_ptrs,
+                dx_masks,
+                dx_at,
+                (done >= first_dx) & (done < end_dx),
+                updated[2 * k],
+                updated[2 * k + 1],
+                DTYPE,
+                PACKED_IN,
+            )
+            dx_at = (done + 1) * dx_row if CHANNELS_LAST else dx_at + dx_row
+        dx, x = updated[2 * S :], x[2 * S :]
+        row += 1
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     at = dw_ptr + (tl.program_id(0).to(tl.int64) * channels + c) * (K * K)
     for i in tl.static_range(K * K):
@@ -662,9 +660,8 @@ def _backward(
     block_c, block_w = _blocks(width, last, channels, False)
     column_blocks, channel_blocks = triton.cdiv(width, 2 * block_w), triton.cdiv(channels, block_c)
     flight = triton.cdiv(size, stride)
-    unroll = flight if size < 5 else 1
     rows = (height - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
-    row_blocks, steps = _slides(rows, flight, unroll, images * column_blocks * channel_blocks)
+    row_blocks, steps = _slides(rows, flight, 1, images * column_blocks * channel_blocks)
     tiles = images * row_blocks * column_blocks
     partial = torch.empty(tiles, channels, size * size, dtype=torch.float32, device=x.device)
     packed = stride == 1 and _packed(x, last) and _packed(z, last) and _packed(dy, last)
@@ -691,7 +688,6 @@ def _backward(
         eps,
         K=size,
         S=stride,
-        UNROLL=unroll,
         AHEAD=2 if packed else 1,
         CHANNELS_LAST=last,
         PACKED_IN=_packed(x, last),

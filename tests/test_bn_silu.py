@@ -33,8 +33,10 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @pytest.fixture(autouse=True)
-def poison():
-    """Fills torch.empty with NaN, so that an element that no kernel wrote shows."""
+def poison(request):
+    """Fills torch.empty with NaN, so that an element that no kernel wrote shows. Slow tests wait for `-m slow`."""
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("one of the hundreds of configurations that `pytest -m slow` compiles")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -309,9 +309,9 @@ FAST = {
     ("last", 5, 1, torch.float16, "sm_100"),
     ("narrow last", 5, 1, torch.float32, "sm_80"),
     ("pairs", 3, 1, torch.bfloat16, "sm_100"),
-    ("last", 3, 2, torch.float16, "gfx942"),
+    ("last", 3, 1, torch.float16, "gfx942"),
     ("odd", 5, 2, torch.float32, "sm_90"),
-    ("narrow last", 7, 1, torch.float32, "sm_90"),
+    ("narrow last", 3, 2, torch.float16, "sm_90"),
     ("pairs", 7, 2, torch.float16, "sm_80"),
 }
 ALL = list(product(LOWERED, (3, 5, 7), (1, 2), TOLERANCE, TARGETS))

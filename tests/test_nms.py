@@ -109,6 +109,14 @@ def test_reference_over_many_rounds(classes, monkeypatch):
         check(*problems, 0.5, max_keep)
 
 
+def test_reference_stops_early_but_not_too_early():
+    boxes, scores, labels = problem(1, 600, classes=1, size=250)
+    expected = greedy(boxes[0], scores[0], labels[0], 0.5)
+    for max_keep in range(len(expected) + 2):
+        keep, _ = m.batched_nms_padded_reference(boxes, scores, labels, 0.5, max_keep)
+        assert keep[0].tolist() == (expected + [-1, -1])[:max_keep]
+
+
 def test_columns_in_blocks(backend, monkeypatch):
     monkeypatch.setattr(m, "WORDS", 1)  # one tile of columns at a time; classes straddle the blocks
     check(*problem(2, 200, classes=2), 0.3, 200)

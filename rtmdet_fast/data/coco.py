@@ -153,7 +153,7 @@ class CocoDataset:
     def _bad(self, what: str, reason: str, detail: object) -> None:
         """An error, or with skip_bad one more thing left out."""
         if not self.skip_bad:
-            text = f"{self.annotation_path}: {what}: {reason} ({detail!s:.120})"
+            text = f"{self.annotation_path}: {what}: {reason} ({detail!s:.400})"
             raise UserError(f"{text}; correct it, or leave such entries out with --skip-bad")
         self._skip(what, reason)
 
