@@ -333,7 +333,8 @@ def test_lowering(case, size, stride, dtype, target, monkeypatch):
     for launch in launches:
         resources = launch.lower(target)
         assert resources.spills == 0, launch
-        assert resources.registers <= (255 if size == 7 else 192), launch
+        # of 255 on NVIDIA's, and 512 (vector and accumulation) on AMD's; K = 7 has 49 weights and 49 sums of dw
+        assert resources.registers <= (192 if size < 7 else 320 if target == "gfx942" else 255), launch
 
 
 @pytest.mark.gpu

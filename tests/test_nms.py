@@ -114,7 +114,7 @@ def test_reference_stops_early_but_not_too_early():
     expected = greedy(boxes[0], scores[0], labels[0], 0.5)
     for max_keep in range(len(expected) + 2):
         keep, _ = m.batched_nms_padded_reference(boxes, scores, labels, 0.5, max_keep)
-        assert keep[0].tolist() == (expected + [-1, -1])[:max_keep]
+        assert keep[0].tolist() == [*expected, -1, -1][:max_keep]
 
 
 def test_columns_in_blocks(backend, monkeypatch):
