@@ -15,12 +15,14 @@ from lowering import TARGETS, needs_lowering, record_launches
 from test_rotated_iou import exact_iou
 from torch.library import opcheck
 
+from rtmdet_fast.kernels import _dispatch
 from rtmdet_fast.kernels import nms as m
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
 needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # all decide exactly, on the rounded boxes
@@ -324,7 +326,7 @@ def test_opcheck_of_the_reference():
 
 
 @not_interpreted
-@pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=has_triton)], ids=["reference", "triton"])
 def test_compiles_and_exports_without_graph_break(triton, monkeypatch):
     monkeypatch.setattr(m, "use_triton", lambda x: triton)
 

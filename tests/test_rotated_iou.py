@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from lowering import TARGETS, needs_lowering, record_launches
 from torch.library import opcheck
 
+from rtmdet_fast.kernels import _dispatch
 from rtmdet_fast.kernels import rotated_iou as m
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
 needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 # absolute; half inputs are compared with the exact IoU of what they were rounded to
@@ -384,7 +386,7 @@ def test_compiles_without_graph_break():
 
 
 @not_interpreted
-@pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=has_triton)], ids=["reference", "triton"])
 def test_exports(triton, monkeypatch):
     monkeypatch.setattr(m, "use_triton", lambda x: triton)
 
