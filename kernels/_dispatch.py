@@ -9,9 +9,12 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from torch.library import triton_op
 except ModuleNotFoundError:  # macOS, Windows: only the references run
     from types import SimpleNamespace
 
+    # plain ops, which are never called: torch's own decorator warns of each op without Triton
+    triton_op = torch.library.custom_op  # type: ignore[assignment]
     triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=int)
     AVAILABLE = False
 else:

@@ -36,9 +36,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, use_triton
+from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
 from rtmdet_fast.kernels.rotated_iou import _cos_sin, box_iou_rotated_reference, rotated_iou_pair
 
 _EPS = 1e-7  # of the published IoU cost

@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton
+from rtmdet_fast.kernels._dispatch import tl, triton, triton_op
 from rtmdet_fast.kernels.bn_silu import (
     batch_norm_parameters,
     bn_silu_reference,

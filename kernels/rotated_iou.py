@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, use_triton
+from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
 
 HUGE = 1e18  # from here on squares near the end of float32
 
