@@ -226,6 +226,9 @@ def test_compiles_without_graph_break(training):
 
 
 @needs_lowering
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 takes all pointers of these kernels for written, and copies more"
+)
 def test_traces_forward_and_backward(traced_for_cuda):  # noqa: F811
     tensors = {name: t.cpu() for name, t in inputs((2, 3, 4, 5), residual=True).items()}
     forward = ("_forward_kernel", ["partial_ptr", "y_ptr"])
