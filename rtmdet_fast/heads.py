@@ -6,7 +6,8 @@ Legend: B images, N priors (all levels, stride 8 first), C classes, M ground tru
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,36 @@ class Targets(NamedTuple):
     counts: Tensor
 
 
+class Assignment(NamedTuple):
+    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and their IoU."""
+
+    gt: Tensor
+    quality: Tensor
+    labels: Tensor
+
+
 class Detections(NamedTuple):
-    """Detections of one image, by falling score: boxes [D, 4] xyxy pixels of the network input, scores, labels."""
+    """Detections of one image, by falling score: boxes [D, 4] xyxy pixels of the network input, scores, labels.
+
+    priors [D]: which of the N priors each comes from.
+    """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    priors: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectSettings:
+    """How predictions become detections; scores and IoUs in [0, 1]."""
+
+    score_threshold: float
+    iou_threshold: float
+    """Of NMS."""
+    nms_pre: int
+    """Candidates of each level."""
+    max_detections: int
 
 
 def grid_priors(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
@@ -72,6 +97,21 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def towers(channels: int, *, separable: bool = False, shared: bool = True) -> nn.ModuleList:
+    """Two 3×3 convolutions for each level; `shared` ones (dense only) have one weight and BatchNorms of their own."""
+    levels = [[conv3x3(channels, channels, separable=separable) for _ in range(2)] for _ in STRIDES]
+    if shared and not separable:
+        for level in levels[1:]:
+            for layer, first in zip(level, levels[0], strict=True):
+                layer.conv = first.conv
+    return nn.ModuleList(nn.Sequential(*level) for level in levels)
+
+
+def predictors(channels: int, outputs: int) -> nn.ModuleList:
+    """One 1×1 convolution for each level."""
+    return nn.ModuleList(nn.Conv2d(channels, outputs, 1) for _ in STRIDES)
+
+
 class DetectionHead(nn.Module):
     """Two 3×3 convolutions per branch, shared over the levels with a BatchNorm of their own for each level.
 
@@ -79,24 +119,21 @@ class DetectionHead(nn.Module):
     depth-wise separable towers, which are not shared.
     """
 
+    test_settings: ClassVar = DetectSettings(
+        score_threshold=0.001, iou_threshold=0.65, nms_pre=30000, max_detections=300
+    )
+    """The published ones."""
+
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
         super().__init__()
         self.num_classes = num_classes
         self.exponential = exponential
+        self.cls_convs, self.reg_convs = (towers(channels, separable=separable) for _ in range(2))
+        self.rtm_cls, self.rtm_reg = predictors(channels, num_classes), predictors(channels, 4)
+        self.reset_parameters()
 
-        def towers() -> nn.ModuleList:
-            levels = [[conv3x3(channels, channels, separable=separable) for _ in range(2)] for _ in STRIDES]
-            if not separable:
-                for level in levels[1:]:
-                    for layer, first in zip(level, levels[0], strict=True):
-                        layer.conv = first.conv
-            return nn.ModuleList(nn.Sequential(*level) for level in levels)
-
-        def predictors(outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(nn.Conv2d(channels, outputs, 1) for _ in STRIDES)
-
-        self.cls_convs, self.reg_convs = towers(), towers()
-        self.rtm_cls, self.rtm_reg = predictors(num_classes), predictors(4)
+    def reset_parameters(self) -> None:
+        """The initial weights of the published recipe."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.01)
@@ -125,46 +162,60 @@ class DetectionHead(nn.Module):
         Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1.
         """
         logits, boxes, priors = self.decode(output)
-        logits = logits.float()
-        assigned_gt, quality, labels = dynamic_soft_label_assign(
-            boxes.detach(), logits.detach(), priors, targets.boxes, targets.labels, targets.counts
+        assignment = self.assign(logits, boxes, priors, targets)
+        return self.box_losses(logits, boxes, targets, assignment)
+
+    def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
+        """Dynamic soft label assignment (section 3.3) of what `decode` returns."""
+        return Assignment(
+            *dynamic_soft_label_assign(
+                boxes.detach(),
+                logits.detach().float(),
+                priors,
+                targets.boxes,
+                targets.labels,
+                targets.counts,
+            )
         )
-        normaliser = mean_over_processes(quality.sum()).clamp(min=1)
-        positive = assigned_gt >= 0
+
+    def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
+        """`loss_cls` and `loss_bbox`."""
+        normaliser = mean_over_processes(assignment.quality.sum()).clamp(min=1)
+        positive = assignment.gt >= 0
         # Background keeps its place with weight 0 and its own box as target: dense work costs less than the
         # synchronisation that picking the positives needs.
         matched = boxes.detach()
         if targets.boxes.shape[1]:
-            index = assigned_gt.clamp(min=0)[..., None].expand(-1, -1, 4)
+            index = assignment.gt.clamp(min=0)[..., None].expand(-1, -1, boxes.shape[-1])
             matched = torch.where(positive[..., None], targets.boxes.to(boxes.dtype).gather(1, index), matched)
-        box_loss = torch.where(positive, giou_loss(boxes, matched) * quality, 0.0).sum()
+        box_loss = torch.where(positive, self.box_loss(boxes, matched) * assignment.quality, 0.0).sum()
         return {
-            "loss_cls": quality_focal_loss(logits, labels, quality) / normaliser,
+            "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
             "loss_bbox": 2 * box_loss / normaliser,
         }
+
+    @staticmethod
+    def box_loss(boxes: Tensor, matched: Tensor) -> Tensor:
+        """Loss [B, N] of aligned boxes [B, N, 4] xyxy."""
+        return giou_loss(boxes, matched)
 
     @torch.no_grad()
     def detect(
         self,
         output: HeadOutput,
         input_size: tuple[int, int],
-        *,
-        score_threshold: float,
-        iou_threshold: float,
-        nms_pre: int,
-        max_detections: int,
+        settings: DetectSettings,
     ) -> list[Detections]:
         """Detections of each image: threshold, the first `nms_pre` of each level, class-aware NMS.
 
         `input_size` is the (height, width) of the network input, to which boxes are clipped.
         """
         logits, boxes, _ = self.decode(output)
-        limit = boxes.new_tensor([input_size[1], input_size[0]] * 2)
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        boxes = self.clip(boxes, input_size)
         scores = logits.float().sigmoid()
         lengths = [level.shape[2] * level.shape[3] for level in output.logits]
         candidates = [
-            self._candidates(image_boxes, image_scores, lengths, score_threshold, nms_pre)
+            self._candidates(image_boxes, image_scores, lengths, settings)
             for image_boxes, image_scores in zip(boxes, scores, strict=True)
         ]
         if not any(len(c.scores) for c in candidates):
@@ -174,29 +225,49 @@ class DetectionHead(nn.Module):
             nn.utils.rnn.pad_sequence([c[i] for c in candidates], batch_first=True, padding_value=padding)
             for i, padding in enumerate((0, -math.inf, 0))
         )
-        keep, kept = batched_nms_padded(boxes, scores, labels, iou_threshold, max_detections)
+        keep, kept = batched_nms_padded(boxes, scores, labels, settings.iou_threshold, settings.max_detections)
         return [
             Detections(*(field[indices[:count]] for field in candidate))
             for candidate, indices, count in zip(candidates, keep, kept.tolist(), strict=True)
         ]
 
     @staticmethod
-    def _candidates(
-        boxes: Tensor, scores: Tensor, lengths: list[int], score_threshold: float, nms_pre: int
+    def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes [..., 4] clipped to an image of (height, width) `size`."""
+        return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([size[1], size[0]] * 2))
+
+    @staticmethod
+    def is_solid(boxes: Tensor) -> Tensor:
+        """False [...] for boxes [..., 4] without an area."""
+        return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+    def to_image(
+        self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
+        """Detections in pixels of the original image, whose (height, width) is `shape`.
+
+        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
+        """
+        found = found._replace(boxes=found.boxes / found.boxes.new_tensor([*scale, *scale]))
+        if not clip:
+            return found
+        found = found._replace(boxes=self.clip(found.boxes, shape))
+        return Detections(*(field[self.is_solid(found.boxes)] for field in found))
+
+    def _candidates(self, boxes: Tensor, scores: Tensor, lengths: list[int], settings: DetectSettings) -> Detections:
         """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""
         picked = []
         start = 0
         for length in lengths:
             level = scores[start : start + length]
-            prior, label = (level > score_threshold).nonzero(as_tuple=True)
+            prior, label = (level > settings.score_threshold).nonzero(as_tuple=True)
             score = level[prior, label]
-            if len(score) > nms_pre:
-                score, order = score.topk(nms_pre)
+            if len(score) > settings.nms_pre:
+                score, order = score.topk(settings.nms_pre)
                 prior, label = prior[order], label[order]
             picked.append((prior + start, score, label))
             start += length
         prior, score, label = (torch.cat(parts) for parts in zip(*picked, strict=True))
         box = boxes[prior]
-        solid = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])
-        return Detections(box[solid], score[solid], label[solid])
+        solid = self.is_solid(box)
+        return Detections(box[solid], score[solid], label[solid], prior[solid])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rtmdet_fast.backbone import CSPNeXt
 from rtmdet_fast.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.heads import DetectionHead, Detections, HeadOutput, Targets
+from rtmdet_fast.heads import DetectionHead, Detections, DetectSettings, HeadOutput, Targets
 from rtmdet_fast.neck import CSPNeXtPAFPN
 from rtmdet_fast.preprocess import letterbox, normalize
 from rtmdet_fast.results import Results
@@ -124,17 +124,14 @@ class RTMDet(nn.Module):
         scales: Sequence[tuple[float, float]],
         shapes: Sequence[tuple[int, int]],
         *,
-        score_threshold: float = 0.001,
-        iou_threshold: float = 0.65,
-        nms_pre: int = 30000,
-        max_detections: int = 300,
+        settings: DetectSettings | None = None,
         clip_to_image: bool = False,
     ) -> list[Detections]:
         """Detections in pixels of the original images, from letterboxed canvases [B, 3, S, S] uint8 BGR.
 
-        scales: canvas pixels per image pixel (x, y); shapes: original (height, width). The defaults are the
-        published test settings, which let boxes reach into the padding of the canvas: figures compare with published
-        ones only so (on real images `clip_to_image`, which `predict` uses, gains some 0.002 AP).
+        scales: canvas pixels per image pixel (x, y); shapes: original (height, width). The default settings are the
+        published ones, which let boxes reach into the padding of the canvas: figures compare with published ones only
+        so (on real images `clip_to_image`, which `predict` uses, gains some 0.002 AP).
         """
         parameter = next(self.parameters())
         images = normalize(canvases.to(parameter.device)).to(parameter.dtype)
@@ -142,24 +139,12 @@ class RTMDet(nn.Module):
         self.eval()
         output = self(images)
         self.train(training)
-        found = self.bbox_head.detect(
-            output,
-            (canvases.shape[2], canvases.shape[3]),
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            nms_pre=nms_pre,
-            max_detections=max_detections,
-        )
-        return [self._to_image(*item, clip=clip_to_image) for item in zip(found, scales, shapes, strict=True)]
-
-    @staticmethod
-    def _to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
-        boxes = found.boxes / found.boxes.new_tensor([*scale, *scale])
-        if not clip:
-            return found._replace(boxes=boxes)
-        boxes = torch.minimum(boxes, boxes.new_tensor([shape[1], shape[0]] * 2))
-        solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return Detections(boxes[solid], found.scores[solid], found.labels[solid])
+        head = self.bbox_head
+        found = head.detect(output, (canvases.shape[2], canvases.shape[3]), settings or head.test_settings)
+        return [
+            head.to_image(detections, scale, shape, clip=clip_to_image)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
 
     @overload
     def predict(
@@ -167,8 +152,8 @@ class RTMDet(nn.Module):
         images: list[Any] | tuple[Any, ...],
         *,
         score_threshold: float = ...,
-        iou_threshold: float = ...,
-        max_detections: int = ...,
+        iou_threshold: float | None = ...,
+        max_detections: int | None = ...,
         image_size: int | None = ...,
         batch_size: int = ...,
     ) -> list[Results]: ...
@@ -179,8 +164,8 @@ class RTMDet(nn.Module):
         images: Any,
         *,
         score_threshold: float = ...,
-        iou_threshold: float = ...,
-        max_detections: int = ...,
+        iou_threshold: float | None = ...,
+        max_detections: int | None = ...,
         image_size: int | None = ...,
         batch_size: int = ...,
     ) -> Results: ...
@@ -190,21 +175,29 @@ class RTMDet(nn.Module):
         images: Any,
         *,
         score_threshold: float = 0.3,
-        iou_threshold: float = 0.65,
-        max_detections: int = 300,
+        iou_threshold: float | None = None,
+        max_detections: int | None = None,
         image_size: int | None = None,
         batch_size: int = 8,
     ) -> Results | list[Results]:
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
 
         An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
+        iou_threshold (of NMS) and max_detections are the published ones of the task where not given.
         image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
         """
         from rtmdet_fast.data.image import as_bgr, read_image
 
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
-        if not 0 <= iou_threshold <= 1:
+        published = self.bbox_head.test_settings
+        settings = replace(
+            published,
+            score_threshold=score_threshold,
+            iou_threshold=published.iou_threshold if iou_threshold is None else iou_threshold,
+            max_detections=published.max_detections if max_detections is None else max_detections,
+        )
+        if not 0 <= settings.iou_threshold <= 1:
             raise UserError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
         size = check_image_size(image_size or self.image_size)
         single = not isinstance(images, (list, tuple))
@@ -218,9 +211,7 @@ class RTMDet(nn.Module):
                 torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
                 scales,
                 [array.shape[:2] for array in arrays],
-                score_threshold=score_threshold,
-                iou_threshold=iou_threshold,
-                max_detections=max_detections,
+                settings=settings,
                 clip_to_image=True,
             )
             for source, array, detections in zip(chunk, arrays, found, strict=True):

@@ -67,10 +67,7 @@ def test_predictions(model, reference, rescale):
         (found,) = model.bbox_head.detect(
             model(reference["input"]),
             (416, 416),
-            score_threshold=0.001,
-            iou_threshold=0.65,
-            nms_pre=30000,
-            max_detections=300,
+            model.bbox_head.test_settings,
         )
     boxes = found.boxes / 0.8 if rescale else found.boxes
     assert len(found.labels) == len(expected["labels"]) == 300

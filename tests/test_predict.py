@@ -59,7 +59,7 @@ def test_batches_do_not_change_the_answer(model):
 def test_boxes_are_pixels_of_the_original_image_and_stay_inside(model, monkeypatch):
     found = Detections(
         torch.tensor([[8.0, 4, 40, 20], [50, 20, 64, 64], [10, 40, 20, 60]]), torch.tensor([0.9, 0.8, 0.7]),
-        torch.tensor([0, 1, 0]),
+        torch.tensor([0, 1, 0]), torch.arange(3),
     )  # fmt: skip
     monkeypatch.setattr(model.bbox_head, "detect", lambda *args, **kwargs: [found])
     result = model.predict(np.zeros((60, 120, 3), np.uint8), image_size=64)
