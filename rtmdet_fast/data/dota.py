@@ -187,14 +187,16 @@ class DotaDataset(CocoDataset):
         for i, shape in enumerate(shapes):
             if len(shape) not in (5, 8):
                 boxes[i] = _polygon_box(shape)
+        quads = boxes_to_quads(boxes)
+        low, high = quads.reshape(-1, 4, 2).min(1), quads.reshape(-1, 4, 2).max(1)
+        around = np.concatenate([low, high - low], 1)
         made = []
-        for a, box, quad in zip(annotations, boxes.tolist(), boxes_to_quads(boxes), strict=True):
+        for a, box, bbox, quad in zip(annotations, boxes.tolist(), around.tolist(), quads.tolist(), strict=True):
             difficult = bool(a.get("difficult") or a.get("ignore") or a.get("iscrowd"))
-            low, high = quad.reshape(4, 2).min(0), quad.reshape(4, 2).max(0)
-            more = {"rbox": box, "ignore": difficult, "bbox": [*low.tolist(), *(high - low).tolist()]}
+            a = {**a, "rbox": box, "ignore": difficult, "bbox": bbox}
             if not self.training:  # as to_coco needs them
-                more |= {"iscrowd": int(difficult), "segmentation": [quad.tolist()], "area": box[2] * box[3]}
-            made.append({**a, **more})
+                a |= {"iscrowd": int(difficult), "segmentation": [quad], "area": box[2] * box[3]}
+            made.append(a)
         return made
 
     def _box(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[float, ...] | str:
