@@ -147,9 +147,9 @@ class _Instances:
         x1, x2 = self.hidden(x)
         d3 = dlogits[:, None]
         dw3 = d3 @ x2.mT
-        d2 = (self.w3.mT * d3).mul_(x2 > 0)
+        d2 = torch.ops.aten.threshold_backward(self.w3.mT * d3, x2, 0)  # half the time of mul_(x2 > 0)
         dw2 = d2 @ x1.mT
-        d1 = torch.bmm(self.w2.mT, d2).mul_(x1 > 0)
+        d1 = torch.ops.aten.threshold_backward(self.w2.mT @ d2, x1, 0)
         da = (d1.flatten(0, 1) @ x.mT).view(-1, 8, 11)
         dw1 = torch.cat([(da[:, :, 10:] * self.points - da[:, :, 8:10]) * self.scale, da[:, :, :8]], 2)
         parts = (dw1, dw2, dw3, da[:, :, 10], d2.sum(2), d3.sum(2))
@@ -258,8 +258,8 @@ def _dice_reference_backward(
             p = _upsample(instances.logits(pixels).view(-1, H, W)).sigmoid_()
             t = gt_masks[image, gt_index[k]].bool().to(p.dtype)
             (inter, total), scale = sums[k].mT[..., None, None], 2 * dloss[k, None, None]
-            # d loss / dp = 2 (2 p sum(pt) / total - t) / total, times p (1 - p)
-            dz = (2 * inter / total * p).sub_(t).mul_(scale / total).mul_(p).mul_(1 - p)
+            # d loss / dp = 2 (2 p sum(p t) / total - t) / total
+            dz = torch.ops.aten.sigmoid_backward((2 * inter / total * p).sub_(t).mul_(scale / total), p)
             dlogits = torch.ops.aten.upsample_bilinear2d_backward(
                 dz[None], (2 * H, 2 * W), (1, len(k), H, W), False, 2.0, 2.0
             )[0]
