@@ -43,6 +43,10 @@ from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
 from rtmdet_fast.kernels.bn_silu import sigmoid
 
 _PARAMETERS = (80, 64, 8, 8, 8, 1)  # of an instance: W1, W2, W3, b1, b2, b3
+# pixels a Triton program takes: of the logits, which repays loading 169 parameters; of the gradients of the parameters,
+# where the sums over the lanes cost as much as two of 16 steps
+_STRIP, _TILE = 2048, 1024
+_PROGRAMS = 2048  # of the gradients of the features, to fill a GPU also where the batch is small
 _CHUNK = 2**19  # elements of a layer's output in the reference: 2 MB, so that the few of them stay in the cache
 
 
@@ -204,6 +208,8 @@ def _chunks(
     dtype = _precision(features, kernels)
     order = image_index.argsort(stable=True)
     for image, indices in enumerate(order.split(image_index.bincount(minlength=B).tolist())):
+        if len(indices) == 0:
+            continue
         pixels = _pixels(features[image], feature_stride, dtype)
         for k in indices.split(max(1, _CHUNK // (8 * H * W))):
             yield image, k, pixels, _Instances(kernels[k].to(dtype), points[k].to(dtype), strides[k].to(dtype))
@@ -602,10 +608,13 @@ def _dice_kernel(
 
 
 @triton.jit
-def _fold(x, FOLD: tl.constexpr):
-    if FOLD > 1:
-        x = tl.sum(tl.reshape(x, [FOLD, x.shape[0] // FOLD]), 0)
-    return x
+def _halves(x):
+    """The halves of each of 8 or 10 tensors, one after the other; a thread holds an element of either."""
+    halves = ()
+    for i in tl.static_range(len(x)):
+        first, second = tl.split(tl.trans(tl.reshape(x[i], [2, x[i].shape[0] // 2])))
+        halves = halves + (first, second)
+    return halves
 
 
 @triton.jit
@@ -624,7 +633,6 @@ def _dkernels_kernel(
     each,
     tiles,
     FIRST_LAYER: tl.constexpr,
-    FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients of the parameters over `each` pixels of one instance a program -> [K, tiles, 169].
@@ -640,7 +648,7 @@ def _dkernels_kernel(
     w = kernels_ptr + k * 169
     sums = ()
     for _i in tl.static_range(SUMS):
-        sums = sums + (tl.zeros([BLOCK // FOLD], tl.float32),)
+        sums = sums + (tl.zeros([BLOCK // 2], tl.float32),)
     first = tile * each
     last = tl.minimum(first + each, pixels)
     while first < last:
@@ -654,17 +662,19 @@ def _dkernels_kernel(
         updated = ()
         if FIRST_LAYER:
             d1 = _layer_backward(w, x1, d2, 80)
+            d1, x = _halves(d1), _halves(x)
             for o in tl.static_range(8):
-                updated = updated + (sums[11 * o] + _fold(d1[o], FOLD),)
+                updated = updated + (sums[11 * o] + d1[2 * o] + d1[2 * o + 1],)
                 for i in tl.static_range(10):
-                    updated = updated + (sums[11 * o + 1 + i] + _fold(d1[o] * x[i], FOLD),)
+                    updated = updated + (sums[11 * o + 1 + i] + d1[2 * o] * x[2 * i] + d1[2 * o + 1] * x[2 * i + 1],)
         else:
+            d2, d3, x2, x1 = _halves(d2), _halves((dlogit,)), _halves(x2), _halves(x1)
             for o in tl.static_range(8):
-                updated = updated + (sums[10 * o] + _fold(d2[o], FOLD),)
-                updated = updated + (sums[10 * o + 1] + _fold(dlogit * x2[o], FOLD),)
+                updated = updated + (sums[10 * o] + d2[2 * o] + d2[2 * o + 1],)
+                updated = updated + (sums[10 * o + 1] + d3[0] * x2[2 * o] + d3[1] * x2[2 * o + 1],)
                 for i in tl.static_range(8):
-                    updated = updated + (sums[10 * o + 2 + i] + _fold(d2[o] * x1[i], FOLD),)
-            updated = updated + (sums[80] + _fold(dlogit, FOLD),)
+                    updated = updated + (sums[10 * o + 2 + i] + d2[2 * o] * x1[2 * i] + d2[2 * o + 1] * x1[2 * i + 1],)
+            updated = updated + (sums[80] + d3[0] + d3[1],)
         sums = updated
         first += BLOCK
     partial_ptr += (k * tiles + tile) * 169
@@ -753,8 +763,8 @@ def _arguments(
 
 
 def _strips(H: int, W: int) -> tuple[int, int]:
-    """Rows a program takes, and how many such strips there are: some 2,048 pixels each, which repay 169 loads."""
-    rows = triton.cdiv(H, min(H, triton.cdiv(H * W, 2048)))
+    """Rows a program takes, and how many such strips there are."""
+    rows = triton.cdiv(H, min(H, triton.cdiv(H * W, _STRIP)))
     return rows, triton.cdiv(H, rows)
 
 
@@ -892,8 +902,7 @@ def _gradients(
     if K == 0:
         return torch.zeros_like(features), torch.empty_like(kernels)
     features_, kernels_, points, strides, image_index = _arguments(features, kernels, points, strides, image_index)
-    each = 1024  # pixels a program: the sums over its lanes cost as much as two of its 16 steps
-    tiles = triton.cdiv(H * W, each)
+    tiles = triton.cdiv(H * W, _TILE)
     dkernels = features.new_empty((K, tiles, sum(_PARAMETERS)), dtype=torch.float32)
     for first_layer in (True, False):
         wrap_triton(_dkernels_kernel)[(K * tiles,)](
@@ -908,10 +917,9 @@ def _gradients(
             W,
             H * W,
             feature_stride,
-            each,
+            _TILE,
             tiles,
             FIRST_LAYER=first_layer,
-            FOLD=2,
             BLOCK=64,
             num_warps=1,
         )
@@ -919,7 +927,7 @@ def _gradients(
     images = torch.arange(B + 1, device=image_index.device)
     start = torch.searchsorted(image_index[order], images)  # an index out of range is in no image
     tiles = triton.cdiv(H * W, 128)
-    groups = max(1, min(8, 2048 // (B * tiles)))  # programs to fill the GPU also where the batch is small
+    groups = max(1, min(8, _PROGRAMS // (B * tiles)))
     dfeatures = features.new_empty((groups, B, 8, H, W), dtype=torch.float32)
     wrap_triton(_dfeatures_kernel)[(B * tiles, groups)](
         features_,
