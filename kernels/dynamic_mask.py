@@ -14,12 +14,13 @@ Counts, for an instance and a pixel of the features; no GPU was at hand, nothing
 - Hence a program holds the 169 parameters of its instance in registers, where 2 pixels a thread fit beside them, and
   walks over 2,048 pixels, so that loading the parameters adds little.
 - The loss needs neighbours' logits. Each program computes its strip and the row above and below (a tenth more), leaves
-  them in a buffer [K, H, W], and after a barrier reads each pixel's 3 x 3 from there, that is from L1. Recomputing
-  them in registers would be 152 FMAs each.
+  them in a buffer [K, H, W], and after a barrier, which orders a program's global memory too, reads each pixel's 3 x 3
+  from there, that is from L1. Recomputing them in registers would be 152 FMAs each.
 - Backward, 16 outputs have a share in a logit: 16 sigmoids more, rather than a buffer of [K, 2H, 2W].
 - Gradients of the parameters are 169 sums over pixels. With 169 sums in registers nothing else fits, so two launches
-  keep 88 and 81 of them, and load the parameters (224 and 160 loads a warp) for each 64 pixels: 553 FMAs, and 6 loads
-  a lane. Gradients of the features are sums over instances, thus programs of another shape: 288 FMAs.
+  keep 88 and 81 of them, and load the parameters again for each 64 pixels of a warp (232 and 168 loads): 520 FMAs.
+  Gradients of the features are sums over instances, thus programs of another shape: 280 FMAs, and 296 loads for each
+  128 pixels of a warp. A multiprocessor loads for one warp a clock and multiplies for four: loads bound the former.
 Saved for the backward pass are the inputs and two numbers an instance. Each launch has at most two buffers [K, H, W],
 or 169 partial sums for each 1,024 pixels. There are no atomics: results are the same to the bit from run to run.
 

@@ -115,7 +115,7 @@ def check(tensors, options, logits_gradients=not INTERPRETED):
 
 CASES = {
     "odd": dict(B=2, H=7, W=13, K=3),
-    "one pixel, more instances than groups": dict(B=1, H=1, W=1, K=9),
+    "one pixel": dict(B=1, H=1, W=1, K=2),
     "one row": dict(B=1, H=1, W=37, K=2),
     "one column": dict(B=2, H=21, W=1, K=2),
     "an image without instances": dict(B=5, H=4, W=6, K=3),
@@ -184,12 +184,12 @@ def test_non_contiguous_inputs(backend):
 
 
 def test_order_of_the_instances_and_runs_change_nothing(backend):
-    tensors = inputs(3, 6, 7, 4)
+    tensors = inputs(3, 6, 7, 3)
     options = masks(tensors)
     first = outputs(ops.dynamic_mask_dice_loss, tensors, **options)
     again = outputs(ops.dynamic_mask_dice_loss, tensors, **options)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     loss = ops.dynamic_mask_dice_loss(
         tensors[0], *(t[order] for t in tensors[1:]), options["gt_masks"], options["gt_index"][order]
     )
@@ -398,12 +398,12 @@ def test_traces_forward_and_backward(traced_for_cuda):  # noqa: F811
     ]
 
 
-# registers, and those of gfx942, which has 512
+# registers; those of gfx942, which has 512, apart
 LIMITS = {
-    "_logits_kernel": (255, 512),
-    "_dice_kernel": (255, 512),
-    "_dkernels_kernel": (255, 512),
-    "_dfeatures_kernel": (192, 256),
+    "_logits_kernel": (255, 256),
+    "_dice_kernel": (255, 256),
+    "_dkernels_kernel": (192, 320),
+    "_dfeatures_kernel": (192, 272),
 }
 LOWERED = {"640 px": (2, 80, 80, 16), "odd": (3, 17, 13, 5)}
 
