@@ -241,7 +241,8 @@ def bad_cases():
     yield "duplicate annotation id", damaged(id=1), "annotation 1: duplicate"
     yield "of an image that is not listed", damaged(image_id=99), "annotation 2: of an image .*99"
     yield "of a category that is not listed", damaged(category_id=8), "annotation 2: of a category .*8"
-    for bbox in (None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, 3, float("inf")], ["1", 2, 3, 4], 5, [True, 2, 3, 4]):
+    no_boxes = ([1, 2, 3], [1, 2, float("nan"), 4], [1, 2, 3, float("inf")], [1, 2, 3, 10**400], ["1", 2, 3, 4])
+    for bbox in (None, *no_boxes, 5, [True, 2, 3, 4]):
         yield "bbox is not four finite numbers x, y, w, h", damaged(bbox=bbox), "annotation 2: bbox"
     yield "malformed", lambda f: f.add("x"), "malformed"
     yield "malformed", damaged(image_id=[1]), "malformed"

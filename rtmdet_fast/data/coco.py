@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -347,7 +347,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # false for NaN, and for integers that no float can hold
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_numbers(value: Any, count: int) -> bool:
