@@ -6,6 +6,7 @@
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.bn_silu import bn_silu
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
+from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms, batched_nms_padded, nms, nms_rotated
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
 
@@ -15,6 +16,8 @@ __all__ = [
     "bn_silu",
     "box_iou_rotated",
     "dwconv_bn_silu",
+    "dynamic_mask_dice_loss",
+    "dynamic_mask_logits",
     "dynamic_soft_label_assign",
     "nms",
     "nms_rotated",
