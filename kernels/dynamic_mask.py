@@ -173,6 +173,8 @@ def _chunks(
     dtype = _precision(features, kernels)
     order = image_index.argsort(stable=True)
     for image, indices in enumerate(order.split(image_index.bincount(minlength=B).tolist())):
+        if not len(indices):  # which split would give as one empty chunk
+            continue
         pixels = _pixels(features[image], feature_stride, dtype)
         for k in indices.split(max(1, _CHUNK // (8 * H * W))):
             yield image, k, pixels, _Instances(kernels[k].to(dtype), points[k].to(dtype), strides[k].to(dtype))
