@@ -178,7 +178,7 @@ class DetectionHead(nn.Module):
         return self.box_losses(logits, boxes, targets, assignment)
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if it has any."""
+        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if any."""
         return Assignment(
             *dynamic_soft_label_assign(
                 boxes.detach(),
@@ -235,7 +235,7 @@ class DetectionHead(nn.Module):
             return candidates
         boxes, scores, labels = (
             # NMS drops rows whose score is not finite: the padding.
-            nn.utils.rnn.pad_sequence([c[i] for c in candidates], batch_first=True, padding_value=padding)
+            nn.utils.rnn.pad_sequence([c[:3][i] for c in candidates], batch_first=True, padding_value=padding)
             for i, padding in enumerate((0, -math.inf, 0))
         )
         keep, kept = batched_nms_padded(boxes, scores, labels, settings.iou_threshold, settings.max_detections)
