@@ -150,7 +150,7 @@ def score_detections(
     with contextlib.redirect_stdout(io.StringIO()):
         truth = dataset.to_coco()
         if detections:
-            found = truth.loadRes(detections)
+            found = truth.loadRes([dict(d) for d in detections])  # it writes into what it is given
         else:  # loadRes cannot take an empty list
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}

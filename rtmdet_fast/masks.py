@@ -117,7 +117,7 @@ def encode(region: Region, shape: tuple[int, int]) -> dict[str, Any]:
     # A run that goes on at the top of the next column is one run.
     joined = np.flatnonzero(ends[1:] == ends[:-1])
     ends = np.delete(ends, np.concatenate([joined, joined + 1]))
-    counts = np.diff(ends, prepend=0, append=height * width)
+    counts = np.diff(ends[ends < height * width], prepend=0, append=height * width)
     rle = mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
