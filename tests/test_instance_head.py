@@ -1,6 +1,8 @@
 """RTMDet-Ins against the published one: keys, outputs, losses, gradients, assignments, boxes and masks."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -9,12 +11,15 @@ import torch
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.checkpoint import read_checkpoint
+from rtmdet_fast.data.masks import MaskStore, read_segmentation
 from rtmdet_fast.heads import Targets
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.masks import PredictedMasks
 from rtmdet_fast.model import SIZES, _inspect
+from rtmdet_fast.preprocess import letterbox, normalize
+from rtmdet_fast.schedule import parameter_groups
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -223,3 +228,77 @@ def test_other_classes_leave_only_the_classifier_fresh(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RTMDet.from_pretrained(tmp_path / "two.pth")
+
+
+def test_a_model_learns_the_masks_of_one_image_by_heart():
+    """Augmentation apart, the whole chain pulls the same way: from outlines to targets, and from logits to masks."""
+    import cv2
+
+    torch.manual_seed(0)
+    rings = [
+        [8, 8, 44, 8, 44, 20, 20, 20, 20, 52, 8, 52],
+        [60, 10, 116, 10, 88, 52],
+        [40, 60, 100, 60, 108, 76, 100, 90, 40, 90, 32, 76],
+    ]
+    image = np.full((96, 128, 3), 60, np.uint8)
+    for ring, colour in zip(rings, ((250, 40, 40), (40, 250, 40), (250, 40, 40)), strict=True):
+        cv2.fillPoly(image, [np.array(ring).reshape(-1, 2)], colour)
+    outlines = MaskStore([read_segmentation([ring], 128, 96)[0] for ring in rings]).load(0, 3, 128, 96)
+    truth = outlines.render(128, 128)
+    labels = torch.tensor([0, 1, 0])
+    fields = (
+        torch.from_numpy(truth.extents),
+        labels,
+        torch.tensor(3),
+        *map(torch.from_numpy, (truth.centers, truth.masks)),
+    )
+    targets = Targets(*(field.expand(4, *field.shape) for field in fields))
+    canvas, _ = letterbox(image, 128)
+    batch = normalize(torch.from_numpy(canvas).permute(2, 0, 1).expand(4, -1, -1, -1))
+    model = RTMDet("nano", "ins", class_names=("blue", "green")).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=4e-3)
+    for step in range(100):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (1 - step / 100)
+        losses = model(batch + 0.1 * torch.randn_like(batch), targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses["loss_mask"] < 0.1
+    found = model.predict(image, image_size=128, score_threshold=0.3)
+    assert sorted(found.labels[:3].tolist()) == [0, 0, 1]
+    masks = found.masks[:3].numpy()
+    for i, label in enumerate(labels):
+        x, y, pixels = outlines.region(i)
+        mask = np.zeros((96, 128), bool)
+        mask[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+        iou = (masks & mask).sum((1, 2)) / (masks | mask).sum((1, 2))
+        assert iou.max() > 0.75 and found.labels[iou.argmax()] == label
+
+
+MEMORY = """
+import resource, sys, torch
+from rtmdet_fast import RTMDet
+from rtmdet_fast.heads import Targets
+
+torch.manual_seed(0)
+n = 300
+corner = torch.rand(2, n, 2) * 540
+boxes = torch.cat([corner, corner + 20 + 80 * torch.rand(2, n, 2)], 2)
+at = torch.arange(160) * 4 + 2
+inside = [(at >= boxes[..., k, None]) & (at < boxes[..., k + 2, None]) for k in (0, 1)]
+masks = (inside[1][..., None] & inside[0][..., None, :]).to(torch.uint8)
+targets = Targets(boxes, torch.randint(80, (2, n)), torch.full((2,), n), (boxes[..., :2] + boxes[..., 2:]) / 2, masks)
+model = RTMDet("tiny", "ins")
+losses = model(torch.randn(2, 3, 640, 640), targets)
+sum(losses.values()).backward()
+assert losses["loss_mask"].item() > 0.1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_300_instances_an_image_fit_in_memory():
+    """Batch 2 at 640 px, forwards and backwards, in less than 4 GB all in all."""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 4e9
