@@ -13,7 +13,7 @@ TRITON ?= triton==3.6.0
 TASK ?= det
 VENV ?= .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu training_with_kernels)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu dynamic_mask training_with_kernels)
 
 .PHONY: demo test lint test-torch test-triton test-slow test-gpu bench bench-gpu setup clean
 

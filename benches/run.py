@@ -26,7 +26,7 @@ from benches.harness import Case
 from rtmdet_fast.kernels import _dispatch
 
 FOLDER = Path(__file__).resolve().parent
-OPS = ("assign", "rotated_iou", "nms", "dwconv_bn_silu", "bn_silu")  # in order of importance
+OPS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")  # in order of importance
 PINNED = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "mmcv", "mmdet")
 

@@ -11,6 +11,7 @@ OPS = {
     "assign": "Assignment",
     "rotated_iou": "Pairwise rotated IoU",
     "nms": "NMS",
+    "dynamic_mask": "Dynamic masks",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
 }

@@ -242,7 +242,7 @@ def traced_kernels(function, tensors):
         for node in graph_module.graph.nodes:
             if "triton_kernel_wrapper" in str(node.target):
                 kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-                found.append((kernel.__name__, sorted(node.kwargs["tensors_to_clone"])))
+                found.append((kernel.fn.__name__, sorted(node.kwargs["tensors_to_clone"])))
         return make_boxed_func(stop)
 
     def stop(*args):
