@@ -9,7 +9,6 @@ Legend: n instances, p parts (one outline each), e edges, s spans.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -254,12 +253,8 @@ class MaskStore:
     def load(self, start: int, stop: int, width: int, height: int) -> Outlines:
         """The masks of the annotations from `start` to `stop`, in an image of this size."""
         r0, r1 = self._rings_of[[start, stop]]
-        starts = self._ring_starts[r0 : r1 + 1] - self._ring_starts[r0]
-        points = self._points[self._ring_starts[r0] : self._ring_starts[r1]]
-        after = np.arange(1, len(points) + 1)
-        after[starts[1:] - 1] = starts[:-1]
-        edges = [np.concatenate([points, points[after]], 1)]
-        parts = [np.repeat(np.arange(r1 - r0, dtype=np.int32), np.diff(starts))]
+        edges = [self._edges(r0, r1)]
+        parts = [np.repeat(np.arange(r1 - r0, dtype=np.int32), np.diff(self._ring_starts[r0 : r1 + 1]))]
         owners = np.repeat(np.arange(stop - start, dtype=np.int32), np.diff(self._rings_of[start : stop + 1])).tolist()
         for i in range(start, stop):
             runs = self._runs[self._runs_of[i] : self._runs_of[i + 1]]
@@ -271,31 +266,57 @@ class MaskStore:
         return Outlines(np.concatenate(edges), np.concatenate(parts), np.array(owners, np.int32), windows)
 
     def self_crossing(self) -> np.ndarray:
-        """[annotations] bool: those with a polygon that crosses itself."""
-        crossing = np.zeros(len(self._ring_starts) - 1, bool)
-        for which, rings in self._rings_by_length():
-            crossing[which] = _crosses_itself(rings)
+        """[annotations] bool: those with a polygon that crosses itself (edges that only touch do not count)."""
+        lengths = np.diff(self._ring_starts)
+        crossing = np.zeros(len(lengths), bool)
+        for rings in _portions(lengths):
+            edges = self._edges(rings[0], rings[-1] + 1).astype(np.float64)
+            crossing[np.unique(_crossing(edges, np.repeat(rings, lengths[rings])))] = True
         owner = np.repeat(np.arange(len(self._heights)), np.diff(self._rings_of))
         return np.bincount(owner[crossing], minlength=len(self._heights)) > 0
 
-    def _rings_by_length(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Indices of rings of k points each, and their points [rings, k, 2], in bounded portions."""
-        lengths = np.diff(self._ring_starts)
-        for k in np.unique(lengths):
-            same = np.flatnonzero(lengths == k)
-            for which in np.array_split(same, -(-len(same) * k * k // 2**20)):
-                yield which, self._points[self._ring_starts[which][:, None] + np.arange(k)]
+    def _edges(self, start: int, stop: int) -> np.ndarray:
+        """[e, 4] of the rings from `start` to `stop`."""
+        starts = self._ring_starts[start : stop + 1] - self._ring_starts[start]
+        points = self._points[self._ring_starts[start] : self._ring_starts[stop]]
+        after = np.arange(1, len(points) + 1)
+        after[starts[1:] - 1] = starts[:-1]
+        return np.concatenate([points, points[after]], 1)
 
 
-def _crosses_itself(rings: np.ndarray) -> np.ndarray:
-    """[r] bool of rings [r, k, 2]: whether two edges cross at a point inside both; edges that touch do not count."""
-    p, q = rings.astype(np.float64), np.roll(rings, -1, 1).astype(np.float64)
-    along = q - p
-    # side[:, i, j]: on which side of edge i the point j lies
-    offset = p[:, None] - p[:, :, None]
-    side = along[:, :, None, 0] * offset[..., 1] - along[:, :, None, 1] * offset[..., 0]
-    parted = np.sign(side) * np.sign(np.roll(side, -1, 2)) < 0
-    return np.asarray((parted & parted.transpose(0, 2, 1)).any((1, 2)))
+def _portions(costs: np.ndarray, most: int = 2**18) -> list[np.ndarray]:
+    """0, 1, … in runs of which the costs add up to about `most`."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(costs) // most)) + 1
+    return np.split(np.arange(len(costs)), cuts) if len(costs) else []
+
+
+def _crossing(edges: np.ndarray, ring: np.ndarray) -> np.ndarray:
+    """The rings, with repetitions, of which two of the edges [e, 4] cross."""
+    # Sorted by ring and least y, an edge has the edges that it may meet right behind it.
+    least, greatest = np.sort(edges[:, 1::2], 1).T
+    apart = ring * (np.ptp(edges[:, 1::2]) + 1)
+    order = np.argsort(apart + least)
+    edges, ring = edges[order], ring[order]
+    first = np.arange(1, len(edges) + 1)
+    count = np.searchsorted((apart + least)[order], (apart + greatest)[order], "right") - first
+    found = []
+    for part in _portions(count):
+        a = np.repeat(part, count[part])
+        b = np.arange(len(a)) + np.repeat(first[part] - (np.cumsum(count[part]) - count[part]), count[part])
+        found.append(ring[a[_cross(edges[a], edges[b])]])
+    return np.concatenate(found)
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[k] bool of edges [k, 4]: whether they cross at a point inside both."""
+
+    def parts(line: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Whether the ends of `other` lie on different sides of `line`."""
+        x, y, dx, dy = line[:, 0], line[:, 1], line[:, 2] - line[:, 0], line[:, 3] - line[:, 1]
+        sides = (np.sign(dx * (other[:, k + 1] - y) - dy * (other[:, k] - x)) for k in (0, 2))
+        return np.multiply(*sides) < 0
+
+    return parts(a, b) & parts(b, a)
 
 
 def _edges_of_runs(runs: np.ndarray, height: int) -> np.ndarray:
