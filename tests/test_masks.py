@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from rtmdet_fast.data.augment import Augmenter, recipe_for
+from rtmdet_fast.data.coco import Sample
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, concatenate, read_segmentation
+from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.masks import PredictedMasks, Region, encode, outline
 
 H, W = 96, 128
@@ -229,21 +232,32 @@ def test_rings_that_cross_themselves():
     assert store(*(rng.uniform(0, 90, (25, 2)) for _ in range(50))).self_crossing().all()
 
 
-def test_cached_masks_are_small():
-    """40 images of 640 px with 100 masks each, half of them RLEs, of 80 to 200 px: less than 300 MB, by far."""
+def test_caches_of_crowded_images_are_small():
+    """The l recipe's caches (40 and 20 images of 640 px) with 100 masks an image, half of them RLEs: below 300 MB."""
     rng = np.random.default_rng(8)
-    total = 0
-    for _ in range(4):
+    samples = []
+    for index in range(44):
         segmentations = []
         for i in range(100):
-            ring = star(rng, rng.uniform(100, 540, 2), rng.uniform(40, 100), 60)
-            if i % 2:
-                segmentations.append([ring.ravel().tolist()])
-            else:
-                rle = coco_mask.frPyObjects([ring.ravel().tolist()], 640, 640)[0]
-                segmentations.append({"size": [640, 640], "counts": rle["counts"]})
-        total += outlines(*segmentations, width=640, height=640).nbytes
-    assert 10 * total < 100e6
+            polygon = [star(rng, rng.uniform(100, 540, 2), rng.uniform(40, 100), 60).ravel().tolist()]
+            rle = {"size": [640, 640], "counts": coco_mask.frPyObjects(polygon, 640, 640)[0]["counts"]}
+            segmentations.append(polygon if i % 2 else rle)
+        masks = outlines(*segmentations, width=640, height=640)
+        boxes = masks.render(640, 640, pixels=False).extents
+        image = np.zeros((640, 640, 3), np.uint8)
+        samples.append(Sample(image, boxes, np.zeros(100, np.int64), index, "", masks))
+
+    class Images(list):
+        load = list.__getitem__
+
+    recipe = recipe_for("l", 640, masks=True)
+    augmenter = Augmenter(Images(samples), recipe)
+    for batch in PlanSampler(len(samples), 1, recipe, 0, 0):
+        found = augmenter[batch[0]]
+        assert found[4].shape[1:] == (160, 160)
+    cached = [*augmenter._tiles.values(), *augmenter._augmented.values()]
+    assert len(cached) > 55 and np.mean([len(c.boxes) for c in cached]) > 80
+    assert sum(c.image.nbytes + c.boxes.nbytes + c.labels.nbytes + c.masks.nbytes for c in cached) < 300e6
 
 
 def smooth_logits(n, h, w, seed=0) -> torch.Tensor:

@@ -321,13 +321,12 @@ def _project(parts: list[_Part], masked: bool) -> tuple[np.ndarray, np.ndarray, 
         scale = np.array([(u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)] * 2, np.float32)
         projected = (part.tile.boxes - np.array([x0, y0, x0, y0], np.float32)) * scale
         projected += np.array([u0, v0, u0, v0], np.float32)
-        whole = projected.copy()
-        np.clip(projected, (u0, v0, u0, v0), (u1, v1, u1, v1), out=projected)
-        kept = np.asarray((projected[:, 2:] > projected[:, :2]).all(1))
-        boxes.append(projected[kept])
+        seen = np.clip(projected, (u0, v0, u0, v0), (u1, v1, u1, v1), dtype=np.float32)
+        kept = np.asarray((seen[:, 2:] > seen[:, :2]).all(1))
+        boxes.append(seen[kept])
         labels.append(part.tile.labels[kept])
         if part.tile.masks is not None:
-            cut.append((whole != projected).any(1)[kept])
+            cut.append((seen != projected).any(1)[kept])
             sx, sy = (u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)
             masks = part.tile.masks.take(kept).resized((sx, sy), (u0 - x0 * sx, v0 - y0 * sy))
             outlines.append(masks.seen_through(part.target))
