@@ -554,7 +554,9 @@ def _forward(
     y = torch.empty((images, channels, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=format)
     w, parameters = w.contiguous(), tuple(parameter.contiguous() for parameter in parameters)
     residual = residual if residual is None else residual.contiguous(memory_format=format)
-    block_c, block_w = _blocks(out_width, last, channels, size < 7 and x.element_size() == 2)
+    # at stride 2 a thread holds more columns: with two channels of them ptxas spills
+    wide = size < 7 and stride == 1 and x.element_size() == 2
+    block_c, block_w = _blocks(out_width, last, channels, wide)
     column_blocks, channel_blocks = triton.cdiv(out_width, 2 * block_w), triton.cdiv(channels, block_c)
     flight = triton.cdiv(size, stride)
     unroll = flight if size < 7 else 1
