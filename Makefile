@@ -9,6 +9,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # A build of torch for CPUs brings no Triton; the bounds on registers in the tests are this one's.
 TRITON ?= triton==3.6.0
+# Of the demo: det (boxes) or ins (boxes and masks).
+TASK ?= det
 VENV ?= .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu dynamic_mask training_with_kernels)
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/rtmdet-fast demo --out runs/demo
+	$(BIN)/rtmdet-fast demo --task $(TASK) --out runs/demo
 
 test: lint test-torch test-triton
 

@@ -106,6 +106,8 @@ class SplitConfig:
 class DemoConfig:
     """Draw a data set of shapes, train on it, evaluate, and write report.html and pictures. Needs no download."""
 
+    task: str = "det"
+    """What to detect: det (boxes) or ins (boxes and masks)."""
     out: Path = Path("runs/demo")
     """Where data, weights, report and pictures go."""
     epochs: int = 10
@@ -141,18 +143,19 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     if annotations is None or images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
-    dataset = CocoDataset(annotations, images, skip_bad=config.skip_bad)
+    dataset = CocoDataset(annotations, images, skip_bad=config.skip_bad, masks=model.task == "ins")
     started = time.perf_counter()
     evaluation = evaluate(
         model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
     )
     seconds = time.perf_counter() - started
     for name, value in evaluation.metrics.items():
-        print(f"{name:6} {value:6.3f}")
+        print(f"{name:10} {value:6.3f}")
     width = max(len(name) for name in evaluation.per_class)
-    print(f"\n{'class':{width}}     AP   AP50")
+    columns = next(iter(evaluation.per_class.values()))
+    print(f"\n{'class':{width}} " + " ".join(f"{column:>9}" for column in columns))
     for name, figures in evaluation.per_class.items():
-        print(f"{name:{width}} {figures['AP']:6.3f} {figures['AP50']:6.3f}")
+        print(f"{name:{width}} " + " ".join(f"{value:9.3f}" for value in figures.values()))
     print()
     print_skipped({reason: len(what) for reason, what in dataset.skipped.items()})
     unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""
@@ -190,8 +193,7 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
             for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
-                _, _, w, h = entry["bbox"]
-                annotations.append({"id": len(annotations) + 1, **entry, "area": w * h, "iscrowd": 0})
+                annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
             if not frame.is_video:
                 results.save(config.out / frame.name)
                 continue
@@ -227,7 +229,7 @@ def run_train(config: Any) -> dict[str, Any]:
 
     result = train(config)
     for name, value in result.metrics.items():
-        print(f"{name:6} {value:6.3f}")
+        print(f"{name:10} {value:6.3f}")
     print_skipped(result.skipped)
     print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
     print(f"best weights {result.best}, last {result.last}" + (f", report {result.report}" if result.report else ""))
@@ -286,6 +288,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             val_images=shapes.val_images,
             out=config.out / "run",
             size="tiny",
+            task=config.task,
             epochs=config.epochs,
             # More than the 20 of 300 epochs of a full run: mosaics of small scenes are hard.
             stage2_epochs=config.epochs // 3,
@@ -309,6 +312,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         )
     )
     print(f"\nAP50 {result.metrics['AP50']:.3f}, AP {result.metrics['AP']:.3f} on {shapes.val_ann}")
+    if "segm_AP" in result.metrics:
+        print(f"of masks: AP50 {result.metrics['segm_AP50']:.3f}, AP {result.metrics['segm_AP']:.3f}")
     print(f"look at   {result.report}\n          {summary['out']}/*.jpg")
     return {
         **result.metrics,
@@ -345,6 +350,16 @@ def run_info(config: InfoConfig) -> dict[str, Any]:
     for name, value in found.items():
         print(f"{name:14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
     return found
+
+
+def area_of(entry: dict[str, Any]) -> float:
+    """Pixels of a detection's mask, or of its box where it has none."""
+    if "segmentation" in entry:
+        from pycocotools.mask import area
+
+        return int(area(entry["segmentation"]))
+    _, _, width, height = entry["bbox"]
+    return width * height
 
 
 def print_skipped(skipped: dict[str, int]) -> None:

@@ -25,6 +25,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 class Evaluation:
     """`metrics`: the twelve COCO figures, in [0, 1], -1 where there is nothing to measure.
 
+    A model with masks has twelve more, of which the names start with segm_, for its masks.
     per_class: name → AP and AP50. pr_curves: name → (recall [101], precision [101]) at IoU 0.5.
     detections: COCO results entries. skipped: images that could not be read.
     """
@@ -66,11 +67,14 @@ def evaluate(
     num_workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Detect on every image of `dataset` (score > 0.001, NMS 0.65, 300 kept) and compare with its ground truth.
+    """Detect on every image of `dataset` with the published test settings and compare with its ground truth.
 
-    The data set's classes are matched with the model's by name; raises UserError where they cannot be.
+    For a model with masks the data set is one made with masks=True, and masks are compared too. The data set's
+    classes are matched with the model's by name; raises UserError where they cannot be.
     """
     size = check_image_size(image_size or model.image_size)
+    if model.task == "ins" and not dataset.has_masks:
+        raise UserError(f"{dataset.annotation_path} was read without its masks: make the data set with masks=True")
     category_ids = match_categories(model, dataset)
     loader: DataLoader = DataLoader(
         _LetterboxedImages(dataset, size),
@@ -91,13 +95,27 @@ def evaluate(
                 image_ids.append(image_id)
                 boxes = found.boxes.float().cpu()
                 boxes[:, 2:] -= boxes[:, :2]
-                detections += [
+                entries: list[dict[str, Any]] = [
                     {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
                     for box, score, label in zip(
                         boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
                     )
                 ]
-    return score_detections(dataset, detections, image_ids, skipped=len(dataset) - len(image_ids))
+                if found.masks is not None:
+                    for entry, rle in zip(entries, found.masks.rles(), strict=True):
+                        entry["segmentation"] = rle
+                detections += entries
+    skipped = len(dataset) - len(image_ids)
+    evaluation = score_detections(dataset, detections, image_ids, skipped)
+    if model.task != "ins":
+        return evaluation
+    # without `bbox` pycocotools takes the areas of the masks
+    masks = [{key: value for key, value in d.items() if key != "bbox"} for d in detections]
+    of_masks = score_detections(dataset, masks, image_ids, skipped, iou_type="segm")
+    for name, figures in of_masks.per_class.items():
+        evaluation.per_class[name].update((f"segm_{key}", value) for key, value in figures.items())
+    evaluation.metrics.update((f"segm_{key}", value) for key, value in of_masks.metrics.items())
+    return evaluation
 
 
 def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
@@ -116,21 +134,28 @@ def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
 
 
 def score_detections(
-    dataset: CocoDataset, detections: list[dict[str, Any]], image_ids: list[int] | None = None, skipped: int = 0
+    dataset: CocoDataset,
+    detections: list[dict[str, Any]],
+    image_ids: list[int] | None = None,
+    skipped: int = 0,
+    iou_type: str = "bbox",
 ) -> Evaluation:
-    """COCO figures of detections in COCO results form (category ids and pixels of the data set)."""
+    """COCO figures of detections in COCO results form (category ids and pixels of the data set).
+
+    iou_type: "bbox", or "segm" for masks, which a data set made with masks=True has.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = dataset.to_coco()
         if detections:
-            found = truth.loadRes(detections)
+            found = truth.loadRes([dict(d) for d in detections])  # it writes into what it is given
         else:  # loadRes cannot take an empty list
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
-        scorer = COCOeval(truth, found, "bbox")
+        scorer = COCOeval(truth, found, iou_type)
         if image_ids is not None:
             scorer.params.imgIds = sorted(image_ids)
         scorer.evaluate()

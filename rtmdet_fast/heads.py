@@ -16,6 +16,7 @@ from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.layers import conv3x3
 from rtmdet_fast.losses import giou_loss, quality_focal_loss
+from rtmdet_fast.masks import PredictedMasks
 
 STRIDES = (8, 16, 32)
 
@@ -28,11 +29,17 @@ class HeadOutput(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Ground truth of a batch, padded: boxes [B, M, 4] xyxy pixels, labels [B, M] int64, counts [B] int64."""
+    """Ground truth of a batch, padded: boxes [B, M, 4] xyxy pixels, labels [B, M] int64, counts [B] int64.
+
+    For masks also centers [B, M, 2], their centres of mass (x, y) in pixels, and masks [B, M, H/4, W/4] uint8, the
+    full-size masks sampled at [2::4, 2::4].
+    """
 
     boxes: Tensor
     labels: Tensor
     counts: Tensor
+    centers: Tensor | None = None
+    masks: Tensor | None = None
 
 
 class Assignment(NamedTuple):
@@ -46,13 +53,18 @@ class Assignment(NamedTuple):
 class Detections(NamedTuple):
     """Detections of one image, by falling score: boxes [D, 4] xyxy pixels of the network input, scores, labels.
 
-    priors [D]: which of the N priors each comes from.
+    priors [D]: which of the N priors each comes from. masks: those of the detections, where the task has them.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     priors: Tensor
+    masks: PredictedMasks | None = None
+
+    def take(self, index: Tensor) -> Detections:
+        """Those that `index` (positions or bool) picks."""
+        return Detections(*(None if field is None else field[index] for field in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +178,7 @@ class DetectionHead(nn.Module):
         return self.box_losses(logits, boxes, targets, assignment)
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment (section 3.3) of what `decode` returns."""
+        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if any."""
         return Assignment(
             *dynamic_soft_label_assign(
                 boxes.detach(),
@@ -175,6 +187,7 @@ class DetectionHead(nn.Module):
                 targets.boxes,
                 targets.labels,
                 targets.counts,
+                targets.centers,
             )
         )
 
@@ -222,12 +235,12 @@ class DetectionHead(nn.Module):
             return candidates
         boxes, scores, labels = (
             # NMS drops rows whose score is not finite: the padding.
-            nn.utils.rnn.pad_sequence([c[i] for c in candidates], batch_first=True, padding_value=padding)
+            nn.utils.rnn.pad_sequence([c[:3][i] for c in candidates], batch_first=True, padding_value=padding)
             for i, padding in enumerate((0, -math.inf, 0))
         )
         keep, kept = batched_nms_padded(boxes, scores, labels, settings.iou_threshold, settings.max_detections)
         return [
-            Detections(*(field[indices[:count]] for field in candidate))
+            candidate.take(indices[:count])
             for candidate, indices, count in zip(candidates, keep, kept.tolist(), strict=True)
         ]
 
@@ -252,7 +265,7 @@ class DetectionHead(nn.Module):
         if not clip:
             return found
         found = found._replace(boxes=self.clip(found.boxes, shape))
-        return Detections(*(field[self.is_solid(found.boxes)] for field in found))
+        return found.take(self.is_solid(found.boxes))
 
     def _candidates(self, boxes: Tensor, scores: Tensor, lengths: list[int], settings: DetectSettings) -> Detections:
         """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""

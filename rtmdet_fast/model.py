@@ -15,6 +15,7 @@ from rtmdet_fast.backbone import CSPNeXt
 from rtmdet_fast.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.heads import DetectionHead, Detections, DetectSettings, HeadOutput, Targets
+from rtmdet_fast.instance_head import InstanceHead
 from rtmdet_fast.neck import CSPNeXtPAFPN
 from rtmdet_fast.preprocess import letterbox, normalize
 from rtmdet_fast.results import Results
@@ -73,13 +74,14 @@ SIZES: dict[str, Callable[[], Architecture]] = {
     "l": rtmdet_l,
     "x": rtmdet_x,
 }
-TASKS = {"det": DetectionHead}
+TASKS = {"det": DetectionHead, "ins": InstanceHead}
 
 
 class RTMDet(nn.Module):
     """Backbone, neck and the head of one task; state_dict keys are those of the published checkpoints.
 
-    size: nano, tiny, s, m, l or x. task: det. class_names: one per class; COCO's for 80 classes where not given.
+    size: nano, tiny, s, m, l or x. task: det (boxes) or ins (boxes and masks).
+    class_names: one per class; COCO's for 80 classes where not given.
     """
 
     def __init__(
@@ -224,6 +226,7 @@ class RTMDet(nn.Module):
                         names=self.class_names,
                         path=str(source) if isinstance(source, (str, Path)) else None,
                         shape=array.shape[:2],
+                        predicted_masks=detections.masks,
                     )
                 )
         return results[0] if single else results
@@ -269,18 +272,24 @@ class RTMDet(nn.Module):
         return model.eval()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
-        own = self.state_dict()
-        fitting = {k: v for k, v in checkpoint.state_dict.items() if k in own and own[k].shape == v.shape}
-        other_shape = {k for k, v in checkpoint.state_dict.items() if k in own and own[k].shape != v.shape}
+        """Take over weights; layers that the file lacks or that have another class count stay, and are named.
+
+        Of a model of another task, which has another head, backbone and neck are taken.
+        """
+        own, state = self.state_dict(), checkpoint.state_dict
+        other_task = _inspect(checkpoint)[1] not in (None, self.task)
+        if other_task:
+            state = {key: value for key, value in state.items() if not key.startswith("bbox_head.")}
+        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+        other_shape = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
         unfit = [key for key in other_shape if not key.startswith("bbox_head.rtm_cls.")]
-        unfit += [k for k in own if k.startswith("backbone.") and k not in checkpoint.state_dict]
-        unknown = [k for k in checkpoint.state_dict if k not in own]
+        unfit += [k for k in own if k.startswith("backbone.") and k not in state]
+        unknown = [k for k in state if k not in own]
         if unfit or (unknown and not checkpoint_is_backbone(checkpoint)):
             keys = sorted(unfit or unknown)
             raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {keys[0]})")
         self.load_state_dict(fitting, strict=False)
-        fresh = sorted({".".join(k.split(".")[:2]) for k in own if k not in fitting})
+        fresh = sorted({".".join(k.split(".")[: 1 if other_task else 2]) for k in own if k not in fitting})
         if fresh:
             classes = f" for {len(self.class_names)} classes" if other_shape else ""
             warnings.warn(

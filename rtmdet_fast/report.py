@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rtmdet_fast.data.masks import Outlines
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.results import Results
 from rtmdet_fast.visualize import draw_detections
@@ -39,6 +40,9 @@ FIGURES = {
     "APs": "AP small, below 32² px",
     "APm": "AP medium",
     "APl": "AP large, above 96² px",
+    "segm_AP": "mask AP, IoU .50 to .95",
+    "segm_AP50": "mask AP50",
+    "segm_AP75": "mask AP75",
 }
 
 # Lines that show on white and on black. Text and axes are drawn in INK, for which the page puts its own.
@@ -50,11 +54,12 @@ INK = "#010203"
 
 
 class ReportSample(NamedTuple):
-    """A validation image: `result` with its image kept, gt_boxes [m, 4] xyxy pixels, gt_labels [m]."""
+    """A validation image: `result` with its image kept, gt_boxes [m, 4] xyxy pixels, gt_labels [m], gt_masks."""
 
     result: Results
     gt_boxes: np.ndarray
     gt_labels: np.ndarray
+    gt_masks: Outlines | None = None
 
 
 class _Curve(NamedTuple):
@@ -139,7 +144,9 @@ def _column(history: Sequence[Row], key: str) -> np.ndarray:
 
 def _headline(history: Sequence[Row], evaluation: Row, parameters: int | None, seconds: float | None) -> str:
     tiles = [(label, _figure(evaluation[key])) for key, label in FIGURES.items() if key in evaluation]
-    epoch, ap = _column(history, "epoch"), np.array([_ap(row.get("AP")) for row in history])
+    # the best epoch of a model with masks is that of the best masks
+    criterion = "segm_AP" if "segm_AP" in evaluation else "AP"
+    epoch, ap = _column(history, "epoch"), np.array([_ap(row.get(criterion)) for row in history])
     known = np.isfinite(ap) & np.isfinite(epoch)
     if known.any():
         best = epoch[known][ap[known].argmax()]
@@ -192,10 +199,10 @@ def _training(history: Sequence[Row]) -> str:
     validated = [row for row in history if not math.isnan(_ap(row.get("AP")))]
     ap_curves = [
         _Curve(key, _column(validated, "epoch"), _column(validated, key), color)
-        for key, color in zip(("AP", "AP50"), LINE_COLORS, strict=False)
+        for key, color in zip(("AP", "AP50", "segm_AP", "segm_AP50"), LINE_COLORS, strict=False)
         if validated and np.isfinite(_column(validated, key)).any()
     ]
-    losses = {"loss": "total", "loss_cls": "classification", "loss_bbox": "box"}
+    losses = {"loss": "total", "loss_cls": "classification", "loss_bbox": "box", "loss_mask": "mask"}
     charts = (
         _chart("Training loss", unit, curves(losses, x)),
         _chart("Average precision on the validation images", "epoch", ap_curves, top=1),
@@ -325,11 +332,24 @@ def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
         kept = result.scores >= score_threshold
         scale = PICTURE_SIDE / max(result.shape)
         image = _resized(result.image, scale)
+        size = image.shape[0], image.shape[1]
+        gt_masks = sample.gt_masks and sample.gt_masks.resized((scale, scale)).seen_through((0, 0, size[1], size[0]))
         truth = draw_detections(
-            image, np.asarray(sample.gt_boxes).reshape(-1, 4) * scale, sample.gt_labels, None, result.names
+            image,
+            np.asarray(sample.gt_boxes).reshape(-1, 4) * scale,
+            sample.gt_labels,
+            None,
+            result.names,
+            masks=gt_masks,
         )
+        masks = result.predicted_masks
         found = draw_detections(
-            image, result.boxes[kept] * scale, result.labels[kept], result.scores[kept], result.names
+            image,
+            result.boxes[kept] * scale,
+            result.labels[kept],
+            result.scores[kept],
+            result.names,
+            masks=masks and masks[kept].resized(scale, size),
         )
         name = Path(result.path).name if result.path else f"image {number}"
         cells.append(

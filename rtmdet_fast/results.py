@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import PredictedMasks
 
 
 @dataclass(eq=False, repr=False)
@@ -23,6 +24,7 @@ class Results:
     scores: [n] float32; labels: [n] int64, indices into `names`
     names: the class names of the model (those of the detections are `label_names`)
     path: the file the image came from, or None; shape: (height, width) of the original image
+    predicted_masks: of a model with masks; `masks`, `rles` and `polygons` work them out
     """
 
     image: np.ndarray | None
@@ -32,6 +34,7 @@ class Results:
     names: tuple[str, ...]
     path: str | None = None
     shape: tuple[int, int] = (0, 0)
+    predicted_masks: PredictedMasks | None = None
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names)
@@ -43,13 +46,32 @@ class Results:
         """The class name of each detection."""
         return [self.names[label] for label in self.labels.tolist()]
 
+    @property
+    def masks(self) -> Tensor:
+        """[n, H, W] bool in pixels of the original image; made anew by every call."""
+        return self._with_masks().to_bool()
+
+    def rles(self) -> list[dict[str, Any]]:
+        """The masks as COCO's compressed RLE: size [H, W] and counts, a str."""
+        return self._with_masks().rles()
+
+    def polygons(self) -> list[list[list[float]]]:
+        """The masks as COCO polygons, [x, y, x, y, …] each; several where a mask has parts or holes."""
+        return self._with_masks().polygons()
+
+    def _with_masks(self) -> PredictedMasks:
+        if self.predicted_masks is None:
+            raise UserError("these results hold no masks: their model detects boxes only")
+        return self.predicted_masks
+
     def plot(self, line_width: int | None = None) -> np.ndarray:
-        """A copy of the image, [H, W, 3] uint8 BGR, with boxes, names and scores drawn."""
+        """A copy of the image, [H, W, 3] uint8 BGR, with masks, boxes, names and scores drawn."""
         from rtmdet_fast.visualize import draw_detections
 
         if self.image is None:
             raise UserError("these results hold no image to draw on")
-        return draw_detections(self.image, self.boxes, self.labels, self.scores, self.names, line_width)
+        masks = self.predicted_masks
+        return draw_detections(self.image, self.boxes, self.labels, self.scores, self.names, line_width, masks)
 
     def save(self, path: str | Path) -> Path:
         """Draws the detections and writes the picture; its folder is made where it is missing."""
@@ -58,12 +80,12 @@ class Results:
         return write_image(path, self.plot())
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO result entries with plain numbers; `bbox` is [x, y, width, height].
+        """COCO result entries with plain numbers; `bbox` is [x, y, width, height], `segmentation` an RLE.
 
         category_ids: the data set's category id of each class index; the index itself where it is not given.
         """
         boxes, scores, labels = self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()
-        return [
+        entries: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
                 "category_id": int(category_ids[label]) if category_ids is not None else label,
@@ -72,6 +94,10 @@ class Results:
             }
             for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
         ]
+        if self.predicted_masks is not None:
+            for entry, rle in zip(entries, self.rles(), strict=True):
+                entry["segmentation"] = rle
+        return entries
 
     def __len__(self) -> int:
         return len(self.labels)

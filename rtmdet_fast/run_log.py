@@ -16,12 +16,16 @@ COLUMNS = (
     "loss",
     "loss_cls",
     "loss_bbox",
+    "loss_mask",
     "lr",
     "images_per_second",
     "data_wait",
     "AP",
     "AP50",
     "AP75",
+    "segm_AP",
+    "segm_AP50",
+    "segm_AP75",
 )
 T = TypeVar("T")
 
@@ -87,7 +91,7 @@ class RunLog:
         self._file.flush()
         for name, value in row.items():
             if name not in ("epoch", "iteration"):
-                group = "val" if name.startswith("A") else "train"
+                group = "val" if name.startswith(("A", "segm_")) else "train"
                 self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class TrainConfig:
     size: str = "tiny"
     """nano, tiny, s, m, l or x."""
     task: str = "det"
-    """What to detect: det (boxes)."""
+    """What to detect: det (boxes) or ins (boxes and masks)."""
     init: str | None = None
     """Weights to start from: a file, or a published name such as rtmdet-tiny or cspnext-tiny (ImageNet backbone)."""
     epochs: int = 300
@@ -199,11 +199,14 @@ def train(config: TrainConfig) -> TrainResult:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
 
-    dataset = CocoDataset(config.train, config.train_images, skip_bad=config.skip_bad, training=True)
+    masks = config.task == "ins"
+    # The figure by which an epoch is the best.
+    criterion = "segm_AP" if masks else "AP"
+    dataset = CocoDataset(config.train, config.train_images, skip_bad=config.skip_bad, training=True, masks=masks)
     val_dataset = None
     if config.val is not None and config.val_images is not None:
-        val_dataset = CocoDataset(config.val, config.val_images, skip_bad=config.skip_bad)
-    recipe = recipe_for(config.size, config.image_size)
+        val_dataset = CocoDataset(config.val, config.val_images, skip_bad=config.skip_bad, masks=masks)
+    recipe = recipe_for(config.size, config.image_size, masks=masks)
     sampler = PlanSampler(
         len(dataset),
         config.batch_size,
@@ -283,7 +286,7 @@ def train(config: TrainConfig) -> TrainResult:
             parts = min(config.accumulate, len(sampler) - step * config.accumulate)
             for batch in itertools.islice(batches, parts):
                 batch = batch.to(device, non_blocking=True)
-                targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts)
+                targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
                 with torch.autocast(device.type, amp_dtype, enabled=config.amp != "none"):
                     losses = step_model(normalize(batch.images), targets)
                 loss = sum(losses.values()) / parts
@@ -319,7 +322,7 @@ def train(config: TrainConfig) -> TrainResult:
             log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
             if config.progress:
                 tqdm.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in evaluation.metrics.items()))
-            if best_epoch is None or evaluation.metrics["AP"] > best_metrics["AP"]:
+            if best_epoch is None or evaluation.metrics[criterion] > best_metrics[criterion]:
                 best_epoch, best_metrics = epoch + 1, evaluation.metrics
                 ema.model.save(best)
             meter.restart()
@@ -389,7 +392,8 @@ def stop_on_nan(previous: tuple[torch.Tensor, Batch] | None, out: Path, iteratio
     if previous is None or math.isfinite(previous[0].item()):
         return
     path = out / "nan_batch.pt"
-    save_atomically({"iteration": iteration, **{k: v.cpu() for k, v in asdict(previous[1]).items()}}, path)
+    batch = {k: v.cpu() for k, v in asdict(previous[1]).items() if v is not None}
+    save_atomically({"iteration": iteration, **batch}, path)
     raise UserError(
         f"the loss is {previous[0].item()} near iteration {iteration}; the batch is in {path}, the last good weights "
         f"in last.pth (a lower --lr or --amp none may help)"
@@ -432,7 +436,7 @@ def report_run(
         (config.out / "detections.json").write_text(json.dumps(evaluation.detections))
         for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
             sample = val_dataset.load(int(index))
-            samples.append(ReportSample(model.predict(sample.image), sample.boxes, sample.labels))
+            samples.append(ReportSample(model.predict(sample.image), sample.boxes, sample.labels, sample.masks))
     return write_report(
         config.out / "report.html",
         title=f"RTMDet-{config.size} on {dataset.annotation_path.name}",

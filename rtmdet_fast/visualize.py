@@ -6,14 +6,24 @@ import colorsys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from rtmdet_fast.data.rotated import boxes_to_quads
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import Region
 
 Array = np.ndarray | Tensor
+MASK_OPACITY = 0.45
+
+
+class Masks(Protocol):
+    """What is drawn for each detection, one at a time."""
+
+    def region(self, i: int) -> Region: ...
+
 
 # cv2 and the font are imported where they are used: the package imports without OpenCV.
 
@@ -33,12 +43,14 @@ def draw_detections(
     scores: Array | None,
     names: Sequence[str],
     line_width: int | None = None,
+    masks: Masks | None = None,
 ) -> np.ndarray:
-    """A copy of `image` with its boxes, names and scores.
+    """A copy of `image` with its masks, boxes, names and scores.
 
     image: [H, W, 3] uint8 BGR; boxes: [n, 4] xyxy pixels or [n, 5] rotated (cx, cy, w, h, radians); labels: [n];
     scores: [n], or None for ground truth
     line_width: in pixels, by default by the size of the image
+    masks: in pixels of `image`; each is filled so that the image shows through, within a solid contour
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
     each other, the better score keeps its label and the other box goes without.
     """
@@ -57,6 +69,9 @@ def draw_detections(
     font_size = max(round(side / 42 / crowd), 10)
 
     order = np.arange(len(boxes_np)) if scores_np is None else np.argsort(-scores_np, kind="stable")
+    if masks is not None:
+        for i in order[::-1]:
+            _put_mask(canvas, masks.region(int(i)), class_color(int(labels_np[i])), line)
     rotated = boxes_np.shape[1] == 5
     if rotated:
         quads = boxes_to_quads(boxes_np).reshape(-1, 4, 2).clip(-1e5, 1e5)
@@ -109,6 +124,18 @@ def _array(values: Array, dtype: type) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().double().cpu().numpy()  # numpy has no bfloat16
     return np.asarray(values, dtype=dtype)
+
+
+def _put_mask(canvas: np.ndarray, region: Region, color: tuple[int, int, int], line: int) -> None:
+    import cv2
+
+    x, y, pixels = region
+    if not pixels.any():
+        return
+    patch = canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]]
+    patch[pixels] = (1 - MASK_OPACITY) * patch[pixels] + MASK_OPACITY * np.array(color, np.float32)
+    contours, _ = cv2.findContours(pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA, offset=(x, y))
 
 
 def _free_place(box: list[int], shape: tuple[int, int], line: int, taken: np.ndarray) -> tuple[int, int] | None:

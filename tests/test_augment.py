@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from rtmdet_fast.data import augment
 from rtmdet_fast.data.augment import Augmenter, AugmentRecipe, Batch, collate, init_worker, recipe_for
 from rtmdet_fast.data.coco import CocoDataset, Sample
+from rtmdet_fast.data.masks import MaskStore, Segmentation
 from rtmdet_fast.data.plan import PlanSampler, SamplePlan
 from rtmdet_fast.errors import UserError
 
@@ -60,6 +61,22 @@ def photos(n, seed=0):
         corner = rng.uniform(0, 0.6, (3, 2)) * (w, h)
         boxes = np.concatenate([corner, corner + rng.uniform(0.1, 0.4, (3, 2)) * (w, h)], 1).astype(np.float32)
         samples.append(Sample(image, boxes, rng.integers(0, 5, 3), i, f"{i}.png"))
+    return Images(samples)
+
+
+def angles(sizes, seed=0):
+    """Black images with a white L in each, whose box is much larger than either of its arms; box and mask."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, (w, h) in enumerate(sizes):
+        x0, y0, x1, y1 = (int(v) for v in rng.uniform((0.05, 0.05, 0.6, 0.6), (0.3, 0.3, 0.95, 0.95)) * (w, h, w, h))
+        x, y = x0 + max((x1 - x0) // 4, 3), y1 - max((y1 - y0) // 4, 3)
+        ring = np.array([[x0, y0], [x, y0], [x, y], [x1, y], [x1, y1], [x0, y1]], np.float32)
+        image = np.zeros((h, w, 3), np.uint8)
+        image[y0:y1, x0:x] = image[y:y1, x0:x1] = 255
+        masks = MaskStore([Segmentation([ring])]).load(0, 1, w, h)
+        boxes = np.array([[x0, y0, x1, y1]], np.float32)
+        samples.append(Sample(image, boxes, np.array([i]), i, f"{i}.png", masks))
     return Images(samples)
 
 
@@ -378,6 +395,84 @@ def test_repeats_to_the_bit(size):
     assert not any(same(a, b) for a, b in zip(made[:25], made[25:50], strict=True))
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("stage2", [False, True])
+@pytest.mark.parametrize("resize_range", [(0.3, 0.6), (1.0, 1.0), (1.0, 2.0)])
+def test_masks_boxes_and_pixels_agree(resize_range, stage2, flip):
+    recipe = AugmentRecipe(image_size=S, **{**PLAIN, "flip_prob": flip}, resize_range=resize_range)
+    dataset = angles(SIZES * 2)
+    augmenter = Augmenter(dataset, recipe)
+    margin = 2 * int(np.ceil(0.6 * max(resize_range[1], 1))) + 1  # as for boxes
+    kernel = np.ones((margin, margin), np.uint8)
+    cut = 0
+    for plan in plans(recipe, len(dataset), epochs=4, stage2=stage2):
+        image, boxes, _, centers, masks = augmenter[plan]
+        assert masks.shape == (len(boxes), S // 4, S // 4) and masks.dtype == torch.uint8
+        assert centers.shape == (len(boxes), 2) and centers.dtype == torch.float32
+        white = (hwc(image).min(2) > 127).astype(np.uint8)
+        found = masks.numpy().any(0)
+        surely, perhaps = (f(white, kernel)[2::4, 2::4] > 0 for f in (cv2.erode, cv2.dilate))
+        assert not (surely & ~found).any() and not (found & ~perhaps).any(), plan
+        for box, center in zip(boxes.numpy(), centers.numpy(), strict=True):
+            left, top = np.floor(box[:2]).astype(int)
+            part = hwc(image)[top : int(np.ceil(box[3])), left : int(np.ceil(box[2])), 0] / 255
+            y, x = np.nonzero(part > 0.3)  # an arm may be thinner than a pixel
+            extents = np.array([left + x.min(), top + y.min(), left + x.max() + 1, top + y.max() + 1])
+            assert np.abs(box - extents).max() < margin, plan
+            y, x = np.mgrid[: part.shape[0], : part.shape[1]]
+            mean = (left + (part * x).sum() / part.sum(), top + (part * y).sum() / part.sum())
+            assert np.abs(center - mean).max() < (1.5 if resize_range[0] == 1 else 2), plan  # shrinking skips pixels
+            cut += box.min() == 0 or box.max() == S
+    assert cut > 10 or resize_range[1] < 2
+
+
+def test_mixup_keeps_the_masks_of_both():
+    recipe = AugmentRecipe(image_size=S)
+    dataset = angles(SIZES * 2)
+    augmenter, apart = Augmenter(dataset, recipe), Augmenter(dataset, replace(recipe, mixup_prob=0.0))
+    mixed = 0
+    for plan in plans(recipe, len(dataset), epochs=2):
+        sample, own = augmenter[plan], apart[plan]
+        n = len(own[1])
+        assert len(sample[1]) == len(sample[3]) == len(sample[4]) >= n
+        assert all(torch.equal(a[:n], b) for a, b in zip(sample[1:], own[1:], strict=True))
+        mixed += len(sample[1]) > n
+        for box, center, mask in zip(sample[1][n:], sample[3][n:], sample[4][n:], strict=True):
+            assert (box[:2] - 1 <= center).all() and (center <= box[2:]).all()
+            _, x = mask.nonzero(as_tuple=True)
+            assert not len(x) or (4 * x.min() + 3 >= box[0] and 4 * x.max() + 2 <= box[2])
+    assert mixed > 10
+
+
+def test_masked_samples_repeat_to_the_bit():
+    recipe, dataset = recipe_for("l", 64, masks=True), angles(SIZES * 3)
+    todo = plans(recipe, len(dataset), epochs=2)
+    augmenter = Augmenter(dataset, recipe)
+    made = [augmenter[p] for p in todo]
+    assert all(same(made[i], Augmenter(dataset, recipe)[todo[i]]) for i in range(0, len(todo), 4))
+
+
+def test_crops_without_an_object_are_kept_for_masks():
+    assert [recipe_for(size, 64, masks=True).negative_crops for size in ("tiny", "s", "l")] == [False, True, True]
+    assert not recipe_for("l", 64).negative_crops
+    dataset = angles([(64, 64)] * 8)
+    for sample in dataset.samples:  # far from most crops
+        sample.image = np.pad(sample.image, ((0, 600), (0, 600), (0, 0)))
+    recipe = replace(recipe_for("l", 64, masks=True), resize_range=(2.0, 2.0), mixup_prob=0.0)
+    samples = [Augmenter(dataset, recipe)[p] for p in plans(recipe, 8, stage2=True)]
+    assert min(len(s[1]) for s in samples) == 0
+    batch = collate(samples)
+    assert batch.gt_masks.shape[0] == 8 and batch.gt_masks.shape[2:] == (16, 16)
+
+
+def test_objects_of_a_pixel_are_none():
+    dataset = angles([(64, 64)] * 6)
+    recipe = replace(recipe_for("l", 64, masks=True), resize_range=(0.02, 0.02))
+    for plan in plans(recipe, 6, stage2=True):
+        _, boxes, *others = Augmenter(dataset, recipe)[plan]
+        assert boxes.shape == (0, 4) and all(len(values) == 0 for values in others)
+
+
 @pytest.mark.parametrize("size", ["tiny", "l"])
 def test_memory_is_bounded_and_images_are_decoded_once(size):
     recipe, dataset = recipe_for(size, 32), photos(60)
@@ -418,6 +513,24 @@ def test_collate():
     assert batch.gt_labels.tolist() == [[1, 1, -1], [-1, -1, -1], [3, 3, 3]]
     moved = batch.to("cpu")
     assert isinstance(moved, Batch) and torch.equal(moved.images, batch.images)
+
+
+def test_collate_masks():
+    samples = [
+        (
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            torch.zeros(n, 4),
+            torch.zeros(n).long(),
+            torch.full((n, 2), 5.0),
+            torch.ones(n, 2, 2, dtype=torch.uint8),
+        )
+        for n in (2, 0, 1)
+    ]
+    batch = collate(samples).to("cpu")
+    assert batch.gt_centers[:, :, 0].tolist() == [[5, 5], [0, 0], [5, 0]]
+    assert batch.gt_masks.dtype == torch.uint8 and batch.gt_masks.sum((2, 3)).tolist() == [[4, 4], [0, 0], [4, 0]]
+    plain = collate([sample[:3] for sample in samples]).to("cpu")
+    assert plain.gt_centers is None and plain.gt_masks is None
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -465,3 +578,31 @@ def test_real_images(shared, name):
             assert len(boxes) == len(labels) > 0 and image.shape == (3, 160, 160)
             assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.min() >= 0 and boxes.max() <= 160
             assert labels.min() >= 0 and labels.max() < len(dataset.class_names)
+
+
+def test_real_masks(shared):
+    root = shared / "data/coco_tiny"
+    dataset = CocoDataset(root / "instances_train.json", root / "train", training=True, masks=True)
+    for size, stage2 in (("tiny", False), ("l", False), ("s", True)):
+        recipe = recipe_for(size, 160, masks=True)
+        augmenter, plain = Augmenter(dataset, recipe), Augmenter(Plain(dataset), recipe)
+        for plan in plans(recipe, len(dataset), stage2=stage2)[:30]:
+            image, boxes, labels, centers, masks = augmenter[plan]
+            assert len(boxes) == len(labels) == len(centers) == len(masks) and masks.shape[1:] == (40, 40)
+            assert (boxes[:, 2:] - boxes[:, :2] > 1).all() and boxes.min() >= 0 and boxes.max() <= 160
+            assert (centers >= boxes[:, :2] - 2).all() and (centers <= boxes[:, 2:] + 2).all()
+            if size != "tiny":  # which takes another image where a crop has nothing; the others keep it
+                assert torch.equal(image, plain[plan][0])
+
+
+@dataclass
+class Plain:
+    """A dataset without its masks."""
+
+    dataset: CocoDataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def load(self, index):
+        return replace(self.dataset.load(index), masks=None)

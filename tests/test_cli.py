@@ -159,3 +159,34 @@ def test_installed_command_shows_help():
     done = subprocess.run([sys.executable, "-m", "rtmdet_fast.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "eval", "predict", "demo", "info"))
+
+
+def test_masks_from_end_to_end(shapes, tmp_path, capsys):
+    torch.manual_seed(0)
+    names = [c["name"] for c in json.loads(shapes.val_ann.read_text())["categories"]]
+    model = RTMDet("nano", "ins", class_names=names)
+    model.image_size = 64
+    for kernel in model.bbox_head.rtm_kernel:  # masks that are not empty
+        torch.nn.init.constant_(kernel.bias, 0.1)
+    model.save(tmp_path / "w.pth")
+    out = tmp_path / "p"
+    assert run("predict", "--weights", tmp_path / "w.pth", shapes.val_images, "--out", out, "--score-threshold", 0) == 0
+    from pycocotools.coco import COCO
+
+    coco = COCO(out / "predictions.json")
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert annotations and all(coco.annToMask(a).sum() == a["area"] for a in annotations)
+    assert any(a["area"] for a in annotations)
+    code = run(
+        "eval", "--weights", tmp_path / "w.pth", "--ann", shapes.val_ann, "--images", shapes.val_images,
+        "--json", tmp_path / "e.json", "--detections", tmp_path / "d.json",
+    )  # fmt: skip
+    assert code == 0
+    assert {"AP", "segm_AP", "segm_AP50"} <= json.loads((tmp_path / "e.json").read_text()).keys()
+    assert "segm_AP50" in capsys.readouterr().out
+    boxes_only = json.loads(shapes.val_ann.read_text())
+    for annotation in boxes_only["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes_only))
+    code = run("eval", "--weights", tmp_path / "w.pth", "--ann", tmp_path / "boxes.json", "--images", shapes.val_images)
+    assert code == 2 and "has no segmentation" in capsys.readouterr().err

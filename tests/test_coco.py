@@ -260,6 +260,94 @@ def test_bad_entries(folder, reason, damage, message):
     assert len(folder.dataset(skip_bad=True).to_coco().dataset["annotations"]) == 1
 
 
+SQUARE = [[4, 4, 20, 4, 20, 16, 4, 16]]
+
+
+def test_masks(folder):
+    folder.image(1)
+    folder.add(
+        box(1, segmentation=SQUARE),
+        box(2, segmentation={"size": [30, 40], "counts": [0, 60, 1140]}),
+        box(3, segmentation=[[1, 1, 5, 1, 5, 5, 1, 5], *SQUARE]),
+        box(4, segmentation=SQUARE, iscrowd=1),
+    )
+    assert folder.dataset().load(0).masks is None
+    dataset = folder.dataset(masks=True)
+    assert dataset.has_masks and not dataset.skipped
+    assert dataset.load(0).masks.render(30, 40).areas.tolist() == [16 * 12, 60, 16 + 16 * 12 - 1]
+    coco = dataset.to_coco()
+    assert [int(coco.annToMask(a).sum()) for a in coco.loadAnns(coco.getAnnIds())][1] == 60
+    assert len(coco.getAnnIds()) == 4
+    assert folder.dataset(masks=True, training=True).load(0).masks.render(30, 40).areas.tolist()[1] == 60
+
+
+def test_masks_go_with_their_boxes(folder):
+    """A box that is left out takes its mask along."""
+    for i in (1, 2):
+        folder.image(i)
+    folder.add(
+        box(1, bbox=(39.9, 0, 5, 5), segmentation=[[0, 0, 4, 0, 4, 4, 0, 4]]),
+        box(2, bbox=(2, 3, 0.5, 5), segmentation=SQUARE),
+        box(3, 2, segmentation=[[0, 0, 9, 0, 9, 9, 0, 9]]),
+        box(4, segmentation=SQUARE),
+    )
+    dataset = folder.dataset(masks=True, training=True)
+    areas = [dataset.load(i).masks.render(30, 40).areas.tolist() for i in (0, 1)]
+    assert areas == [[16, 16 * 12], [81]] and [len(dataset.load(i).boxes) for i in (0, 1)] == [2, 1]
+
+
+def test_bad_polygons_are_left_out_and_counted(folder):
+    folder.image(1)
+    folder.add(
+        box(1, segmentation=SQUARE),
+        box(2, segmentation=[[1, 1, 5, 5], *SQUARE]),
+        box(3, segmentation=[[50, 1, 60, 1, 60, 9]]),
+        box(4, segmentation=[]),
+        box(5, segmentation=[[4, 4, 20, 16, 20, 4, 4, 16]]),
+        box(6, segmentation={"size": [30, 40], "counts": [1200]}),
+    )
+    for options in ({}, {"training": True}):
+        dataset = folder.dataset(masks=True, **options)
+        assert dataset.skipped == {
+            "polygon of fewer than 3 points": ["annotation 2"],
+            "polygon outside the image": ["annotation 3"],
+            "annotation without a mask": ["annotation 3", "annotation 4", "annotation 6"],
+            "polygon that crosses itself (kept, filled by the even-odd rule)": ["annotation 5"],
+        }
+        assert dataset.load(0).masks.render(30, 40).areas.tolist()[:2] == [192, 192]
+        assert len(dataset.load(0).boxes) == 3
+    coco = folder.dataset(masks=True).to_coco()
+    assert [a["segmentation"] for a in coco.loadAnns(coco.getAnnIds())][:2] == [SQUARE, SQUARE]
+    assert all(coco.annToMask(a).any() for a in coco.loadAnns(coco.getAnnIds()))
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        (None, "has no segmentation, which masks are trained and evaluated on"),
+        ([[1, 1, float("nan"), 5, 5, 5]], "segmentation holds a polygon that is not x, y, x, y, … in finite numbers"),
+        ("x", "segmentation is neither a list of polygons nor an RLE"),
+        ({"size": [40, 30], "counts": [1200]}, "segmentation is an RLE of 30x40 pixels in an image of 40x30"),
+        ({"size": [30, 40], "counts": "~"}, "segmentation is an RLE whose counts cannot be read"),
+    ],
+)
+def test_malformed_masks(folder, segmentation, reason):
+    folder.image(1)
+    folder.add(box(1, segmentation=SQUARE), box(2, segmentation=segmentation))
+    assert len(folder.dataset().load(0).boxes) == 2  # boxes alone do not ask for masks
+    for training in (False, True):
+        folder.refuses(f"annotation 2: {reason}.*--skip-bad", masks=True, training=training)
+        dataset = folder.dataset(masks=True, training=training, skip_bad=True)
+        assert {k: len(v) for k, v in dataset.skipped.items()} == {reason: 1}
+        assert len(dataset.load(0).boxes) == len(dataset.load(0).masks) == 1
+
+
+def test_masks_need_the_images_size(folder):
+    del folder.image(1)["width"]
+    folder.add(box(1, segmentation=SQUARE))
+    folder.refuses("annotation 1: is of an image without width and height", masks=True)
+
+
 def test_annotations_go_with_their_missing_image(folder):
     for i in (1, 2):
         folder.image(i)
@@ -379,3 +467,25 @@ def test_coco_tiny(shared, part):
     crowds = sum(a["iscrowd"] for a in content["annotations"])
     dropped = sum(len(what) for what in dataset.skipped.values())
     assert sum(len(dataset.load(i).boxes) for i in range(80)) == len(content["annotations"]) - crowds - dropped
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_coco_tinys_masks_are_pycocotools(shared, part):
+    root = shared / "data" / "coco_tiny"
+    dataset = CocoDataset(root / f"instances_{part}.json", root / part, masks=True)
+    coco = dataset.to_coco()
+    objects = differing = pixels = 0
+    for index in range(0, 80, 4):
+        sample = dataset.load(index)
+        anns = coco.loadAnns(coco.getAnnIds(sample.image_id, iscrowd=False))
+        anns = [a for a in anns if min(a["bbox"][2:]) >= 1]
+        assert len(anns) == len(sample.masks)
+        height, width = sample.image.shape[:2]
+        for i, annotation in enumerate(anns):
+            x, y, mask = sample.masks.region(i)
+            full = np.zeros((height, width), bool)
+            full[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+            expected = coco.annToMask(annotation).astype(bool)
+            objects, pixels = objects + 1, pixels + expected.sum()
+            differing += (full ^ expected).sum()
+    assert objects > 100 and differing < 0.01 * pixels

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.evaluate import METRICS, evaluate, match_categories, score_detections
+from rtmdet_fast.heads import Detections
+from rtmdet_fast.masks import PredictedMasks
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,64 @@ def test_classes_are_matched_by_name(tmp_path):
     assert match_categories(RTMDet("nano", num_classes=3), dataset) == [10, 20, 30]
     with pytest.raises(UserError, match="'cow'"):
         match_categories(RTMDet("nano", class_names=("cat", "cow", "owl")), dataset)
+
+
+def test_perfect_masks(shared):
+    root = shared / "data/coco_tiny"
+    dataset = CocoDataset(root / "instances_val.json", root / "val", masks=True)
+    truth = dataset.to_coco()
+    perfect = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "segmentation": truth.annToRLE(a), "score": 1.0}
+        for a in truth.loadAnns(truth.getAnnIds(iscrowd=False))
+    ]
+    assert score_detections(dataset, perfect, iou_type="segm").metrics["AP"] > 0.99
+    # in the boxes' place the masks of others are wrong
+    shifted = [{**d, "segmentation": perfect[i - 1]["segmentation"]} for i, d in enumerate(perfect)]
+    assert score_detections(dataset, shifted, iou_type="segm").metrics["AP"] < 0.5
+    assert score_detections(dataset, [], iou_type="segm").metrics["AP"] == 0
+
+
+class KnowsTheMasks(RTMDet):
+    """Answers with the ground truth: stride-8 logits of its masks on the letterboxed canvas."""
+
+    def __init__(self, dataset):
+        super().__init__("nano", "ins", class_names=dataset.class_names)
+        self.dataset, self.next = dataset, 0
+
+    def detect(self, canvases, scales, shapes, **_):
+        found = []
+        for scale, shape in zip(scales, shapes, strict=True):
+            sample = self.dataset.load(self.next)
+            self.next += 1
+            size = canvases.shape[-1]
+            masks = sample.masks.resized(scale).seen_through((0, 0, size, size))
+            full = torch.zeros(len(masks), size, size)
+            for i in range(len(masks)):
+                x, y, pixels = masks.region(i)
+                full[i, y : y + pixels.shape[0], x : x + pixels.shape[1]] = torch.from_numpy(pixels).float()
+            logits = torch.nn.functional.avg_pool2d(full[None], 8)[0] - 0.5
+            boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
+            found.append(
+                Detections(boxes, torch.ones(len(boxes)), labels, labels, PredictedMasks(logits, scale, shape))
+            )
+        return found
+
+
+def test_masks_are_pasted_where_they_belong(shared):
+    """Wide and high images, through logits of stride 8: nearly all large masks are found again."""
+    root = shared / "data/coco_tiny"
+    dataset = CocoDataset(root / "instances_val.json", root / "val", masks=True)
+    found = evaluate(KnowsTheMasks(dataset), dataset, image_size=640, progress=False)
+    assert found.metrics["AP"] > 0.99
+    assert found.metrics["segm_APl"] > 0.99 and found.metrics["segm_AP50"] > 0.8  # small ones suffer from the stride
+    assert set(found.metrics) == {*METRICS, *(f"segm_{name}" for name in METRICS)}
+    assert {"AP", "AP50", "segm_AP", "segm_AP50"} == found.per_class["person"].keys()
+    assert all(isinstance(d["segmentation"]["counts"], str) for d in found.detections)
+    json.dumps(found.detections[:5])
+
+
+def test_masks_are_not_evaluated_without_theirs(shared):
+    root = shared / "data/coco_tiny"
+    dataset = CocoDataset(root / "instances_val.json", root / "val")
+    with pytest.raises(UserError, match="masks=True"):
+        evaluate(RTMDet("nano", "ins", class_names=dataset.class_names), dataset, progress=False)

@@ -1,11 +1,14 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
+from rtmdet_fast.data.masks import MaskStore, Segmentation
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import PredictedMasks
 from rtmdet_fast.report import ReportSample, write_report
 from rtmdet_fast.results import Results
 
@@ -114,6 +117,21 @@ def test_whole_page_stands_alone(tmp_path):
     assert text.count("<svg") == 5
     assert text.count("data:image/jpeg") == 4
     assert len(re.findall(r"#010203", text)) == 0
+
+
+def test_masks_are_drawn(tmp_path):
+    truth = MaskStore([Segmentation([np.array([[10, 10], [50, 10], [30, 40]], np.float32)])] * 2).load(0, 2, 96, 64)
+    plain = sample(["a"])
+    masks = PredictedMasks(torch.ones(2, 8, 12), (1.0, 1.0), (64, 96))
+    result = replace(plain.result, predicted_masks=masks)
+    pages = [
+        report(tmp_path, samples=[s], evaluation={"AP": 0.5, "segm_AP": 0.4})
+        for s in (plain, plain._replace(gt_masks=truth), plain._replace(result=result))
+    ]
+    pictures = [re.findall('src="(.*?)"', page) for page in pages]
+    assert pictures[1][0] != pictures[0][0] and pictures[1][1] == pictures[0][1]
+    assert pictures[2][0] == pictures[0][0] and pictures[2][1] != pictures[0][1]
+    assert "mask AP, IoU .50 to .95" in pages[0]
 
 
 def test_names_are_escaped(tmp_path):

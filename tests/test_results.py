@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import PredictedMasks
 from rtmdet_fast.results import Results
 from rtmdet_fast.visualize import class_color, draw_detections
 
@@ -138,3 +139,40 @@ def test_plot_on_a_photograph(shared):
     result = Results(photo, boxes, torch.full((len(rows),), 0.8), labels, names)
     changed = (result.plot() != photo).any(-1)
     assert 0 < changed.mean() < 0.6
+
+
+def masked(image, kept=3):
+    """A disc, a ring and nothing, in an image twice as wide as the network's pixels."""
+    y, x = torch.meshgrid(torch.arange(30.0), torch.arange(40.0), indexing="ij")
+    distance = ((x - 12) ** 2 + (y - 14) ** 2).sqrt()
+    logits = torch.stack([8 - distance, 3 - ((x - 28) ** 2 + (y - 14) ** 2).sqrt().sub(7).abs(), -torch.ones(30, 40)])
+    masks = PredictedMasks(logits[:kept], (1.0, 1.0), (240, 320))
+    boxes = [[32.0, 48, 164, 180], [145, 33, 305, 193], [10, 10, 20, 20]][:kept]
+    return results(image, boxes, [0.9, 0.5, 0.4][:kept], [0, 2, 1][:kept], predicted_masks=masks)
+
+
+def test_masks_on_request():
+    from pycocotools import mask
+
+    found = masked(np.full((240, 320, 3), 90, np.uint8))
+    assert found.masks.shape == (3, 240, 320) and found.masks.dtype == torch.bool
+    assert found.masks.sum((1, 2)).tolist() == [mask.area(rle) for rle in found.rles()]
+    assert found.masks[0, 116, 100] and not found.masks[0, 30, 30] and not found.masks[2].any()
+    assert [len(polygons) > 0 for polygons in found.polygons()] == [True, True, False]
+    entries = found.to_coco(3)
+    assert [entry["segmentation"] for entry in entries] == found.rles() and "bbox" in entries[0]
+    with pytest.raises(UserError, match="no masks"):
+        _ = results(None, [], [], [], shape=(9, 9)).masks
+
+
+def test_plot_lets_the_image_shine_through_masks():
+    image = np.random.default_rng(0).integers(60, 120, (240, 320, 3), np.uint8)
+    found = masked(image.copy())
+    drawn = found.plot()
+    assert np.array_equal(found.image, image)
+    inside, color = drawn[116, 100].astype(int), np.array(class_color(0))
+    expected = 0.55 * image[116, 100] + 0.45 * color
+    assert np.abs(inside - expected).max() <= 1
+    assert np.array_equal(drawn[225, 10], image[225, 10])
+    assert np.array_equal(drawn[116, 230], image[116, 230])  # the hole of the ring
+    assert np.array_equal(masked(image, kept=0).plot(), image)

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 
 from rtmdet_fast.data.shapes import CLASSES, draw_scene, make_shapes
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import Region, outline
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +77,11 @@ def test_rotated_box_is_le90_and_tight(coco):
 
 def test_a_hole_is_no_part_of_the_mask():
     """A small object upon a large one: COCO polygons know no holes, so the outer one comes in pieces."""
-    from rtmdet_fast.data.shapes import _polygons
-
-    mask = np.zeros((40, 50), np.uint8)
-    mask[5:35, 5:45] = 1
-    mask[15:25, 15:25] = 0
-    mask[18:22, 30:36] = 0
-    polygons = _polygons(mask, 0, 0)
+    mask = np.zeros((40, 50), bool)
+    mask[5:35, 5:45] = True
+    mask[15:25, 15:25] = False
+    mask[18:22, 30:36] = False
+    polygons = outline(Region(0, 0, mask))
     drawn = COCO()
     drawn.imgs = {1: {"height": 40, "width": 50}}
     found = drawn.annToMask({"image_id": 1, "segmentation": polygons})

@@ -72,9 +72,9 @@ def test_a_run_writes_what_it_promises(config):
     assert model.image_size == 64 and len(model.class_names) == len(json.loads(config.train.read_text())["categories"])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, tmp_path, monkeypatch, num_workers):
-    config = replace(config, num_workers=num_workers, epochs=4, stage2_epochs=1)
+@pytest.mark.parametrize(("num_workers", "task"), [(0, "det"), (2, "det"), (0, "ins")])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, tmp_path, monkeypatch, num_workers, task):
+    config = replace(config, num_workers=num_workers, task=task, epochs=4, stage2_epochs=1)
     unbroken = train(config)
     broken = replace(config, out=tmp_path / "broken")
     evaluate = train_module.evaluate
@@ -137,8 +137,23 @@ def test_accumulated_batches_make_one_step(config):
     assert weights(result.last, "training", "iteration") == 2  # 4 batches: 3 + 1
 
 
-def test_bf16_and_gradients_stay_finite(config):
-    result = train(replace(config, epochs=1, stage2_epochs=0, amp="bf16"))
+def test_masks_are_trained_validated_and_reported(config):
+    config = replace(config, task="ins", report=True, epochs=2)
+    result = train(config)
+    assert {"AP", "AP50", "segm_AP", "segm_AP50"} <= result.metrics.keys()
+    rows = list(csv.DictReader((config.out / "metrics.csv").open()))
+    assert any(row["loss_mask"] for row in rows) and any(row["segm_AP"] for row in rows)
+    assert "mask AP" in result.report.read_text()
+    model = RTMDet.from_pretrained(result.best)
+    assert model.task == "ins"
+    image = np.full((50, 80, 3), 90, np.uint8)
+    found = model.predict(image, score_threshold=0.0, max_detections=4)
+    assert found.masks.shape == (len(found), 50, 80)
+
+
+@pytest.mark.parametrize("task", ["det", "ins"])
+def test_bf16_and_gradients_stay_finite(config, task):
+    result = train(replace(config, task=task, epochs=1, stage2_epochs=0, amp="bf16"))
     assert all(value.isfinite().all() for value in weights(result.last, "state_dict").values())
 
 

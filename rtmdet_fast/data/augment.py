@@ -7,7 +7,8 @@ straight into its part of the output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import cv2
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rtmdet_fast.data.coco import Sample
+from rtmdet_fast.data.masks import Outlines, concatenate
 from rtmdet_fast.data.plan import SamplePlan
 from rtmdet_fast.errors import UserError
 
@@ -45,9 +47,11 @@ class AugmentRecipe:
     """Greatest shift of hue (of 180), saturation and value (of 255)."""
     flip_prob: float = 0.5
     pad_value: int = 114
+    negative_crops: bool = False
+    """Keep a crop without any object, which is otherwise drawn again from another image."""
 
 
-def recipe_for(size: str, image_size: int) -> AugmentRecipe:
+def recipe_for(size: str, image_size: int, *, masks: bool = False) -> AugmentRecipe:
     """The published recipe of a model size ("nano", "tiny", "s", "m", "l", "x") at `image_size` pixels."""
     if image_size < 32:
         raise UserError(f"image size {image_size} is below 32 pixels, the stride of the coarsest level")
@@ -61,9 +65,9 @@ def recipe_for(size: str, image_size: int) -> AugmentRecipe:
             mixup_prob=0.5,
         )
     if size == "s":
-        return AugmentRecipe(image_size=image_size, resize_range=(0.5, 2.0))
+        return AugmentRecipe(image_size=image_size, resize_range=(0.5, 2.0), negative_crops=masks)
     if size in ("m", "l", "x"):
-        return AugmentRecipe(image_size=image_size)
+        return AugmentRecipe(image_size=image_size, negative_crops=masks)
     raise UserError(f"no such model size: {size!r}; choose nano, tiny, s, m, l or x")
 
 
@@ -79,22 +83,27 @@ class Batch:
     """[B, M] int64, padded with -1."""
     gt_counts: Tensor
     """[B] int64."""
+    gt_centers: Tensor | None = None
+    """[B, M, 2] float32 mean column and row of each mask, padded with 0; None for a data set without masks."""
+    gt_masks: Tensor | None = None
+    """[B, M, H/4, W/4] uint8, the full-size masks at [2::4, 2::4], padded with 0; None likewise."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy on `device`."""
-        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self._tensors()))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the DataLoader calls this."""
-        return Batch(*(t.pin_memory() for t in self._tensors()))
+        return self._each(Tensor.pin_memory)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.images, self.gt_boxes, self.gt_labels, self.gt_counts
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if tensor is None else function(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
-def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+def collate(samples: list[tuple[Tensor, ...]]) -> Batch:
     """Batches what Augmenter returns."""
-    images, boxes, labels = zip(*samples, strict=True)
+    images, boxes, labels, *masks = zip(*samples, strict=True)
     counts = torch.tensor([len(b) for b in boxes])
     most = max(int(counts.max()), 1)  # never a dimension of size 0
     gt_boxes = torch.zeros(len(samples), most, 4)
@@ -102,7 +111,13 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
     for i, n in enumerate(counts.tolist()):
         gt_boxes[i, :n], gt_labels[i, :n] = boxes[i], labels[i]
     # stacked as they lie in memory, [H, W, 3]: a plain copy, where NCHW would gather single bytes
-    return Batch(torch.stack([i.permute(1, 2, 0) for i in images]).permute(0, 3, 1, 2), gt_boxes, gt_labels, counts)
+    stacked = torch.stack([i.permute(1, 2, 0) for i in images]).permute(0, 3, 1, 2)
+    padded = []
+    for values in masks:  # centres, masks
+        padded.append(values[0].new_zeros(len(samples), most, *values[0].shape[1:]))
+        for i, n in enumerate(counts.tolist()):
+            padded[-1][i, :n] = values[i]
+    return Batch(stacked, gt_boxes, gt_labels, counts, *padded)
 
 
 def init_worker(worker_id: int) -> None:
@@ -118,11 +133,12 @@ class _Images(Protocol):
 
 @dataclass(slots=True)
 class _Labelled:
-    """An image [H, W, 3] uint8 with its boxes [n, 4] float32 xyxy pixels and labels [n] int64."""
+    """An image [H, W, 3] uint8 with its boxes [n, 4] float32 xyxy pixels, labels [n] int64 and perhaps masks."""
 
     image: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
+    masks: Outlines | None
 
 
 @dataclass(slots=True)
@@ -134,8 +150,11 @@ class _Part:
     target: tuple[int, int, int, int]
 
 
-class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class Augmenter(Dataset[tuple[Tensor, ...]]):
     """Executes plans: `augmenter[plan]` is image [3, S, S] uint8 (a view, not to be written to), boxes, labels.
+
+    Where the dataset has masks, their centres of mass [n, 2] and masks [n, S/4, S/4] (see Batch) follow, boxes that a
+    crop cuts are those of what is left of their mask, and objects of which nothing is left are gone.
 
     Decoded images and augmented images are kept as long as the plans' caches hold them, so that memory is bounded as
     in the reference; one that is missing (after a resume, in another worker) is made again, identically.
@@ -145,18 +164,25 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.dataset, self.recipe = dataset, recipe
         self._tiles: dict[int, _Labelled] = {}  # by dataset index
         self._augmented: dict[int, _Labelled] = {}  # by plan seed
+        self._masked = False
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, plan: SamplePlan) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, plan: SamplePlan) -> tuple[Tensor, ...]:
         result = self._mixup(plan, self._augment(plan))
         keep = {p.seed for p in plan.mixup_cache}
         self._augmented = {seed: made for seed, made in self._augmented.items() if seed in keep}
         cached = set(plan.mosaic_cache)
         self._tiles = {index: tile for index, tile in self._tiles.items() if index in cached}
         image = torch.from_numpy(result.image).permute(2, 0, 1)
-        return image, torch.from_numpy(result.boxes), torch.from_numpy(result.labels)
+        truth: tuple[np.ndarray, ...] = (result.boxes, result.labels)
+        if result.masks is not None:
+            rendered = result.masks.render(*result.image.shape[:2])
+            # as in the reference, objects of a pixel or less are none
+            seen = (rendered.areas > 0) & (result.boxes[:, 2:] - result.boxes[:, :2] > 1).all(1)
+            truth = tuple(values[seen] for values in (*truth, rendered.centers, rendered.masks))
+        return image, *map(torch.from_numpy, truth)
 
     def _augment(self, plan: SamplePlan) -> _Labelled:
         """All but mixup."""
@@ -167,8 +193,8 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         index = plan.index
         for _ in range(MAX_DRAWS):
             parts, width, height = self._compose(index, plan.mosaic_cache, rng)
-            boxes, labels = _project(parts)
-            if len(boxes):
+            boxes, labels, masks = _project(parts, self._masked)
+            if len(boxes) or recipe.negative_crops:
                 break
             index = int(rng.integers(len(self.dataset)))  # the reference, too, takes another image
 
@@ -183,7 +209,8 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if rng.random() < recipe.flip_prob:
             region[:] = cv2.flip(region, 1)
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        made = self._augmented[plan.seed] = _Labelled(image, boxes, labels)
+            masks = masks and masks.flipped(width)
+        made = self._augmented[plan.seed] = _Labelled(image, boxes, labels, masks)
         return made
 
     def _compose(self, index: int, cache: tuple[int, ...], rng: np.random.Generator) -> tuple[list[_Part], int, int]:
@@ -203,8 +230,8 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
             canvas_w = canvas_h = side
             target_w = target_h = int(side * ratio)
         else:
-            sample = self.dataset.load(index)
-            tiles, corners = [_Labelled(sample.image, sample.boxes, sample.labels)], [(0, 0)]
+            sample = self._load(index)
+            tiles, corners = [_Labelled(sample.image, sample.boxes, sample.labels, sample.masks)], [(0, 0)]
             canvas_h, canvas_w = sample.image.shape[:2]
             scale = int((2 * size if cache else size) * ratio) / max(canvas_h, canvas_w)
             target_w, target_h = (max(int(side * scale + 0.5), 1) for side in (canvas_w, canvas_h))
@@ -222,17 +249,23 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 parts.append(_Part(tile, (x0 - x, y0 - y, x1 - x, y1 - y), (u0, v0, u1, v1)))
         return parts, width, height
 
+    def _load(self, index: int) -> Sample:
+        sample = self.dataset.load(index)
+        self._masked = sample.masks is not None
+        return sample
+
     def _tile(self, index: int) -> _Labelled:
         """The image resized to fit `image_size`, as the mosaic pastes it."""
         if index not in self._tiles:
-            sample = self.dataset.load(index)
+            sample = self._load(index)
             h, w = sample.image.shape[:2]
             new_w, new_h = (max(side * self.recipe.image_size // max(h, w), 1) for side in (w, h))
-            image, boxes = sample.image, sample.boxes
+            image, boxes, masks = sample.image, sample.boxes, sample.masks
             if (new_w, new_h) != (w, h):
                 image = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
                 boxes = boxes * np.array([new_w / w, new_h / h] * 2, np.float32)
-            self._tiles[index] = _Labelled(image, boxes, sample.labels)
+                masks = masks and masks.resized((new_w / w, new_h / h))
+            self._tiles[index] = _Labelled(image, boxes, sample.labels, masks)
         return self._tiles[index]
 
     def _mixup(self, plan: SamplePlan, own: _Labelled) -> _Labelled:
@@ -247,13 +280,19 @@ class Augmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 break
         else:
             return own
-        image, boxes = partner.image, partner.boxes
+        image, boxes, masks = partner.image, partner.boxes, partner.masks
         if rng.random() < 0.5:  # whatever flip_prob is, as in the reference
             image = cv2.flip(image, 1)
             boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], 1)
+            masks = masks and masks.flipped(size)
         # the offset turns OpenCV's rounding of halves into the reference's rounding down
         mixed = cv2.addWeighted(own.image, 0.5, image, 0.5, -0.25)
-        return _Labelled(mixed, np.concatenate([own.boxes, boxes]), np.concatenate([own.labels, partner.labels]))
+        return _Labelled(
+            mixed,
+            np.concatenate([own.boxes, boxes]),
+            np.concatenate([own.labels, partner.labels]),
+            concatenate([own.masks, masks]) if own.masks is not None and masks is not None else None,
+        )
 
 
 def _crop(length: int, target: int, limit: int, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -269,20 +308,42 @@ def _crop(length: int, target: int, limit: int, rng: np.random.Generator) -> tup
     return int(rng.integers(length - seen + 1)), seen, limit
 
 
-def _project(parts: list[_Part]) -> tuple[np.ndarray, np.ndarray]:
-    """The tiles' boxes in output pixels, clipped to what is seen of their tile; those with nothing left are dropped."""
-    boxes, labels = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.int64)]
+def _project(parts: list[_Part], masked: bool) -> tuple[np.ndarray, np.ndarray, Outlines | None]:
+    """The tiles' boxes in output pixels, clipped to what is seen of their tile; those with nothing left are dropped.
+
+    With masks, a box that was clipped shrinks to what is left of its mask.
+    """
+    boxes, labels, outlines = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.int64)], []
+    cut = [np.zeros(0, bool)]
     for part in parts:
         x0, y0, x1, y1 = part.source
         u0, v0, u1, v1 = part.target
         scale = np.array([(u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)] * 2, np.float32)
         projected = (part.tile.boxes - np.array([x0, y0, x0, y0], np.float32)) * scale
         projected += np.array([u0, v0, u0, v0], np.float32)
-        np.clip(projected, (u0, v0, u0, v0), (u1, v1, u1, v1), out=projected)
-        kept = (projected[:, 2:] > projected[:, :2]).all(1)
-        boxes.append(projected[kept])
+        seen = np.clip(projected, (u0, v0, u0, v0), (u1, v1, u1, v1), dtype=np.float32)
+        kept = np.asarray((seen[:, 2:] > seen[:, :2]).all(1))
+        boxes.append(seen[kept])
         labels.append(part.tile.labels[kept])
-    return np.concatenate(boxes), np.concatenate(labels)
+        if part.tile.masks is not None:
+            cut.append((seen != projected).any(1)[kept])
+            sx, sy = (u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)
+            masks = part.tile.masks.take(kept).resized((sx, sy), (u0 - x0 * sx, v0 - y0 * sy))
+            outlines.append(masks.seen_through(part.target))
+    if not masked:
+        return np.concatenate(boxes), np.concatenate(labels), None
+    return _shrunk(np.concatenate(boxes), np.concatenate(labels), concatenate(outlines), np.concatenate(cut))
+
+
+def _shrunk(
+    boxes: np.ndarray, labels: np.ndarray, masks: Outlines, cut: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Outlines]:
+    """The objects, whose boxes are fitted to their masks where `cut`; those with nothing left are dropped."""
+    extents = masks.take(cut).render(0, 0, pixels=False).extents
+    boxes[cut, :2] = np.maximum(boxes[cut, :2], extents[:, :2])
+    boxes[cut, 2:] = np.minimum(boxes[cut, 2:], extents[:, 2:])
+    kept = np.asarray((boxes[:, 2:] > boxes[:, :2]).all(1))
+    return boxes[kept], labels[kept], masks.take(kept)
 
 
 def _shift_hsv(image: np.ndarray, gains: tuple[int, int, int], rng: np.random.Generator) -> None:

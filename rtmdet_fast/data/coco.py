@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rtmdet_fast.data.image import read_image
+from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
 from rtmdet_fast.errors import UserError
 
 
@@ -32,6 +33,8 @@ class Sample:
     """[n] int64, indices into the dataset's class_names."""
     image_id: int
     path: str
+    masks: Outlines | None = None
+    """Those of the n objects, where the dataset was made with masks=True."""
 
 
 class CocoDataset:
@@ -40,6 +43,7 @@ class CocoDataset:
     class_names: of the labels 0, 1, …; the file's categories in its order, or those given
     category_ids: the file's id of each class, -1 for a given class that the file does not know
     image_ids: of the images by index
+    has_masks: whether it was made with masks=True
     """
 
     box_dim = 4
@@ -53,6 +57,7 @@ class CocoDataset:
         training: bool = False,
         min_size: int = 8,
         class_names: Sequence[str] | None = None,
+        masks: bool = False,
     ) -> None:
         """Reads and checks the annotation file; images are decoded by `load`.
 
@@ -63,11 +68,14 @@ class CocoDataset:
                 annotations without a proper box or of unknown images and categories.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             class_names: the classes and their order, of a model for instance; others of the file are left out.
+            masks: read the segmentations too: polygons and RLE. Polygons of fewer than three points or outside the
+                image, and annotations that then have no mask, are left out; polygons that cross themselves are filled
+                by the even-odd rule. All are counted in `skipped`. Other faults are errors, as above.
 
         Raises UserError, which names the file and the entry at fault.
         """
         self.annotation_path, self.image_dir = Path(annotation_file), Path(image_dir)
-        self.skip_bad, self.training = skip_bad, training
+        self.skip_bad, self.training, self.has_masks = skip_bad, training, masks
         self._skipped: dict[str, list[str]] = {}
         if not self.image_dir.is_dir():
             raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
@@ -75,7 +83,10 @@ class CocoDataset:
         self._read_categories(content["categories"], class_names)
         images = self._read_images(content["images"])
         annotations = self._read_annotations(content.get("annotations") or [], images)
-        self._index(images, annotations, min_size)
+        segmentations = None
+        if masks:
+            annotations, segmentations = self._read_masks(annotations, images)
+        self._index(images, annotations, min_size, segmentations)
         # kept for to_coco; a training file's polygons would only fill the memory of every loader worker
         self._content = None if training else {**content, "images": list(images.values()), "annotations": annotations}
 
@@ -149,7 +160,8 @@ class CocoDataset:
         self._resized[index] = bool(width) and (w, h) != (width, height)
         start, stop = self._starts[index : index + 2]
         boxes, kept = self._within(self._boxes[start:stop], w, h)
-        return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path))
+        masks = None if self._masks is None else self._masks.load(start, stop, w, h).take(kept)
+        return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path), masks)
 
     def _read_content(self) -> dict[str, Any]:
         return read_json(self.annotation_path)
@@ -243,6 +255,38 @@ class CocoDataset:
             seen.add(ident)
         return annotations
 
+    def _read_masks(
+        self, annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[Segmentation]]:
+        """The annotations that have a mask, without the polygons that are none, and these masks."""
+        kept, segmentations = [], []
+        for a in annotations:
+            what = f"annotation {a.get('id')}"
+            segmentation = Segmentation([])
+            if not (self.training and a.get("iscrowd")):  # which is not trained on
+                width, height = _size(images[a["image_id"]])
+                if a.get("segmentation") is None:
+                    self._bad(what, "has no segmentation, which masks are trained and evaluated on", a.get("bbox"))
+                    continue
+                if not width:
+                    self._bad(what, "is of an image without width and height, which masks need", a["image_id"])
+                    continue
+                try:
+                    segmentation, left_out = read_segmentation(a["segmentation"], width, height)
+                except ValueError as error:
+                    self._bad(what, f"segmentation {error}", a["segmentation"])
+                    continue
+                for reason in left_out:
+                    self._skip(what, reason)
+                if segmentation.is_empty():
+                    self._skip(what, "annotation without a mask")
+                    continue
+                if left_out:
+                    a = {**a, "segmentation": [ring.ravel().tolist() for ring in segmentation.rings]}
+            kept.append(a)
+            segmentations.append(segmentation)
+        return kept, segmentations
+
     def _box_fault(self, entry: dict[str, Any]) -> tuple[str, object] | None:
         """Why an annotation tells no box, and what it tells."""
         box = entry.get("bbox")
@@ -258,12 +302,19 @@ class CocoDataset:
             return "box outside the image"
         return x, y, x + w, y + h
 
-    def _index(self, images: dict[int, dict[str, Any]], annotations: list[dict[str, Any]], min_size: int) -> None:
+    def _index(
+        self,
+        images: dict[int, dict[str, Any]],
+        annotations: list[dict[str, Any]],
+        min_size: int,
+        segmentations: list[Segmentation] | None,
+    ) -> None:
         """Lays out what `load` needs in arrays, which forked loader workers share without copying."""
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
-        boxes: dict[int, list[tuple[tuple[float, ...], int]]] = {image_id: [] for image_id in images}
+        # of each image: box, label, and which of the annotations it is
+        boxes: dict[int, list[tuple[tuple[float, ...], int, int]]] = {image_id: [] for image_id in images}
         sizes = {image_id: _size(entry) for image_id, entry in images.items()}
-        for a in annotations:
+        for i, a in enumerate(annotations):
             what = f"annotation {a.get('id')}"
             if a.get("iscrowd") or a.get("ignore"):
                 continue
@@ -272,7 +323,7 @@ class CocoDataset:
             elif isinstance(box := self._box(a, sizes[a["image_id"]]), str):
                 self._skip(what, box)
             else:
-                boxes[a["image_id"]].append((box, label_of[a["category_id"]]))
+                boxes[a["image_id"]].append((box, label_of[a["category_id"]], i))
         if self.training:
             images = self._trainable(images, boxes, sizes, min_size)
         self.image_ids = tuple(images)
@@ -280,8 +331,14 @@ class CocoDataset:
         self._sizes = np.array([sizes[i] for i in images], np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(len(boxes[i]) for i in images)])
         flat = [box for i in images for box in boxes[i]]
-        self._boxes = np.array([box for box, _ in flat], np.float32).reshape(-1, self.box_dim)
-        self._labels = np.array([label for _, label in flat], np.int64)
+        self._boxes = np.array([box for box, _, _ in flat], np.float32).reshape(-1, self.box_dim)
+        self._labels = np.array([label for _, label, _ in flat], np.int64)
+        self._masks = None
+        if segmentations is not None:
+            self._masks = MaskStore([segmentations[i] for _, _, i in flat])
+            for k in self._masks.self_crossing().nonzero()[0].tolist():
+                what = f"annotation {annotations[flat[k][2]].get('id')}"
+                self._skip(what, "polygon that crosses itself (kept, filled by the even-odd rule)")
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self._resized = torch.zeros(len(images), dtype=torch.bool).share_memory_()

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import Region, outline
 
 CLASSES = ("circle", "rectangle", "triangle", "star", "ellipse")
 
@@ -208,26 +209,9 @@ def _annotation(mask: np.ndarray, label: int, angle: float) -> dict[str, Any]:
         "category_id": label + 1,
         "bbox": [x0, y0, width, height],
         "area": len(x),
-        "segmentation": _polygons(mask[y0 : y0 + height, x0 : x0 + width].astype(np.uint8), x0, y0),
+        "segmentation": outline(Region(x0, y0, mask[y0 : y0 + height, x0 : x0 + width])),
         "rbox": [round(float(v), 4) for v in (cx, cy, w, h)] + [round(float(angle), 6)],
     }
-
-
-def _polygons(mask: np.ndarray, x0: int, y0: int) -> list[list[float]]:
-    """COCO polygons of a uint8 mask whose corner is at (x0, y0).
-
-    They cannot have holes: a mask with one is cut in two through it.
-    """
-    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    for contour, (*_, parent) in zip(contours, hierarchy[0] if contours else (), strict=True):
-        if parent >= 0:
-            cut = int(contour[:, 0, 0].min() + contour[:, 0, 0].max() + 1) // 2
-            return _polygons(mask[:, :cut], x0, y0) + _polygons(mask[:, cut:], x0 + cut, y0)
-    # cv2 walks through pixel centres; in a mask four times as large these lie 1/8 px from the edge.
-    large = cv2.resize(mask, None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    simplified = [cv2.approxPolyDP(contour, 2.0, True)[:, 0] for contour in contours]
-    return [((p + 0.5) / 4 + (x0, y0)).round(2).ravel().tolist() for p in simplified if len(p) >= 3]
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
