@@ -344,7 +344,7 @@ def test_mode_and_direction(backend):
         (lambda b: m.box_iou_rotated(b, b[:2], aligned=True), "boxes2 has shape"),
         (lambda b: m.box_iou_rotated(b[None], b), "boxes2 has shape"),
         (lambda b: m.box_iou_rotated(b.long(), b), "boxes1 is torch.int64"),
-        (lambda b: m.box_iou_rotated(b, b, "iou"), "aligned="),
+        (lambda b: m.box_iou_rotated(b, b, "iou", 1), "aligned="),
         (lambda b: m.box_iou_rotated(b, b.to("meta")), "boxes2 is on meta"),
         (lambda b: m.box_iou_rotated(b, b, mode="giou"), "mode="),
         (lambda b: m.rotated_iou_loss(b, b[:2]), "target has shape"),
