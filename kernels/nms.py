@@ -50,8 +50,14 @@ def nms(
 ) -> tuple[Tensor, Tensor]:
     """As `mmcv.ops.nms`: boxes [N, 4] xyxy, scores [N] -> (dets [K, 5] with the score last, keep [K] int64).
 
-    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0.
+    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0. Arrays are
+    taken too, and answered with arrays.
     """
+    if not isinstance(boxes, Tensor):
+        dets, keep = nms(
+            torch.as_tensor(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num
+        )
+        return dets.numpy(), keep.numpy()  # type: ignore[return-value]
     keep = _keep(boxes, scores, None, iou_threshold, offset, score_threshold, max_num)
     return _dets(boxes, scores, keep), keep
 

@@ -13,7 +13,8 @@ other op is there, and raises when called. Where a compiled mmcv is installed no
 
 As in mmcv, boxes without area and with non-finite numbers take part: nothing suppresses them. Unlike in mmcv, rotated
 NMS keeps to "suppressed above the threshold" and to the labels on the CPU too, and the vertices of coinciding boxes
-come in order, so that `diff_iou_rotated_2d` of a box with itself is 1.
+come in order (mmcv's compiled op gives `diff_iou_rotated_2d` below 0.5 for some boxes with themselves; what its Python
+part misjudges in float32 remains).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _kept(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: f
 
 
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int = 0, aligned: bool = False) -> None:
-    """IoU (`mode_flag` 0) or intersection over box 1 (1) of [N, 5] and [M, 5] into `ious`, [N * M] or [N] if aligned."""
+    """IoU of [N, 5] with [M, 5] into `ious` [N * M], or [N] if aligned; over the area of box 1 if `mode_flag` is 1."""
     mode = "iof" if mode_flag else "iou"
     with torch.no_grad():
         ious.copy_(_box_iou_rotated(boxes1, boxes2, mode, bool(aligned)).view(ious.shape))
@@ -142,10 +143,10 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
 
 if __name__ == "__main__":
+    import importlib
     import runpy
 
-    import rtmdet_fast.compat.mmcv_ext  # under its own name, not as __main__
-
+    importlib.import_module("rtmdet_fast.compat.mmcv_ext")  # under its own name, not as __main__
     del sys.argv[0]
     if not sys.argv:
         sys.exit("usage: python -m rtmdet_fast.compat.mmcv_ext SCRIPT [ARGUMENT ...]")
