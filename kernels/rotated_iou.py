@@ -36,7 +36,7 @@ def box_iou_rotated(
     A bool in third place is `aligned`, as in `box_iou_rotated_reference`.
     """
     if isinstance(mode, bool):
-        mode, aligned = "iou", mode
+        aligned, mode = mode, "iou"
     _check(boxes1, boxes2, aligned, ("boxes1", "boxes2"))
     if mode not in ("iou", "iof"):
         raise ValueError(f"mode={mode!r}: expected 'iou' or 'iof'")

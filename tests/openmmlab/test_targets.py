@@ -9,7 +9,7 @@ from needs import openmmlab
 
 openmmlab("mmdet")
 
-from mmdet.models.task_modules.assigners import DynamicSoftLabelAssigner
+from mmdet.models.task_modules.assigners import BboxOverlaps2D, DynamicSoftLabelAssigner
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -200,6 +200,11 @@ def test_patch_is_undone():
     assert (RTMDetHead.get_targets, DynamicSoftLabelAssigner.assign) == before
 
 
+@TASK_UTILS.register_module()
+class OwnOverlaps(BboxOverlaps2D):
+    """An IoU that the batched assignment does not know."""
+
+
 def test_unknown_parts_stay_with_mmdet():
     """Under the patch; in the batched classes they are an error."""
     config = head_config("RTMDetSepBNHead")
@@ -208,7 +213,7 @@ def test_unknown_parts_stay_with_mmdet():
     for change in (
         dict(assigner=dict(type="SimOTAAssigner")),
         dict(assigner=dict(type="DynamicSoftLabelAssigner", topk=65)),
-        dict(assigner=dict(type="DynamicSoftLabelAssigner", iou_calculator=dict(type="BboxOverlaps2D_GLIP"))),
+        dict(assigner=dict(type="DynamicSoftLabelAssigner", iou_calculator=dict(type="OwnOverlaps"))),
     ):
         config["train_cfg"].update(change)
         head = MODELS.build(config)
