@@ -20,7 +20,6 @@ from benches import openmmlab_proof as proof
 from rtmdet_fast.compat import mmdet as compat
 
 register_all_modules(init_default_scope=False)
-init_default_scope("mmrotate")
 CLASSES, CHANNELS, SIZE = 4, 16, 160
 
 

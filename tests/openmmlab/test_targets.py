@@ -18,8 +18,12 @@ from mmengine.structures import InstanceData
 
 from rtmdet_fast.compat import mmdet as compat
 
-init_default_scope("mmdet")
 CLASSES, CHANNELS, SIZE = 5, 16, 160
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope("mmdet")
 
 
 @pytest.fixture
