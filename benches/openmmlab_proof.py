@@ -3,7 +3,7 @@
     python -m benches.openmmlab_proof losses|rotated|train|crowded|checkpoint --data ../shared/data
 
 `losses`, `rotated`: the losses of the first 20 iterations of RTMDet-tiny on bccd, of rotated RTMDet-tiny on hit_uav.
-`train`: AP after `--epochs` epochs on bccd, by the settings of bccd_reference.json. `crowded`: seconds per iteration on
+`train`: AP after `--epochs` epochs on bccd, by the settings of bccd_reference.json, from `--weights` if given. `crowded`: seconds per iteration on
 drawn scenes of `--ground-truths` boxes, patch on and off in turns of 4 iterations in one process. `checkpoint`: AP of
 `--weights` on bccd by mmdet and by this project. Each prints one line of JSON. Data are loaded in the main process.
 """
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--patch", choices=("on", "off"), default="on", help="of train")
     parser.add_argument("--ground-truths", type=int, default=200)
     parser.add_argument("--size", type=int, default=320, help="side in pixels of the drawn scenes")
-    parser.add_argument("--weights", type=Path, help="of checkpoint")
+    parser.add_argument("--weights", type=Path, help="of checkpoint and train")
     args = parser.parse_args()
     if not args.data.is_dir():
         parser.error(f"{args.data} is not there: pass --data")
@@ -259,6 +259,7 @@ def _rotated(args: argparse.Namespace, out: Path) -> dict:
 
 def _train(args: argparse.Namespace, out: Path) -> dict:
     config = bccd(args.data / "bccd", out, epochs=args.epochs, seed=args.seed)
+    config.load_from = args.weights and str(args.weights)
     record = run(config, Record(), args.patch == "on")
     seconds = statistics.median(record.seconds)
     return {"patch": args.patch, "epochs": args.epochs, "seed": args.seed, "seconds": seconds, **record.metrics}

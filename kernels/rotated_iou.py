@@ -33,8 +33,10 @@ def box_iou_rotated(
 
     float32, or float64 if either input is. Only the aligned form is differentiable. The order of the arguments is that
     of `mmcv.ops`: `mode` "iof" divides by the area of box 1 instead, `clockwise` False takes angles from x towards -y.
-    A bool in third place is `aligned`, as in `box_iou_rotated_reference`.
+    A bool in third place is `aligned`, as in `box_iou_rotated_reference`; of boxes [..., 6], as mmrotate's evaluation
+    passes them, the sixth column (the score) is left out of account.
     """
+    boxes1, boxes2 = (x[..., :5] if x.ndim and x.shape[-1] == 6 else x for x in (boxes1, boxes2))
     if isinstance(mode, bool):
         aligned, mode = mode, "iou"
     _check(boxes1, boxes2, aligned, ("boxes1", "boxes2"))

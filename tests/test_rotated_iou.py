@@ -334,6 +334,10 @@ def test_mode_and_direction(backend):
     flip = torch.tensor([1.0, 1, 1, 1, -1], device=DEVICE)
     mirrored = m.box_iou_rotated(boxes1 * flip, boxes2 * flip)
     assert torch.equal(m.box_iou_rotated(boxes1, boxes2, clockwise=False), mirrored)
+    scored = torch.cat([boxes1, boxes1[:, :1]], 1)
+    assert torch.equal(m.box_iou_rotated(scored, boxes2), iou)
+    pairs = boxes1, boxes2[:6]
+    assert torch.equal(m.box_iou_rotated(*pairs, "iou", True, True), m.box_iou_rotated(*pairs, True))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
     import rtmdet_fast.compat.mmcv_ext  # before mmdet, mmrotate and mmcv.ops
 
-puts this module into `sys.modules` as `mmcv._ext`. Scripts that cannot be edited run under it:
+puts this module into `sys.modules` as `mmcv._ext`. It belongs at the top of the script that is run, and not under
+`if __name__ == "__main__"`: processes that are spawned, as for mmrotate's evaluation, import it from there. Scripts
+that cannot be edited run under it:
 
     python -m rtmdet_fast.compat.mmcv_ext tools/train.py my_config.py
 
@@ -82,18 +84,21 @@ def _kept(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: f
     if len(boxes) == 0:
         return scores.new_zeros(0, dtype=torch.int64)
     labels = torch.zeros_like(scores, dtype=torch.int64) if labels is None else labels - labels.amin()
-    keep, _ = batched_nms_padded(boxes[None], scores[None], labels[None], float(iou_threshold), len(boxes))
+    keep, count = batched_nms_padded(boxes[None], scores[None], labels[None], float(iou_threshold), len(boxes))
     kept = ~usable(boxes, scores, labels)  # what the kernels leave out, mmcv keeps
-    kept = torch.cat([kept, kept[:1]]).index_fill(0, keep[0], True)[:-1]  # index -1 pads
+    kept[keep[0, : int(count)]] = True
     order = scores.sort(descending=True, stable=True).indices
     return order[kept[order]]
 
 
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int = 0, aligned: bool = False) -> None:
-    """IoU of [N, 5] with [M, 5] into `ious` [N * M], or [N] if aligned; over the area of box 1 if `mode_flag` is 1."""
+    """IoU of [N, 5 or more] with [M, 5 or more] into `ious` [N * M], or [N] if aligned.
+
+    `mode_flag` 1 divides by the area of box 1. Columns from the sixth on are not read, as in mmcv.
+    """
     mode = "iof" if mode_flag else "iou"
     with torch.no_grad():
-        ious.copy_(_box_iou_rotated(boxes1, boxes2, mode, bool(aligned)).view(ious.shape))
+        ious.copy_(_box_iou_rotated(boxes1[:, :5], boxes2[:, :5], mode, bool(aligned)).view(ious.shape))
 
 
 def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_valid: Tensor) -> Tensor:
@@ -143,13 +148,17 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
 
 if __name__ == "__main__":
-    import importlib
-    import runpy
+    from importlib import import_module
+    from pathlib import Path
 
-    importlib.import_module("rtmdet_fast.compat.mmcv_ext")  # under its own name, not as __main__
     del sys.argv[0]
     if not sys.argv:
         sys.exit("usage: python -m rtmdet_fast.compat.mmcv_ext SCRIPT [ARGUMENT ...]")
-    runpy.run_path(sys.argv[0], run_name="__main__")
-else:
+    import_module("rtmdet_fast.compat.mmcv_ext")  # under its own name, not as __main__
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    # In this namespace: processes that are spawned import this module first, since it is the main one.
+    exec(compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec"))
+elif __name__ == "rtmdet_fast.compat.mmcv_ext":
     install()
+else:  # "__mp_main__", in a spawned process
+    import rtmdet_fast.compat.mmcv_ext  # noqa: F401

@@ -13,6 +13,7 @@ from needs import openmmlab
 openmmlab("mmcv")
 
 import mmcv.ops
+from mmengine.config import ConfigDict
 
 import rtmdet_fast.compat.mmcv_ext as ext
 from rtmdet_fast import ops
@@ -56,7 +57,7 @@ def test_nms_and_batched_nms(n):
     arguments = (xyxy, scores, 0.4, 1, 0.2, 50)
     same(mmcv.ops.nms(*arguments), ops.nms(*arguments))
     for cfg in (
-        dict(type="nms", iou_threshold=0.6),
+        ConfigDict(type="nms", iou_threshold=0.6),  # what mmdet passes
         dict(type="nms", iou_threshold=0.6, max_num=40, score_threshold=0.1),
         dict(type="nms", iou_threshold=0.6, split_thr=20),
         dict(type="nms", iou_threshold=0.6, class_agnostic=True),
