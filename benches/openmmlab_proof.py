@@ -5,8 +5,8 @@
 `losses`, `rotated`: the losses of the first 20 iterations of RTMDet-tiny on bccd, of rotated RTMDet-tiny on hit_uav.
 `train`: AP after `--epochs` epochs on bccd, by the settings of bccd_reference.json, from `--weights` if given.
 `crowded`: seconds per iteration on drawn scenes of `--ground-truths` boxes, patch on and off by turns in one process.
-`checkpoint`: AP of `--weights` on bccd by mmdet and by this project. Each prints one line of JSON. Data are loaded in the
-main process.
+`checkpoint`: AP of `--weights` on bccd by mmdet and by this project.
+Each prints one line of JSON. Data are loaded in the main process.
 """
 
 from __future__ import annotations
