@@ -1,8 +1,10 @@
 # make demo    train, evaluate and show a detector on drawn scenes
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
+# make test-openmmlab   the drop-in parts beside mmdet and mmrotate, in two environments of their own
 # make test-slow   every configuration of the kernels, compiled for four GPUs
 # make bench   kernel benches beside the peers that are installed; writes benches/results and benches/README.md
+# make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make test-gpu bench-gpu   parity, then benches, on a CUDA machine with its own Python (torch, triton, numpy, pytest)
 
 PYTHON ?= python3
@@ -15,7 +17,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu dynamic_mask training_with_kernels)
 
-.PHONY: demo test lint test-torch test-triton test-slow test-gpu bench bench-gpu setup clean
+# mmdet pins old packages and mmrotate still older ones, so they have environments of their own.
+MMDET_VENV ?= .venv-mmdet
+MMROTATE_VENV ?= .venv-mmrotate
+MMCV_VENV ?= .venv-mmcv
+OPENMMLAB := "numpy<2" "setuptools<81" opencv-python==4.11.0.86 mmengine==0.10.7
+
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow test-gpu bench bench-openmmlab bench-gpu setup clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +40,7 @@ demo: setup
 	$(BIN)/rtmdet-fast demo --task $(TASK) --out runs/demo
 
 test: lint test-torch test-triton
+	@echo "tests/openmmlab was skipped: make test-openmmlab builds environments with mmdet and mmrotate and runs it"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -48,12 +57,41 @@ test-torch: setup
 test-triton: setup
 	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
 
+test-openmmlab: $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed
+	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest -rs --disable-warnings tests/openmmlab --ignore tests/openmmlab/test_rotated.py
+	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs --disable-warnings tests/openmmlab
+
+$(MMDET_VENV)/.installed: REQUIREMENTS = mmdet==3.3.0 mmcv-lite==2.1.0
+$(MMROTATE_VENV)/.installed: REQUIREMENTS = mmrotate==1.0.0rc1 mmdet==3.0.0 mmcv-lite==2.0.1 e2cnn
+$(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(OPENMMLAB)
+	$(@D)/bin/python -m pip install --quiet $(REQUIREMENTS) $(OPENMMLAB) pytest --editable .
+	touch $@
+
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core.
 test-slow: setup
 	$(PYTEST) -m slow $(KERNEL_TESTS)
 
 bench: setup
 	$(BIN)/python -m benches.run
+
+bench-openmmlab: $(MMCV_VENV)/.installed
+	$(MMCV_VENV)/bin/python -m benches.run
+
+# mmcv 2.1.0 asks for C++14 or 17, which torch's headers are past; without -O3 it would be a slow peer.
+$(MMCV_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(OPENMMLAB) wheel ninja psutil
+	cd $(@D) && bin/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation mmcv==2.1.0
+	tar -xzf $(@D)/mmcv-2.1.0.tar.gz -C $(@D)
+	sed -i 's/-std=c++1[47]/-std=c++20/g' $(@D)/mmcv-2.1.0/setup.py
+	MMCV_WITH_OPS=1 FORCE_CUDA=0 CFLAGS=-O3 CXXFLAGS=-O3 \
+		$(@D)/bin/python -m pip install --no-build-isolation --no-deps $(@D)/mmcv-2.1.0
+	$(@D)/bin/python -m pip install --quiet mmdet==3.3.0 $(OPENMMLAB) --editable ".[bench]"
+	touch $@
 
 test-gpu:
 	$(PYTHON) -m pytest $(KERNEL_TESTS)
@@ -62,4 +100,4 @@ bench-gpu:
 	$(PYTHON) -m benches.run
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs build dist *.egg-info

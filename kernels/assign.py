@@ -435,8 +435,10 @@ def _pairs(
 def _iou(gt: Tensor, box: Tensor, aligned: bool = False) -> Tensor:
     """IoU [..., m, Q] of gt [4 or 5, ..., m] with box [4 or 5, ..., Q], or [..., m] of pairs."""
     if len(gt) == 5:
+        # the prediction first, as the published assigner has it: of the slightest overlaps the order decides
         gt = torch.cat([gt[:2], gt[2:4].clamp(min=1e-3), gt[4:]])
-        return box_iou_rotated_reference(gt.movedim(0, -1), box.movedim(0, -1), aligned)
+        iou = box_iou_rotated_reference(box.movedim(0, -1), gt.movedim(0, -1), aligned)
+        return iou if aligned else iou.mT.contiguous()
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (gt, box) if aligned else (gt[..., None], box[..., None, :])
     w = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     h = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
@@ -580,7 +582,7 @@ def _iou_tl(g0, g1, g2, g3, angle, b0, b1, b2, b3, b4, BOX: tl.constexpr):
         near = dx * dx + dy * dy < reach * reach
         iou = tl.zeros_like(dx)
         if tl.max(near.to(tl.int32), 0) > 0:  # most blocks of priors end here
-            iou = tl.where(near, rotated_iou_pair(g0, g1, w, h, angle, b0, b1, b2, b3, b4), 0.0)
+            iou = tl.where(near, rotated_iou_pair(b0, b1, b2, b3, b4, g0, g1, w, h, angle), 0.0)
     else:
         w = tl.maximum(tl.minimum(g2, b2) - tl.maximum(g0, b0), 0.0)
         h = tl.maximum(tl.minimum(g3, b3) - tl.maximum(g1, b1), 0.0)

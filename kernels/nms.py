@@ -50,8 +50,14 @@ def nms(
 ) -> tuple[Tensor, Tensor]:
     """As `mmcv.ops.nms`: boxes [N, 4] xyxy, scores [N] -> (dets [K, 5] with the score last, keep [K] int64).
 
-    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0.
+    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0. Arrays are
+    taken too, and answered with arrays.
     """
+    if not isinstance(boxes, Tensor):
+        dets, keep = nms(
+            torch.as_tensor(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num
+        )
+        return dets.numpy(), keep.numpy()  # type: ignore[return-value]
     keep = _keep(boxes, scores, None, iou_threshold, offset, score_threshold, max_num)
     return _dets(boxes, scores, keep), keep
 
@@ -162,6 +168,16 @@ def _check_integer(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} are {x.dtype}: expected integers")
 
 
+def usable(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    """Which boxes [..., N, 4 or 5] take part in suppression at all -> [..., N] bool."""
+    if boxes.dtype != torch.float64:
+        boxes = boxes.float()
+    size = boxes[..., 2:4] - boxes[..., :2] if boxes.shape[-1] == 4 else boxes[..., 2:4]
+    area = size[..., 0] * size[..., 1]
+    solid = (boxes.abs().sum(-1) < HUGE) & (size[..., 0] > 0) & (area >= torch.finfo(torch.float32).tiny)
+    return solid & scores.isfinite() & (labels >= 0)
+
+
 NEVER = 2**30  # start of the class of a dropped box; slots are 32-bit integers below it
 
 
@@ -174,12 +190,9 @@ def _sorted(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     N = boxes.shape[1]
     if boxes.dtype != torch.float64:
         boxes = boxes.float()
-    size = boxes[..., 2:4] - boxes[..., :2] if boxes.shape[2] == 4 else boxes[..., 2:4]
-    area = size[..., 0] * size[..., 1]
-    usable = (boxes.abs().sum(2) < HUGE) & (size[..., 0] > 0) & (area >= torch.finfo(torch.float32).tiny)
-    usable = usable & scores.isfinite() & (labels >= 0)
-    order = scores.masked_fill(~usable, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    label, rank = labels.long().masked_fill(~usable, 2**63 - 1).gather(1, order).sort(dim=1, stable=True)
+    real = usable(boxes, scores, labels)
+    order = scores.masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    label, rank = labels.long().masked_fill(~real, 2**63 - 1).gather(1, order).sort(dim=1, stable=True)
     boxes = boxes.gather(1, order.gather(1, rank)[..., None].expand(-1, -1, boxes.shape[2]))
     slot = torch.arange(N, device=boxes.device)
     first = torch.cat([label[:, :1] >= 0, label[:, 1:] != label[:, :-1]], 1)

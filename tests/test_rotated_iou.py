@@ -334,6 +334,10 @@ def test_mode_and_direction(backend):
     flip = torch.tensor([1.0, 1, 1, 1, -1], device=DEVICE)
     mirrored = m.box_iou_rotated(boxes1 * flip, boxes2 * flip)
     assert torch.equal(m.box_iou_rotated(boxes1, boxes2, clockwise=False), mirrored)
+    scored = torch.cat([boxes1, boxes1[:, :1]], 1)
+    assert torch.equal(m.box_iou_rotated(scored, boxes2), iou)
+    pairs = boxes1, boxes2[:6]
+    assert torch.equal(m.box_iou_rotated(*pairs, "iou", True, True), m.box_iou_rotated(*pairs, True))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +348,7 @@ def test_mode_and_direction(backend):
         (lambda b: m.box_iou_rotated(b, b[:2], aligned=True), "boxes2 has shape"),
         (lambda b: m.box_iou_rotated(b[None], b), "boxes2 has shape"),
         (lambda b: m.box_iou_rotated(b.long(), b), "boxes1 is torch.int64"),
-        (lambda b: m.box_iou_rotated(b, b, "iou"), "aligned="),
+        (lambda b: m.box_iou_rotated(b, b, "iou", 1), "aligned="),
         (lambda b: m.box_iou_rotated(b, b.to("meta")), "boxes2 is on meta"),
         (lambda b: m.box_iou_rotated(b, b, mode="giou"), "mode="),
         (lambda b: m.rotated_iou_loss(b, b[:2]), "target has shape"),

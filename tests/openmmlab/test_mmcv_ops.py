@@ -1,0 +1,145 @@
+"""mmcv's own functions on top of the stand-in, and this project's functions in their place."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from needs import openmmlab
+
+openmmlab("mmcv")
+
+import mmcv.ops
+from mmengine.config import ConfigDict
+
+import rtmdet_fast.compat.mmcv_ext as ext
+from rtmdet_fast import ops
+
+lite = pytest.mark.skipif(sys.modules["mmcv._ext"] is not ext, reason="this mmcv is a compiled one")
+
+
+def boxes(n: int, seed: int = 0, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """xyxy [n, 4], distinct scores, labels."""
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=g) * 100
+    xyxy = torch.cat([corner, corner + 4 + torch.rand(n, 2, generator=g) * 36], 1)
+    return xyxy, torch.randperm(n, generator=g) / n, torch.randint(classes, (n,), generator=g)
+
+
+def rotated(n: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed + 1)
+    xyxy = boxes(n, seed)[0]
+    return torch.cat([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2], torch.rand(n, 1, generator=g) * 3 - 1.5], 1)
+
+
+def same(theirs, ours) -> None:
+    assert len(theirs[1]) > 10
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+@lite
+def test_the_stand_in_serves_every_module_of_mmcv():
+    names = set(
+        re.findall(r"ext_module\.(\w+)", "".join(f.read_text() for f in Path(mmcv.ops.__file__).parent.glob("*.py")))
+    )
+    assert len(names) > 100 and all(callable(getattr(ext, name)) for name in names)
+    with pytest.raises(NotImplementedError, match="roi_align_forward needs the compiled mmcv"):
+        mmcv.ops.roi_align(torch.zeros(1, 3, 8, 8), torch.zeros(1, 5), (2, 2))
+
+
+@pytest.mark.parametrize("n", [60, 700])
+def test_nms_and_batched_nms(n):
+    xyxy, scores, labels = boxes(n)
+    same(mmcv.ops.nms(xyxy, scores, 0.5), ops.nms(xyxy, scores, 0.5))
+    arguments = (xyxy, scores, 0.4, 1, 0.2, 50)
+    same(mmcv.ops.nms(*arguments), ops.nms(*arguments))
+    for cfg in (
+        ConfigDict(type="nms", iou_threshold=0.6),  # what mmdet passes
+        dict(type="nms", iou_threshold=0.6, max_num=40, score_threshold=0.1),
+        dict(type="nms", iou_threshold=0.6, split_thr=20),
+        dict(type="nms", iou_threshold=0.6, class_agnostic=True),
+        None,
+    ):
+        theirs = mmcv.ops.batched_nms(xyxy, scores, labels, cfg)
+        same(theirs, ops.batched_nms(xyxy, scores, labels, cfg))
+    same(
+        mmcv.ops.batched_nms(xyxy, scores, labels, dict(iou_threshold=0.3), True),
+        ops.batched_nms(xyxy, scores, labels, dict(iou_threshold=0.3), True),
+    )
+
+
+def test_nms_of_arrays():
+    xyxy, scores, _ = (x.numpy() for x in boxes(80))
+    theirs, ours = mmcv.ops.nms(xyxy, scores, 0.5), ops.nms(xyxy, scores, 0.5)
+    for a, b in zip(theirs, ours, strict=True):
+        assert isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def test_nms_rotated():
+    dets = rotated(300)
+    _, scores, labels = boxes(300)
+    same(mmcv.ops.nms_rotated(dets, scores, 0.1), ops.nms_rotated(dets, scores, 0.1))
+    same(
+        mmcv.ops.nms_rotated(dets, scores, 0.3, None, False), ops.nms_rotated(dets, scores, 0.3, None, clockwise=False)
+    )
+    cfg = dict(type="nms_rotated", iou_threshold=0.1)
+    same(mmcv.ops.batched_nms(dets, scores, labels, cfg), ops.batched_nms(dets, scores, labels, cfg))
+
+
+@lite  # the compiled one leaves labels out of account on a CPU
+def test_nms_rotated_by_label():
+    dets = rotated(300)
+    _, scores, labels = boxes(300)
+    same(mmcv.ops.nms_rotated(dets, scores, 0.3, labels), ops.nms_rotated(dets, scores, 0.3, labels))
+
+
+@pytest.mark.parametrize("mode", ["iou", "iof"])
+@pytest.mark.parametrize("clockwise", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_box_iou_rotated(mode, clockwise, aligned):
+    one, two = rotated(50), rotated(50) + 3 * rotated(50, seed=5) / 50
+    theirs = mmcv.ops.box_iou_rotated(one, two, mode, aligned, clockwise)
+    assert (theirs > 0.2).sum() > 10
+    torch.testing.assert_close(theirs, ops.box_iou_rotated(one, two, mode, aligned, clockwise), atol=1e-5, rtol=0)
+
+
+@lite
+def test_diff_iou_rotated(shared):
+    cases = torch.load(shared / "reference/rotated_iou_cases.pt", weights_only=True)
+    for name, (one, two, iou) in ((name, case.values()) for name, case in cases.items()):
+        # mmcv's Python finds the vertices with absolute tolerances, which float32 does not meet for coinciding boxes
+        found = mmcv.ops.diff_iou_rotated_2d(one[None].double(), two[None].double())[0]
+        assert (found - iou).abs().max() < 1e-4, name
+    one, two = rotated(200).requires_grad_(), rotated(200, seed=7)
+    two[:100, :2] = one[:100, :2].detach() + 3
+    theirs = mmcv.ops.diff_iou_rotated_2d(one[None], two[None])[0]
+    ours = ops.box_iou_rotated(one, two, "iou", True)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    grads = [torch.autograd.grad(iou.sum(), one)[0] for iou in (theirs, ours)]
+    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["nms", "batched_nms", "nms_rotated", "box_iou_rotated"])
+def test_order_of_arguments(name):
+    """By position everything that mmcv takes; by name all but mmcv's `bboxes1`, `bboxes2`."""
+    theirs = inspect.signature(inspect.unwrap(getattr(mmcv.ops, name))).parameters
+    ours = inspect.signature(getattr(ops, name)).parameters
+    assert [x.removeprefix("b") if x[-1].isdigit() else x for x in theirs] == list(ours)
+    for a, b in zip(theirs.values(), ours.values(), strict=True):
+        assert a.default == b.default and a.kind == b.kind
+
+
+def test_torchvision_signatures():
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    from rtmdet_fast.ops import torchvision as own
+
+    xyxy, scores, labels = boxes(500)
+    torch.testing.assert_close(torchvision.ops.nms(xyxy, scores, 0.5), own.nms(xyxy, scores, 0.5))
+    arguments = (xyxy, scores, labels, 0.5)
+    torch.testing.assert_close(torchvision.ops.batched_nms(*arguments), own.batched_nms(*arguments))
+    for name in ("nms", "batched_nms"):
+        theirs = inspect.signature(getattr(torchvision.ops, name)).parameters
+        assert list(theirs) == list(inspect.signature(getattr(own, name)).parameters)

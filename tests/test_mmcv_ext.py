@@ -1,0 +1,148 @@
+"""The stand-in for `mmcv._ext`, by itself; through mmcv's own Python: tests/openmmlab."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rtmdet_fast.compat.mmcv_ext as ext
+from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_boxes(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes [n, 5] of which some have no area, distinct scores, labels."""
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.cat([torch.rand(n, 2, generator=g) * 100, torch.rand(n, 2, generator=g) * 40 - 2], 1)
+    boxes = torch.cat([boxes, torch.rand(n, 1, generator=g) * 3], 1)
+    return (
+        boxes.to(DEVICE),
+        torch.randperm(n, generator=g).to(DEVICE) / n,
+        torch.randint(3, (n,), generator=g).to(DEVICE),
+    )
+
+
+def greedy(iou: torch.Tensor, scores: torch.Tensor, threshold: float) -> list[int]:
+    kept: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou[i, j] <= threshold or iou[i, j].isnan() for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms(offset):
+    boxes, scores, _ = random_boxes(150)
+    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]], 1)
+    boxes[3], boxes[4, 0], scores[9] = torch.inf, torch.nan, torch.nan
+    wide = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1).double()
+    sides = (torch.minimum(wide[:, None, 2:], wide[:, 2:]) - torch.maximum(wide[:, None, :2], wide[:, :2])).clamp(min=0)
+    area = (wide[:, 2:] - wide[:, :2]).prod(1)
+    inter = sides.prod(2)
+    iou = inter / (area[:, None] + area - inter)
+    kept = ext.nms(boxes, scores, iou_threshold=0.4, offset=offset)
+    finite = scores.nan_to_num(2)
+    iou[9], iou[:, 9] = 0, 0  # a score that is no number suppresses nothing
+    assert kept.tolist() == greedy(iou, finite, 0.4)
+    assert 20 < len(kept) < 145 and {3, 4, 9} <= set(kept.tolist())
+    assert ext.nms(boxes[:0], scores[:0], 0.5, 0).tolist() == []
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_nms_rotated(multi_label):
+    boxes, scores, labels = random_boxes(120)
+    iou = box_iou_rotated_reference(boxes.double(), boxes.double())
+    if multi_label:
+        iou = iou * (labels[:, None] == labels)
+    order = scores.argsort(descending=True)
+    dets = torch.cat([boxes, labels[:, None].to(boxes)], 1) if multi_label else boxes
+    kept = ext.nms_rotated(dets, scores, order, dets[order], labels, 0.2, multi_label)
+    assert kept.tolist() == greedy(iou, scores, 0.2)
+    assert 20 < len(kept) < 115
+
+
+def test_box_iou_rotated_writes_every_element():
+    one, two = random_boxes(7)[0].abs(), random_boxes(7, 1)[0].abs()
+    for flag, aligned in ((0, False), (1, False), (0, True), (1, True)):
+        out = one.new_full((7,) if aligned else (49,), torch.nan)
+        ext.box_iou_rotated(one, two, out, mode_flag=flag, aligned=aligned)
+        iou = box_iou_rotated_reference(one.double(), two.double(), aligned)
+        if flag:
+            area1, area2 = one[:, 2:4].double().prod(1), two[:, 2:4].double().prod(1)
+            area1, area2 = (area1, area2) if aligned else (area1[:, None], area2)
+            iou = iou / (1 + iou) * (area1 + area2) / area1
+        torch.testing.assert_close(out.view(iou.shape), iou.float(), atol=1e-5, rtol=0)
+
+
+def test_sorted_vertices_enclose_the_polygon():
+    """Of regular polygons with 3 to 8 corners, in a random order, some corners more than once."""
+    g = torch.Generator().manual_seed(0)
+    for corners, copies in ((3, 0), (5, 0), (8, 0), (4, 4), (8, 3), (4, 7)):
+        angle = torch.arange(corners) * 2 * torch.pi / corners + 0.1
+        polygon = torch.stack([angle.cos(), angle.sin()], 1) * 5
+        points = torch.cat([polygon, polygon[torch.arange(copies) % corners] + 1e-6])
+        place = torch.randperm(24, generator=g)[: len(points)]
+        vertices, mask = torch.zeros(1, 1, 24, 2), torch.zeros(1, 1, 24, dtype=torch.bool)
+        vertices[0, 0, place], mask[0, 0, place] = points, True
+        index = ext.diff_iou_rotated_sort_vertices_forward(vertices, mask, mask.sum(-1).int())
+        assert index.shape == (1, 1, 9) and index.dtype == torch.int32
+        x, y = vertices[0, 0, index[0, 0].long()].unbind(-1)
+        area = (x[:-1] * y[1:] - y[:-1] * x[1:]).sum().abs() / 2
+        assert area == pytest.approx(12.5 * corners * torch.tensor(2 * torch.pi / corners).sin().item(), rel=1e-5)
+    mask[:] = False
+    mask[..., [0, 9]] = True
+    few = ext.diff_iou_rotated_sort_vertices_forward(vertices, mask, mask.sum(-1).int())
+    assert (few == few[0, 0, 0]).all() and few[0, 0, 0] >= 8 and not mask[0, 0, few[0, 0, 0]]
+
+
+def test_other_ops_exist_and_say_that_they_are_missing():
+    assert hasattr(ext, "roi_align_forward")
+    with pytest.raises(NotImplementedError, match=r"deform_conv_forward needs the compiled mmcv"):
+        ext.deform_conv_forward(torch.zeros(1), stride=1)
+    assert not hasattr(ext, "__wrapped__")
+    assert "rtmdet_fast" in ext.get_compiler_version() and ext.get_compiling_cuda_version()
+
+
+@pytest.fixture(params=[False, True], ids=["lite", "compiled"])
+def mmcv(request, tmp_path, monkeypatch):
+    """An mmcv whose ops find their binary module as the real one does; whether it is compiled."""
+    (tmp_path / "mmcv/ops").mkdir(parents=True)
+    (tmp_path / "mmcv/__init__.py").touch()
+    (tmp_path / "mmcv/ops/__init__.py").write_text("import importlib\next = importlib.import_module('mmcv._ext')\n")
+    if request.param:
+        (tmp_path / "mmcv/_ext.py").touch()
+    for name in [name for name in sys.modules if name.split(".")[0] == "mmcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield request.param
+    for name in ("mmcv._ext", "mmcv.ops", "mmcv"):
+        sys.modules.pop(name, None)
+
+
+def test_a_compiled_module_keeps_its_place(mmcv):
+    assert ext.install() == (not mmcv)
+    ops = importlib.import_module("mmcv.ops")
+    assert (ops.ext is ext) == (not mmcv)
+    assert importlib.util.find_spec("mmcv._ext").loader is not None  # what mmcv.utils.check_ops_exist asks
+    assert ext.install() == (not mmcv)
+    if mmcv:
+        with pytest.raises(RuntimeError, match=r"mmcv\.ops is imported already"):
+            ext.install(replace=True)
+
+
+def test_a_compiled_module_is_replaced_on_request(mmcv):
+    assert ext.install(replace=True)
+    assert importlib.import_module("mmcv.ops").ext is ext
+
+
+def test_runs_scripts(tmp_path):
+    """Importing is enough, under a script that knows nothing of it."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint(__name__, sys.argv[1:], sys.modules['mmcv._ext'].__name__)\n")
+    command = [sys.executable, "-m", "rtmdet_fast.compat.mmcv_ext", str(script), "a", "--b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "__main__ ['a', '--b'] rtmdet_fast.compat.mmcv_ext" in done.stdout, done.stderr
