@@ -18,6 +18,7 @@ from rtmdet_fast.heads import DetectionHead, Detections, DetectSettings, HeadOut
 from rtmdet_fast.neck import CSPNeXtPAFPN
 from rtmdet_fast.preprocess import letterbox, normalize
 from rtmdet_fast.results import Results
+from rtmdet_fast.rotated_head import RotatedHead, RotatedOutput
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -73,13 +74,14 @@ SIZES: dict[str, Callable[[], Architecture]] = {
     "l": rtmdet_l,
     "x": rtmdet_x,
 }
-TASKS = {"det": DetectionHead}
+TASKS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "rotated": RotatedHead}
 
 
 class RTMDet(nn.Module):
     """Backbone, neck and the head of one task; state_dict keys are those of the published checkpoints.
 
-    size: nano, tiny, s, m, l or x. task: det. class_names: one per class; COCO's for 80 classes where not given.
+    size: nano, tiny, s, m, l or x. task: det (boxes) or rotated (rotated boxes). class_names: one per class; COCO's for
+    80 classes where not given.
     """
 
     def __init__(
@@ -105,14 +107,14 @@ class RTMDet(nn.Module):
             raise UserError(f"{len(class_names)} class names were given for num_classes={num_classes}")
         architecture = SIZES[size]()
         self.size, self.task, self.class_names = size, task, tuple(class_names)
-        self.image_size = architecture.image_size
+        self.image_size = TASKS[task].image_size or architecture.image_size
         low, mid, high = (int(width * architecture.widen) for width in (256, 512, 1024))
         separable = architecture.separable
         self.backbone = CSPNeXt(architecture.deepen, architecture.widen, separable=separable)
         self.neck = CSPNeXtPAFPN((low, mid, high), low, architecture.neck_blocks, separable=separable)
         self.bbox_head = TASKS[task](low, num_classes, exponential=architecture.exponential, separable=separable)
 
-    def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | RotatedOutput | dict[str, Tensor]:
         """Normalised images [B, 3, H, W] (H, W multiples of 32) → head output, or losses where targets are given."""
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
