@@ -27,7 +27,7 @@ class Sample:
     image: np.ndarray
     """[H, W, 3] uint8 BGR."""
     boxes: np.ndarray
-    """[n, 4] float32 xyxy pixels of `image`, inside it and not empty; no crowd regions."""
+    """[n, 4] float32 xyxy pixels of `image`, inside it and not empty; no crowd regions; rotated [n, 5] (dota.py)."""
     labels: np.ndarray
     """[n] int64, indices into the dataset's class_names."""
     image_id: int
@@ -41,6 +41,8 @@ class CocoDataset:
     category_ids: the file's id of each class, -1 for a given class that the file does not know
     image_ids: of the images by index
     """
+
+    box_dim = 4
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class CocoDataset:
         self._skipped: dict[str, list[str]] = {}
         if not self.image_dir.is_dir():
             raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
-        content = _read_json(self.annotation_path)
+        content = self._read_content()
         self._read_categories(content["categories"], class_names)
         images = self._read_images(content["images"])
         annotations = self._read_annotations(content.get("annotations") or [], images)
@@ -146,9 +148,16 @@ class CocoDataset:
             )
         self._resized[index] = bool(width) and (w, h) != (width, height)
         start, stop = self._starts[index : index + 2]
-        boxes = np.clip(self._boxes[start:stop], 0, np.array([w, h, w, h], np.float32))
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, kept = self._within(self._boxes[start:stop], w, h)
         return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path))
+
+    def _read_content(self) -> dict[str, Any]:
+        return read_json(self.annotation_path)
+
+    def _within(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes on an image of that size, and which of them [n] it shows."""
+        boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+        return boxes, np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
 
     def _bad(self, what: str, reason: str, detail: object) -> None:
         """An error, or with skip_bad one more thing left out."""
@@ -227,32 +236,43 @@ class CocoDataset:
                     self._bad(what, "of an image that is not listed", f"image_id {image_id}")
             elif category_id not in self._known_categories:
                 self._bad(what, "of a category that is not listed", f"category_id {category_id}")
-            elif not _is_box(entry.get("bbox")):
-                self._bad(what, "bbox is not four finite numbers x, y, w, h", entry.get("bbox"))
+            elif (fault := self._box_fault(entry)) is not None:
+                self._bad(what, *fault)
             else:
                 annotations.append(entry)
             seen.add(ident)
         return annotations
 
+    def _box_fault(self, entry: dict[str, Any]) -> tuple[str, object] | None:
+        """Why an annotation tells no box, and what it tells."""
+        box = entry.get("bbox")
+        return None if is_numbers(box, 4) else ("bbox is not four finite numbers x, y, w, h", box)
+
+    def _box(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[float, ...] | str:
+        """The box of a proper annotation, or the reason to leave it out; size (width, height), 0 where unknown."""
+        x, y, w, h = entry["bbox"]
+        width, height = size
+        if w < 1 or h < 1:  # the reference's limit
+            return "box below one pixel"
+        if x + w <= 0 or y + h <= 0 or (width and (x >= width or y >= height)):
+            return "box outside the image"
+        return x, y, x + w, y + h
+
     def _index(self, images: dict[int, dict[str, Any]], annotations: list[dict[str, Any]], min_size: int) -> None:
         """Lays out what `load` needs in arrays, which forked loader workers share without copying."""
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
-        boxes: dict[int, list[tuple[float, float, float, float, int]]] = {image_id: [] for image_id in images}
+        boxes: dict[int, list[tuple[tuple[float, ...], int]]] = {image_id: [] for image_id in images}
         sizes = {image_id: _size(entry) for image_id, entry in images.items()}
         for a in annotations:
-            x, y, w, h = a["bbox"]
-            width, height = sizes[a["image_id"]]
             what = f"annotation {a.get('id')}"
             if a.get("iscrowd") or a.get("ignore"):
                 continue
             if a["category_id"] not in label_of:
                 self._skip(what, "category that is not among the classes")
-            elif w < 1 or h < 1:  # the reference's limit
-                self._skip(what, "box below one pixel")
-            elif x + w <= 0 or y + h <= 0 or (width and (x >= width or y >= height)):
-                self._skip(what, "box outside the image")
+            elif isinstance(box := self._box(a, sizes[a["image_id"]]), str):
+                self._skip(what, box)
             else:
-                boxes[a["image_id"]].append((x, y, x + w, y + h, label_of[a["category_id"]]))
+                boxes[a["image_id"]].append((box, label_of[a["category_id"]]))
         if self.training:
             images = self._trainable(images, boxes, sizes, min_size)
         self.image_ids = tuple(images)
@@ -260,8 +280,8 @@ class CocoDataset:
         self._sizes = np.array([sizes[i] for i in images], np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(len(boxes[i]) for i in images)])
         flat = [box for i in images for box in boxes[i]]
-        self._boxes = np.array([box[:4] for box in flat], np.float32).reshape(-1, 4)
-        self._labels = np.array([box[4] for box in flat], np.int64)
+        self._boxes = np.array([box for box, _ in flat], np.float32).reshape(-1, self.box_dim)
+        self._labels = np.array([label for _, label in flat], np.int64)
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self._resized = torch.zeros(len(images), dtype=torch.bool).share_memory_()
@@ -292,7 +312,7 @@ class CocoDataset:
         return kept
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -330,5 +350,6 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+def is_numbers(value: Any, count: int) -> bool:
+    """Whether a value of a JSON file is a list of so many finite numbers."""
+    return isinstance(value, list) and len(value) == count and all(map(_is_number, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
         if stored is not None and stored.shape[1::-1] == expected_size:
             return stored
     return image
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image as its header tells it, or (0, 0) where it does not."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # aerial images are large, and nothing is decoded here
+            with Image.open(path) as file:
+                width, height = file.size
+                # a PNG would be decoded to look for it
+                turned = file.format in ("JPEG", "MPO", "TIFF") and file.getexif().get(ORIENTATION, 1) >= 5
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0
+    return (height, width) if turned else (width, height)
 
 
 def as_bgr(image: Any) -> np.ndarray:

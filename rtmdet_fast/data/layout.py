@@ -1,10 +1,12 @@
-"""Finding annotation files and images in a folder laid out like COCO."""
+"""Finding annotations and images in a folder laid out like COCO or DOTA."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rtmdet_fast.errors import UserError
+
+DEEPER = ("/labelTxt", "")  # an archive may hold a folder of its own
 
 
 def find_split(folder: Path, split: str) -> tuple[Path, Path]:
@@ -26,3 +28,25 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
         if (folder / place).is_dir():
             return found[0], folder / place
     raise UserError(f"{folder} has {found[0].name} but no image folder {name} or images")
+
+
+def find_dota_split(folder: Path, split: str) -> tuple[Path, Path]:
+    """Annotations (a folder of text files, or a JSON file) and image folder of `split` in `folder`.
+
+    Looks for {split}/images beside {split}/labelTxt, as in DOTA (its labelTxt-v1.0 and labelTxt-v1.0/labelTxt too) and
+    in `rtmdet-fast split`'s output, or {split}/annfiles, as mmrotate's tool names it; then for images/{split} with
+    labelTxt/{split}; last for JSON as `find_split` does. Raises UserError saying what is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder} is not a folder")
+    places = [(f"{split}/images", f"{split}/{name}") for name in ("labelTxt", "annfiles")]
+    places += [(f"{split}/images", f"{split}/labelTxt-v{v}{deeper}") for v in ("1.0", "1.5") for deeper in DEEPER]
+    places += [(f"images/{split}", f"labelTxt/{split}")]
+    for images, labels in places:
+        if (folder / images).is_dir() and any((folder / labels).glob("*.txt")):
+            return folder / labels, folder / images
+    try:
+        return find_split(folder, split)
+    except UserError as error:
+        wanted = f"{split}/images with label files in {split}/labelTxt"
+        raise UserError(f"{folder} has no {wanted}, and no COCO-style JSON either: {error}") from None
