@@ -92,10 +92,7 @@ class RTMDet(nn.Module):
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
-        if size not in SIZES:
-            raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
-        if task not in TASKS:
-            raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+        image_size = default_image_size(size, task)
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else len(COCO_CLASSES)
         if num_classes < 1:
@@ -107,7 +104,7 @@ class RTMDet(nn.Module):
             raise UserError(f"{len(class_names)} class names were given for num_classes={num_classes}")
         architecture = SIZES[size]()
         self.size, self.task, self.class_names = size, task, tuple(class_names)
-        self.image_size = TASKS[task].image_size or architecture.image_size
+        self.image_size = image_size
         low, mid, high = (int(width * architecture.widen) for width in (256, 512, 1024))
         separable = architecture.separable
         self.backbone = CSPNeXt(architecture.deepen, architecture.widen, separable=separable)
@@ -293,6 +290,15 @@ class RTMDet(nn.Module):
 def checkpoint_is_backbone(checkpoint: Checkpoint) -> bool:
     """True for an ImageNet-pretrained backbone without neck and head."""
     return all(key.startswith("backbone.") for key in checkpoint.state_dict)
+
+
+def default_image_size(size: str, task: str) -> int:
+    """Side of the network input in pixels that a published model has. UserError where there is none such."""
+    if size not in SIZES:
+        raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+    if task not in TASKS:
+        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[task].image_size or SIZES[size]().image_size
 
 
 def check_image_size(size: int) -> int:
