@@ -246,6 +246,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.init is not None:
         model.load_weights(read_checkpoint(resolve_weights(config.init)))
     model.image_size = config.image_size
+    if rotated:
+        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, config.ema_momentum)
     optimizer = torch.optim.AdamW(
