@@ -1,4 +1,4 @@
-# make demo    train, evaluate and show a detector on drawn scenes
+# make demo    train, evaluate and show a detector on drawn scenes (TASK=rotated: rotated boxes)
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
 # make test-slow   every configuration of the kernels, compiled for four GPUs
@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 # A build of torch for CPUs brings no Triton; the bounds on registers in the tests are this one's.
 TRITON ?= triton==3.6.0
 VENV ?= .venv
+# what the demo detects
+TASK ?= det
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu training_with_kernels)
 
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/rtmdet-fast demo --out runs/demo
+	$(BIN)/rtmdet-fast demo --task $(TASK) --out runs/demo
 
 test: lint test-torch test-triton
 
@@ -46,9 +48,10 @@ test-torch: setup
 test-triton: setup
 	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
 
-# Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core.
+# Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
+# of training steps on boxes of every size.
 test-slow: setup
-	$(PYTEST) -m slow $(KERNEL_TESTS)
+	$(PYTEST) -m slow $(KERNEL_TESTS) tests/test_rotated_head.py
 
 bench: setup
 	$(BIN)/python -m benches.run

@@ -50,7 +50,7 @@ INK = "#010203"
 
 
 class ReportSample(NamedTuple):
-    """A validation image: `result` with its image kept, gt_boxes [m, 4] xyxy pixels, gt_labels [m]."""
+    """A validation image: `result` with its image kept, gt_boxes [m, 4] xyxy or [m, 5] rotated, gt_labels [m]."""
 
     result: Results
     gt_boxes: np.ndarray
@@ -325,11 +325,9 @@ def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
         kept = result.scores >= score_threshold
         scale = PICTURE_SIDE / max(result.shape)
         image = _resized(result.image, scale)
-        truth = draw_detections(
-            image, np.asarray(sample.gt_boxes).reshape(-1, 4) * scale, sample.gt_labels, None, result.names
-        )
+        truth = draw_detections(image, _scaled(sample.gt_boxes, scale), sample.gt_labels, None, result.names)
         found = draw_detections(
-            image, result.boxes[kept] * scale, result.labels[kept], result.scores[kept], result.names
+            image, _scaled(result.boxes[kept].numpy(), scale), result.labels[kept], result.scores[kept], result.names
         )
         name = Path(result.path).name if result.path else f"image {number}"
         cells.append(
@@ -342,6 +340,13 @@ def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
         f'<p class="note">Left the truth, right the detections that score {score_threshold:g} or more.</p>'
         f'<div class="pairs">{"".join(cells)}</div></section>'
     )
+
+
+def _scaled(boxes: np.ndarray, scale: float) -> np.ndarray:
+    """Boxes [n, 4], or rotated ones [n, 5], in a picture resized by `scale`."""
+    scaled = np.array(boxes, np.float32)
+    scaled[..., :4] *= scale
+    return scaled
 
 
 def _resized(image: np.ndarray, scale: float) -> np.ndarray:
