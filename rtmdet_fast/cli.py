@@ -174,7 +174,9 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
                 image_size=config.image_size,
                 patch_size=config.patch_size,
             )
-            found.append((Path(frame.name).stem, *(t.numpy() for t in (results.boxes, results.scores, results.labels))))
+            if config.format == "dota":
+                fields = (results.boxes, results.scores, results.labels)
+                found.append((Path(frame.name).stem, *(field.numpy() for field in fields)))
             image_id = len(images) + 1
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
