@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rtmdet_fast.data.rotated import boxes_to_quads
 from rtmdet_fast.errors import UserError
 
 Array = np.ndarray | Tensor
@@ -35,7 +36,8 @@ def draw_detections(
 ) -> np.ndarray:
     """A copy of `image` with its boxes, names and scores.
 
-    image: [H, W, 3] uint8 BGR; boxes: [n, 4] xyxy pixels; labels: [n]; scores: [n], or None for ground truth
+    image: [H, W, 3] uint8 BGR; boxes: [n, 4] xyxy pixels or [n, 5] rotated (cx, cy, w, h, radians); labels: [n];
+    scores: [n], or None for ground truth
     line_width: in pixels, by default by the size of the image
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
     each other, the better score keeps its label and the other box goes without.
@@ -43,7 +45,7 @@ def draw_detections(
     import cv2
 
     canvas = np.ascontiguousarray(image).copy()
-    boxes_np = _array(boxes, np.float32).reshape(-1, 4)
+    boxes_np = _array(boxes, np.float32)
     labels_np = _array(labels, np.int64)
     scores_np = None if scores is None else _array(scores, np.float32)
     if not len(boxes_np):
@@ -55,10 +57,20 @@ def draw_detections(
     font_size = max(round(side / 42 / crowd), 10)
 
     order = np.arange(len(boxes_np)) if scores_np is None else np.argsort(-scores_np, kind="stable")
+    rotated = boxes_np.shape[1] == 5
+    if rotated:
+        quads = boxes_to_quads(boxes_np).reshape(-1, 4, 2).clip(-1e5, 1e5)
+        top, bottom = (quads[np.arange(len(quads)), pick(quads[:, :, 1], 1)] for pick in (np.argmin, np.argmax))
+        # labels stand at the uppermost corner, or under the lowest
+        boxes_np = np.stack([top[:, 0], top[:, 1], top[:, 0], bottom[:, 1]], 1)
     corners = np.rint(boxes_np).clip(-10 * line, [width + 10 * line, height + 10 * line] * 2).astype(int)
     for i in order[::-1]:  # the best on top
-        x1, y1, x2, y2 = corners[i].tolist()
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), class_color(int(labels_np[i])), line, cv2.LINE_AA)
+        color = class_color(int(labels_np[i]))
+        if rotated:  # in sixteenths of a pixel: rounded corners would turn small boxes
+            cv2.polylines(canvas, [np.rint(quads[i] * 16).astype(np.int32)], True, color, line, cv2.LINE_AA, shift=4)
+        else:
+            x1, y1, x2, y2 = corners[i].tolist()
+            cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line, cv2.LINE_AA)
 
     taken = np.zeros((height, width), bool)
     for i in order:

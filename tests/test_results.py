@@ -100,6 +100,20 @@ def test_labels_of_a_crowd_do_not_cover_each_other():
     assert (crowd == class_color(0)).all(-1).sum() < 4 * 200 * 2 + 8 * 80 * 16
 
 
+def test_rotated_boxes_are_drawn_along_their_edges():
+    black = np.zeros((200, 300, 3), np.uint8)
+    box = np.array([[150.0, 100, 120, 30, np.pi / 6]], np.float32)
+    picture = draw_detections(black, box, np.array([0]), None, ("",), line_width=1)
+    along, across = np.array([np.cos(np.pi / 6), 0.5]), np.array([-0.5, np.cos(np.pi / 6)])
+    for u, v in ((60, 0), (-60, 0), (0, 15), (0, -15), (40, 15), (-40, -15)):
+        x, y = np.rint((150, 100) + u * along + v * across).astype(int)
+        assert picture[y - 1 : y + 2, x - 1 : x + 2].max() > 100
+    assert picture[100, 150].max() == 0 and not black.any()
+    wild = np.array([[1e9, -1e9, 1e12, 5, 1], [5, 5, 0, 0, 0]], np.float32)
+    assert draw_detections(black, wild, np.array([0, 0]), None, ("a",)).shape == black.shape
+    assert not draw_detections(black, np.zeros((0, 5)), np.zeros(0), None, ("a",)).any()
+
+
 def test_class_colours_differ():
     colors = np.array([class_color(i) for i in range(20)], int)
     distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(20, dtype=int)

@@ -39,14 +39,34 @@ def find_dota_split(folder: Path, split: str) -> tuple[Path, Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--data {folder} is not a folder")
+    found = _dota_text(folder, split)
+    if found:
+        return found
+    try:
+        return find_split(folder, split)
+    except UserError as error:
+        wanted = f"{split}/images with label files in {split}/labelTxt"
+        raise UserError(f"{folder} has no {wanted}, and no COCO-style JSON either: {error}") from None
+
+
+def find_dota_splits(folder: Path) -> dict[str, tuple[Path | None, Path]]:
+    """Label folder, None where there is none, and image folder of each split in a folder laid out like DOTA."""
+    found: dict[str, tuple[Path | None, Path]] = {}
+    for split in ("train", "val", "trainval", "test"):
+        if text := _dota_text(folder, split):
+            found[split] = text
+        elif split == "test" and (folder / split / "images").is_dir():  # its labels are not published
+            found[split] = None, folder / split / "images"
+    if not found:
+        raise UserError(f"{folder} has no train/images with label files in train/labelTxt, nor val or test likewise")
+    return found
+
+
+def _dota_text(folder: Path, split: str) -> tuple[Path, Path] | None:
     places = [(f"{split}/images", f"{split}/{name}") for name in ("labelTxt", "annfiles")]
     places += [(f"{split}/images", f"{split}/labelTxt-v{v}{deeper}") for v in ("1.0", "1.5") for deeper in DEEPER]
     places += [(f"images/{split}", f"labelTxt/{split}")]
     for images, labels in places:
         if (folder / images).is_dir() and any((folder / labels).glob("*.txt")):
             return folder / labels, folder / images
-    try:
-        return find_split(folder, split)
-    except UserError as error:
-        wanted = f"{split}/images with label files in {split}/labelTxt"
-        raise UserError(f"{folder} has no {wanted}, and no COCO-style JSON either: {error}") from None
+    return None
