@@ -55,7 +55,6 @@ def predict_tiled(
     batch_size: int,
     iou_threshold: float,
     max_detections: int,
-    progress: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Detections on an image of any size, from overlapping windows.
 
@@ -70,16 +69,12 @@ def predict_tiled(
     Returns:
         boxes [D, 4 or 5] in pixels of `image`, scores [D], labels [D], best score first; on the device of `detect`.
     """
-    from tqdm import tqdm
-
     height, width = image.shape[:2]
     places = windows(width, height, patch_size, overlap)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with tqdm(total=len(places), desc="windows", leave=False, disable=not progress) as bar:
-        for start in range(0, len(places), batch_size):
-            part = places[start : start + batch_size]
-            found += [(d[0], d[1], d[2]) for d in detect([crop(image, x, y, patch_size) for x, y in part])]
-            bar.update(len(part))
+    for start in range(0, len(places), batch_size):
+        patches = [crop(image, x, y, patch_size) for x, y in places[start : start + batch_size]]
+        found += [(d[0], d[1], d[2]) for d in detect(patches)]
     return merge(found, places, iou_threshold, max_detections, (height, width))
 
 

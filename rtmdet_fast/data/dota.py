@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,9 +109,25 @@ class DotaDataset(CocoDataset):
 
     def ground_truth(self, index: int) -> GroundTruth:
         """All boxes of an image with area, for evaluation; not of a training=True dataset."""
-        if self.training:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         return self._truth[index]
+
+    @cached_property
+    def _truth(self) -> list[GroundTruth]:
+        if self._content is None:
+            raise RuntimeError("made with training=True: make one without it to evaluate")
+        label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
+        rows: dict[int, list[tuple[list[float], int, bool]]] = {ident: [] for ident in self.image_ids}
+        for a in self._content["annotations"]:
+            if a["category_id"] in label_of and _has_area(a["rbox"]):
+                rows[a["image_id"]].append((a["rbox"], label_of[a["category_id"]], a["ignore"]))
+        return [
+            GroundTruth(
+                np.array([box for box, _, _ in found], np.float32).reshape(-1, 5),
+                np.array([label for _, label, _ in found], np.int64),
+                np.array([difficult for _, _, difficult in found], bool),
+            )
+            for found in rows.values()
+        ]
 
     def _read_content(self) -> dict[str, Any]:
         if not self.annotation_path.is_dir():
@@ -187,14 +204,16 @@ class DotaDataset(CocoDataset):
         for i, shape in enumerate(shapes):
             if len(shape) not in (5, 8):
                 boxes[i] = _polygon_box(shape)
+        quads = boxes_to_quads(boxes)
+        low, high = quads.reshape(-1, 4, 2).min(1), quads.reshape(-1, 4, 2).max(1)
+        around = np.concatenate([low, high - low], 1)
         made = []
-        for a, box, quad in zip(annotations, boxes.tolist(), boxes_to_quads(boxes), strict=True):
+        for a, box, bbox, quad in zip(annotations, boxes.tolist(), around.tolist(), quads.tolist(), strict=True):
             difficult = bool(a.get("difficult") or a.get("ignore") or a.get("iscrowd"))
-            low, high = quad.reshape(4, 2).min(0), quad.reshape(4, 2).max(0)
-            more = {"rbox": box, "ignore": difficult, "bbox": [*low.tolist(), *(high - low).tolist()]}
+            a = {**a, "rbox": box, "ignore": difficult, "bbox": bbox}
             if not self.training:  # as to_coco needs them
-                more |= {"iscrowd": int(difficult), "segmentation": [quad.tolist()], "area": box[2] * box[3]}
-            made.append({**a, **more})
+                a |= {"iscrowd": int(difficult), "segmentation": [quad], "area": box[2] * box[3]}
+            made.append(a)
         return made
 
     def _box(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[float, ...] | str:
@@ -211,24 +230,6 @@ class DotaDataset(CocoDataset):
 
     def _within(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         return boxes.copy(), np.ones(len(boxes), bool)
-
-    def _index(self, images: dict[int, dict[str, Any]], annotations: list[dict[str, Any]], min_size: int) -> None:
-        super()._index(images, annotations, min_size)
-        if self.training:
-            return
-        label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
-        rows: dict[int, list[tuple[list[float], int, bool]]] = {ident: [] for ident in self.image_ids}
-        for a in annotations:
-            if a["category_id"] in label_of and _has_area(a["rbox"]):
-                rows[a["image_id"]].append((a["rbox"], label_of[a["category_id"]], a["ignore"]))
-        self._truth = [
-            GroundTruth(
-                np.array([box for box, _, _ in found], np.float32).reshape(-1, 5),
-                np.array([label for _, label, _ in found], np.int64),
-                np.array([difficult for _, _, difficult in found], bool),
-            )
-            for found in rows.values()
-        ]
 
 
 def find_images(folder: Path) -> dict[str, list[Path]]:

@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+CHUNK = 1 << 14  # point sets at a time: some 2 kB each
+
 
 def regularize(boxes: np.ndarray) -> np.ndarray:
     """The same boxes [n, 5] in the form le90."""
@@ -27,6 +29,8 @@ def min_area_boxes(points: np.ndarray) -> np.ndarray:
     """
     points = np.asarray(points, np.float64)
     n, k, _ = points.shape
+    if n > CHUNK:
+        return np.concatenate([min_area_boxes(points[start : start + CHUNK]) for start in range(0, n, CHUNK)])
     middle = points.mean(1, keepdims=True)
     relative = points - middle  # far from the origin digits would be lost
     i, j = np.triu_indices(k, 1)
