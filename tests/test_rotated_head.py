@@ -164,6 +164,21 @@ def test_predictions_of_negative_size_count_as_slivers():
     assert found.quality[0, winner].item() == pytest.approx(slivers[winner], rel=1e-3)
 
 
+@pytest.mark.parametrize("exponential", [False, True])
+def test_an_untrained_head_predicts_boxes_that_overlap_what_it_is_to_find(exponential):
+    torch.manual_seed(0)
+    head = RotatedHead(16, 3, exponential=exponential)
+    features = tuple(torch.randn(1, 16, s, s) for s in (16, 8, 4))
+    logits, boxes, priors = head.decode(head(features))
+    assert (boxes[..., 2:4] > priors[:, 2:]).all() and (boxes[..., 2:4] < 3 * priors[:, 2:]).all()
+    gts = torch.tensor([[[30.0, 40, 18, 12, 0.4], [90, 70, 50, 20, -1.2], [64, 100, 14, 9, 1.5]]])
+    found = head.assign(logits, boxes, priors, Targets(gts, torch.tensor([[0, 1, 2]]), torch.tensor([3])))
+    for j in range(3):
+        assert found.quality[0][found.gt[0] == j].max() > 0.1
+    assert all((conv.bias == -math.log(99)).all() for conv in head.rtm_cls)
+    assert all((conv.bias == 0).all() for conv in head.rtm_ang)
+
+
 def test_distances_are_those_to_the_sides_in_the_frame_of_the_box():
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(1, 50, 5, generator=generator) * torch.tensor([200, 200, 80, 40, 40.0])
