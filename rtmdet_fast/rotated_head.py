@@ -117,8 +117,9 @@ class RotatedHead(DetectionHead):
         """
         super().reset_parameters()
         if not self.exponential:
-            for conv in self.rtm_reg:
-                nn.init.ones_(conv.bias)
+            for name, parameter in self.rtm_reg.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.ones_(parameter)
 
     def forward(self, features: tuple[Tensor, ...]) -> RotatedOutput:  # type: ignore[override]
         logits, distances, angles = [], [], []
