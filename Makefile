@@ -1,4 +1,4 @@
-# make demo    train, evaluate and show a detector on drawn scenes
+# make demo    train, evaluate and show a detector on drawn scenes (TASK=ins: masks, TASK=rotated: rotated boxes)
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
 # make test-openmmlab   the drop-in parts beside mmdet and mmrotate, in two environments of their own
@@ -11,7 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # A build of torch for CPUs brings no Triton; the bounds on registers in the tests are this one's.
 TRITON ?= triton==3.6.0
-# Of the demo: det (boxes) or ins (boxes and masks).
+# Of the demo: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
 TASK ?= det
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -70,9 +70,10 @@ $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed: pyproject.toml
 	$(@D)/bin/python -m pip install --quiet $(REQUIREMENTS) $(OPENMMLAB) pytest --editable .
 	touch $@
 
-# Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core.
+# Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
+# of training steps on boxes of every size.
 test-slow: setup
-	$(PYTEST) -m slow $(KERNEL_TESTS)
+	$(PYTEST) -m slow $(KERNEL_TESTS) tests/test_rotated_head.py
 
 bench: setup
 	$(BIN)/python -m benches.run

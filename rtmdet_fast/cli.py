@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -22,14 +22,14 @@ from rtmdet_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate weights on a COCO-format data set with the published test settings."""
+    """Evaluate weights on a COCO-format (rotated: or DOTA) data set with the published test settings."""
 
     weights: str
     """Weights file, or a published name such as rtmdet-tiny."""
     data: Path | None = None
-    """Folder laid out like COCO, in place of --ann and --images."""
+    """Folder laid out like COCO (rotated: or DOTA), in place of --ann and --images."""
     ann: Path | None = None
-    """Annotation file (COCO JSON)."""
+    """Annotation file (COCO JSON; rotated: or a folder of DOTA text files)."""
     images: Path | None = None
     """Folder of the images."""
     image_size: int | None = None
@@ -64,6 +64,11 @@ class PredictConfig:
     """Side of the network input in pixels; the model's own where not given."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    patch_size: int | None = None
+    """Cut images with a longer side in pixels into overlapping windows of it, and merge what is found; 0 for never. The
+    side of the training images where not given (rotated only)."""
+    format: Literal["coco", "dota"] = "coco"
+    """dota writes, beside predictions.json, the files of DOTA's Task 1 (rotated boxes)."""
     skip_bad: bool = False
     """Go on over unreadable files, and count them."""
     limit: int | None = None
@@ -107,7 +112,7 @@ class DemoConfig:
     """Draw a data set of shapes, train on it, evaluate, and write report.html and pictures. Needs no download."""
 
     task: str = "det"
-    """What to detect: det (boxes) or ins (boxes and masks)."""
+    """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     out: Path = Path("runs/demo")
     """Where data, weights, report and pictures go."""
     epochs: int = 10
@@ -129,8 +134,7 @@ class InfoConfig:
 
 
 def run_eval(config: EvalConfig) -> dict[str, Any]:
-    from rtmdet_fast.data.coco import CocoDataset
-    from rtmdet_fast.data.layout import find_split
+    from rtmdet_fast.data.tasks import find_task_split, open_dataset
     from rtmdet_fast.evaluate import evaluate
     from rtmdet_fast.model import RTMDet
     from rtmdet_fast.train import pick_device
@@ -139,11 +143,15 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     if config.data is not None:
         if annotations or images:
             raise UserError("--data stands in place of --ann and --images")
-        annotations, images = find_split(config.data, "val")
-    if annotations is None or images is None:
+    elif annotations is None or images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
-    dataset = CocoDataset(annotations, images, skip_bad=config.skip_bad, masks=model.task == "ins")
+    if config.data is not None:
+        annotations, images = find_task_split(model.task, config.data, "val")
+    assert annotations and images
+    # text files hold no list of classes: a part of a data set may lack some
+    names = model.class_names if model.task == "rotated" else None
+    dataset = open_dataset(model.task, annotations, images, skip_bad=config.skip_bad, class_names=names)
     started = time.perf_counter()
     evaluation = evaluate(
         model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
@@ -172,14 +180,18 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
 
 
 def run_predict(config: PredictConfig) -> dict[str, Any]:
+    from rtmdet_fast.data.dota import write_task1
     from rtmdet_fast.model import RTMDet
     from rtmdet_fast.sources import VideoWriter, iter_sources
     from rtmdet_fast.train import pick_device
 
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    if config.format == "dota" and model.task != "rotated":
+        raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
     source = iter_sources(config.source, skip_bad=config.skip_bad)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    found: list[tuple[str, Any, Any, Any]] = []
     video: VideoWriter | None = None
     video_path: str | None = None
     config.out.mkdir(parents=True, exist_ok=True)
@@ -188,12 +200,20 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
         for frame in tqdm(source, total=source.total, desc="predict", unit="img"):
             if config.limit is not None and len(images) >= config.limit:
                 break
-            results = model.predict(frame.image, score_threshold=config.score_threshold, image_size=config.image_size)
+            results = model.predict(
+                frame.image,
+                score_threshold=config.score_threshold,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+            )
+            if config.format == "dota":
+                fields = (results.boxes, results.scores, results.labels)
+                found.append((Path(frame.name).stem, *(field.numpy() for field in fields)))
             image_id = len(images) + 1
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
             for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
-                annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
+                annotations.append({"id": len(annotations) + 1, "area": area_of(entry), **entry, "iscrowd": 0})
             if not frame.is_video:
                 results.save(config.out / frame.name)
                 continue
@@ -211,6 +231,8 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
     categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, start=1)]
     predictions = config.out / "predictions.json"
     write_json(predictions, {"images": images, "annotations": annotations, "categories": categories})
+    if config.format == "dota":
+        write_task1(config.out / "Task1", model.class_names, found)
     skipped = f", {len(source.unreadable)} unreadable files skipped" if source.unreadable else ""
     print(f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}")
     print(f"pictures in {config.out}, boxes in {predictions}")

@@ -135,6 +135,8 @@ class DetectionHead(nn.Module):
         score_threshold=0.001, iou_threshold=0.65, nms_pre=30000, max_detections=300
     )
     """The published ones."""
+    image_size: ClassVar[int | None] = None
+    """Side of the network input in pixels that the task calls for; None where the model's size does."""
 
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
         super().__init__()
@@ -194,6 +196,13 @@ class DetectionHead(nn.Module):
     def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """`loss_cls` and `loss_bbox`."""
         normaliser = mean_over_processes(assignment.quality.sum()).clamp(min=1)
+        return {
+            "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
+            "loss_bbox": 2 * self.box_loss(boxes, targets, assignment) / normaliser,
+        }
+
+    def box_loss(self, boxes: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
+        """Sum over the positives of quality * `aligned_loss`."""
         positive = assignment.gt >= 0
         # Background keeps its place with weight 0 and its own box as target: dense work costs less than the
         # synchronisation that picking the positives needs.
@@ -201,14 +210,10 @@ class DetectionHead(nn.Module):
         if targets.boxes.shape[1]:
             index = assignment.gt.clamp(min=0)[..., None].expand(-1, -1, boxes.shape[-1])
             matched = torch.where(positive[..., None], targets.boxes.to(boxes.dtype).gather(1, index), matched)
-        box_loss = torch.where(positive, self.box_loss(boxes, matched) * assignment.quality, 0.0).sum()
-        return {
-            "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
-            "loss_bbox": 2 * box_loss / normaliser,
-        }
+        return torch.where(positive, self.aligned_loss(boxes, matched) * assignment.quality, 0.0).sum()
 
     @staticmethod
-    def box_loss(boxes: Tensor, matched: Tensor) -> Tensor:
+    def aligned_loss(boxes: Tensor, matched: Tensor) -> Tensor:
         """Loss [B, N] of aligned boxes [B, N, 4] xyxy."""
         return giou_loss(boxes, matched)
 

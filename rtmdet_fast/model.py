@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rtmdet_fast.backbone import CSPNeXt
 from rtmdet_fast.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.data.dota import DOTA_CLASSES
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.heads import DetectionHead, Detections, DetectSettings, HeadOutput, Targets
 from rtmdet_fast.instance_head import InstanceHead
 from rtmdet_fast.neck import CSPNeXtPAFPN
 from rtmdet_fast.preprocess import letterbox, normalize
 from rtmdet_fast.results import Results
+from rtmdet_fast.rotated_head import RotatedHead, RotatedOutput
+from rtmdet_fast.tiling import predict_tiled
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -74,14 +78,14 @@ SIZES: dict[str, Callable[[], Architecture]] = {
     "l": rtmdet_l,
     "x": rtmdet_x,
 }
-TASKS = {"det": DetectionHead, "ins": InstanceHead}
+TASKS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "ins": InstanceHead, "rotated": RotatedHead}
 
 
 class RTMDet(nn.Module):
     """Backbone, neck and the head of one task; state_dict keys are those of the published checkpoints.
 
-    size: nano, tiny, s, m, l or x. task: det (boxes) or ins (boxes and masks).
-    class_names: one per class; COCO's for 80 classes where not given.
+    size: nano, tiny, s, m, l or x. task: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
+    class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
     """
 
     def __init__(
@@ -92,29 +96,29 @@ class RTMDet(nn.Module):
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
-        if size not in SIZES:
-            raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
-        if task not in TASKS:
-            raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+        image_size = default_image_size(size, task)
+        published = DOTA_CLASSES if task == "rotated" else COCO_CLASSES
         if num_classes is None:
-            num_classes = len(class_names) if class_names is not None else len(COCO_CLASSES)
+            num_classes = len(class_names) if class_names is not None else len(published)
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
         if class_names is None:
-            coco = num_classes == len(COCO_CLASSES)
-            class_names = COCO_CLASSES if coco else [f"class {i}" for i in range(num_classes)]
+            known = num_classes == len(published)
+            class_names = published if known else [f"class {i}" for i in range(num_classes)]
         if len(class_names) != num_classes:
             raise UserError(f"{len(class_names)} class names were given for num_classes={num_classes}")
         architecture = SIZES[size]()
         self.size, self.task, self.class_names = size, task, tuple(class_names)
-        self.image_size = architecture.image_size
+        self.image_size = image_size
+        self.patch_size = image_size if task == "rotated" else None
+        """Side in image pixels of what a training image showed; `predict` cuts larger images into windows of it."""
         low, mid, high = (int(width * architecture.widen) for width in (256, 512, 1024))
         separable = architecture.separable
         self.backbone = CSPNeXt(architecture.deepen, architecture.widen, separable=separable)
         self.neck = CSPNeXtPAFPN((low, mid, high), low, architecture.neck_blocks, separable=separable)
         self.bbox_head = TASKS[task](low, num_classes, exponential=architecture.exponential, separable=separable)
 
-    def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | RotatedOutput | dict[str, Tensor]:
         """Normalised images [B, 3, H, W] (H, W multiples of 32) → head output, or losses where targets are given."""
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
@@ -157,6 +161,7 @@ class RTMDet(nn.Module):
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
+        patch_size: int | None = ...,
         batch_size: int = ...,
     ) -> list[Results]: ...
 
@@ -169,6 +174,7 @@ class RTMDet(nn.Module):
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
+        patch_size: int | None = ...,
         batch_size: int = ...,
     ) -> Results: ...
 
@@ -180,6 +186,7 @@ class RTMDet(nn.Module):
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         image_size: int | None = None,
+        patch_size: int | None = None,
         batch_size: int = 8,
     ) -> Results | list[Results]:
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
@@ -187,6 +194,8 @@ class RTMDet(nn.Module):
         An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
         iou_threshold (of NMS) and max_detections are the published ones of the task where not given.
         image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
+        patch_size: images with a longer side in pixels are cut into windows of that side, a quarter of which overlaps,
+            and what is found in them is merged; the model's own (rotated boxes only) where not given, 0 for never.
         """
         from rtmdet_fast.data.image import as_bgr, read_image
 
@@ -208,14 +217,7 @@ class RTMDet(nn.Module):
         for start in range(0, len(sources), batch_size):
             chunk = sources[start : start + batch_size]
             arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s) for s in chunk]
-            canvases, scales = zip(*(letterbox(array, size) for array in arrays), strict=True)
-            found = self.detect(
-                torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
-                scales,
-                [array.shape[:2] for array in arrays],
-                settings=settings,
-                clip_to_image=True,
-            )
+            found = self.detect_images(arrays, size, patch_size, settings=settings, batch_size=batch_size)
             for source, array, detections in zip(chunk, arrays, found, strict=True):
                 results.append(
                     Results(
@@ -231,11 +233,62 @@ class RTMDet(nn.Module):
                 )
         return results[0] if single else results
 
+    def detect_images(
+        self,
+        images: Sequence[np.ndarray],
+        image_size: int,
+        patch_size: int | None = None,
+        *,
+        settings: DetectSettings | None = None,
+        batch_size: int = 8,
+    ) -> list[Detections]:
+        """Detections in BGR images [H, W, 3] uint8 of any size, in their pixels; see `predict` for the sizes."""
+        patch = self.patch_size if patch_size is None else patch_size
+        small = [image for image in images if not patch or max(image.shape[:2]) <= patch]
+        whole = iter(self._detect_whole(small, image_size, settings) if small else [])
+        return [
+            next(whole)
+            if not patch or max(image.shape[:2]) <= patch
+            else self._detect_tiled(image, image_size, patch, settings or self.bbox_head.test_settings, batch_size)
+            for image in images
+        ]
+
+    def _detect_whole(
+        self, images: Sequence[np.ndarray], image_size: int, settings: DetectSettings | None
+    ) -> list[Detections]:
+        canvases, scales = zip(*(letterbox(image, image_size) for image in images), strict=True)
+        return self.detect(
+            torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
+            scales,
+            [(image.shape[0], image.shape[1]) for image in images],
+            settings=settings,
+            clip_to_image=True,
+        )
+
+    def _detect_tiled(
+        self, image: np.ndarray, image_size: int, patch_size: int, settings: DetectSettings, batch_size: int
+    ) -> Detections:
+        boxes, scores, labels = predict_tiled(
+            lambda patches: self._detect_whole(patches, image_size, settings),
+            image,
+            patch_size=patch_size,
+            overlap=patch_size // 4,
+            batch_size=batch_size,
+            iou_threshold=settings.iou_threshold,
+            max_detections=settings.max_detections,
+        )
+        return Detections(boxes, scores, labels, torch.full_like(labels, -1))
+
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
         meta = {
             "dataset_meta": {"classes": self.class_names},
-            "rtmdet_fast": {"size": self.size, "task": self.task, "image_size": self.image_size},
+            "rtmdet_fast": {
+                "size": self.size,
+                "task": self.task,
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+            },
         }
         save_atomically({"meta": meta, "state_dict": self.state_dict(), **extra}, path)
 
@@ -269,6 +322,7 @@ class RTMDet(nn.Module):
         own = checkpoint.meta.get("rtmdet_fast")
         if isinstance(own, dict) and isinstance(own.get("image_size"), int):
             model.image_size = own["image_size"]
+            model.patch_size = own.get("patch_size", model.patch_size)
         return model.eval()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -300,6 +354,15 @@ class RTMDet(nn.Module):
 def checkpoint_is_backbone(checkpoint: Checkpoint) -> bool:
     """True for an ImageNet-pretrained backbone without neck and head."""
     return all(key.startswith("backbone.") for key in checkpoint.state_dict)
+
+
+def default_image_size(size: str, task: str) -> int:
+    """Side of the network input in pixels that a published model has. UserError where there is none such."""
+    if size not in SIZES:
+        raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+    if task not in TASKS:
+        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[task].image_size or SIZES[size]().image_size
 
 
 def check_image_size(size: int) -> int:

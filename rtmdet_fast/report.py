@@ -54,7 +54,10 @@ INK = "#010203"
 
 
 class ReportSample(NamedTuple):
-    """A validation image: `result` with its image kept, gt_boxes [m, 4] xyxy pixels, gt_labels [m], gt_masks."""
+    """A validation image: `result` with its image kept, and its truth.
+
+    gt_boxes [m, 4] xyxy or [m, 5] rotated, gt_labels [m], gt_masks where the task has them.
+    """
 
     result: Results
     gt_boxes: np.ndarray
@@ -335,17 +338,12 @@ def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
         size = image.shape[0], image.shape[1]
         gt_masks = sample.gt_masks and sample.gt_masks.resized((scale, scale)).seen_through((0, 0, size[1], size[0]))
         truth = draw_detections(
-            image,
-            np.asarray(sample.gt_boxes).reshape(-1, 4) * scale,
-            sample.gt_labels,
-            None,
-            result.names,
-            masks=gt_masks,
+            image, _scaled(sample.gt_boxes, scale), sample.gt_labels, None, result.names, masks=gt_masks
         )
         masks = result.predicted_masks
         found = draw_detections(
             image,
-            result.boxes[kept] * scale,
+            _scaled(result.boxes[kept].numpy(), scale),
             result.labels[kept],
             result.scores[kept],
             result.names,
@@ -362,6 +360,13 @@ def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
         f'<p class="note">Left the truth, right the detections that score {score_threshold:g} or more.</p>'
         f'<div class="pairs">{"".join(cells)}</div></section>'
     )
+
+
+def _scaled(boxes: np.ndarray, scale: float) -> np.ndarray:
+    """Boxes [n, 4], or rotated ones [n, 5], in a picture resized by `scale`."""
+    scaled = np.array(boxes, np.float32)
+    scaled[..., :4] *= scale
+    return scaled
 
 
 def _resized(image: np.ndarray, scale: float) -> np.ndarray:

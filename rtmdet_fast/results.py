@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from rtmdet_fast.data.rotated import boxes_to_quads
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.masks import PredictedMasks
 
@@ -20,7 +21,8 @@ class Results:
     """The detections of one image, best score first.
 
     image: [H, W, 3] uint8 BGR, or None where it was not kept
-    boxes: [n, 4] float32 xyxy in pixels of the original image
+    boxes: [n, 4] float32 xyxy in pixels of the original image, or rotated [n, 5] (cx, cy, w, h, angle): w >= h, and the
+        angle in radians in [-pi/2, pi/2), turning x towards y (clockwise on a screen)
     scores: [n] float32; labels: [n] int64, indices into `names`
     names: the class names of the model (those of the detections are `label_names`)
     path: the file the image came from, or None; shape: (height, width) of the original image
@@ -64,6 +66,13 @@ class Results:
             raise UserError("these results hold no masks: their model detects boxes only")
         return self.predicted_masks
 
+    def corners(self) -> np.ndarray:
+        """The corners of the boxes, [n, 4, 2] float64 pixels, clockwise on a screen."""
+        boxes = self.boxes.double().numpy()
+        if boxes.shape[1] == 5:
+            return boxes_to_quads(boxes).reshape(-1, 4, 2)
+        return boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+
     def plot(self, line_width: int | None = None) -> np.ndarray:
         """A copy of the image, [H, W, 3] uint8 BGR, with masks, boxes, names and scores drawn."""
         from rtmdet_fast.visualize import draw_detections
@@ -82,21 +91,29 @@ class Results:
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO result entries with plain numbers; `bbox` is [x, y, width, height], `segmentation` an RLE.
 
+        Of rotated boxes that is the upright box around them; they themselves are `rbox`, and their corners the
+        `segmentation`.
+
         category_ids: the data set's category id of each class index; the index itself where it is not given.
         """
-        boxes, scores, labels = self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()
+        corners = self.corners()
+        low, high = corners.min(1), corners.max(1)
+        boxes = np.concatenate([low, high - low], 1).tolist()
         entries: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
                 "category_id": int(category_ids[label]) if category_ids is not None else label,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "bbox": box,
                 "score": score,
             }
-            for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
+            for box, score, label in zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
         ]
         if self.predicted_masks is not None:
             for entry, rle in zip(entries, self.rles(), strict=True):
                 entry["segmentation"] = rle
+        if self.boxes.shape[1] == 5:
+            for entry, rbox, quad in zip(entries, self.boxes.tolist(), corners, strict=True):
+                entry |= {"rbox": rbox, "segmentation": [quad.ravel().tolist()], "area": rbox[2] * rbox[3]}
         return entries
 
     def __len__(self) -> int:

@@ -21,14 +21,15 @@ from tqdm import tqdm
 
 from rtmdet_fast.checkpoint import read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.data.augment import Augmenter, Batch, collate, init_worker, recipe_for
+from rtmdet_fast.data.augment_rotated import RotatedAugmenter, rotated_recipe
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.data.layout import find_split
 from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.tasks import find_task_split, open_dataset
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluate import evaluate
 from rtmdet_fast.heads import Targets
 from rtmdet_fast.layers import enable_sync_bn
-from rtmdet_fast.model import RTMDet, check_image_size
+from rtmdet_fast.model import TASKS, RTMDet, check_image_size, default_image_size
 from rtmdet_fast.preprocess import normalize
 from rtmdet_fast.report import ReportSample, write_report
 from rtmdet_fast.run_log import Meter, RunLog, read_metrics, timed
@@ -44,9 +45,9 @@ class TrainConfig:
     """Train a detector on a COCO-format data set."""
 
     data: Path | None = None
-    """Folder laid out like COCO, in place of the four paths below."""
+    """Folder laid out like COCO (rotated: or DOTA), in place of the four paths below."""
     train: Path | None = None
-    """Annotation file of the training images (COCO JSON)."""
+    """Annotation file of the training images (COCO JSON; rotated: or a folder of DOTA text files)."""
     train_images: Path | None = None
     """Folder of the training images."""
     val: Path | None = None
@@ -58,21 +59,22 @@ class TrainConfig:
     size: str = "tiny"
     """nano, tiny, s, m, l or x."""
     task: str = "det"
-    """What to detect: det (boxes) or ins (boxes and masks)."""
+    """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
     """Weights to start from: a file, or a published name such as rtmdet-tiny or cspnext-tiny (ImageNet backbone)."""
-    epochs: int = 300
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images; 300 (rotated: 36) where not given."""
     stage2_epochs: int | None = None
-    """Last epochs without mosaic and mixup; 20 of 300 in proportion where not given."""
-    batch_size: int = 32
-    """Images per step and process."""
+    """Last epochs without mosaic and mixup, which rotated never has; 20 of 300 in proportion where not given."""
+    batch_size: int | None = None
+    """Images per step and process; 32 (rotated: 8) where not given."""
     accumulate: int = 1
     """Batches whose gradients are added up before the optimiser steps."""
     image_size: int | None = None
-    """Side of the training images in pixels, a multiple of 32; 640 (nano: 320) where not given."""
+    """Side of the training images in pixels, a multiple of 32; 640 (nano: 320, rotated: 1024) where not given."""
     lr: float | None = None
-    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step, times the square root of the batch's share of it."""
+    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step, rotated 2.5e-4 at 8, times the square root of the
+    batch's share of it."""
     weight_decay: float = 0.05
     """Weight decay of AdamW on convolution weights."""
     warmup_iterations: int | None = None
@@ -120,14 +122,21 @@ class TrainResult:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with every default worked out. Raises UserError for values that cannot be."""
+    if config.task not in TASKS:
+        raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
+    rotated = config.task == "rotated"
+    if config.epochs is None:
+        config = replace(config, epochs=36 if rotated else 300)
+    if config.batch_size is None:
+        config = replace(config, batch_size=8 if rotated else 32)
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
     if config.data is not None:
         if config.train or config.train_images or config.val or config.val_images:
             raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
-        train_file, train_images = find_split(config.data, "train")
-        val_file, val_images = find_split(config.data, "val")
+        train_file, train_images = find_task_split(config.task, config.data, "train")
+        val_file, val_images = find_task_split(config.task, config.data, "val")
         config = replace(
             config, data=None, train=train_file, train_images=train_images, val=val_file, val_images=val_images
         )
@@ -137,14 +146,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError("--val and --val-images go together")
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
+    assert config.epochs and config.batch_size
     device = pick_device(config.device)
     amp = config.amp
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; a CPU takes bf16 or none")
-    base_lr = 2e-3 if config.size == "x" else 4e-3
-    stage2 = config.stage2_epochs
+    base_lr, base_batch = (2.5e-4, 8) if rotated else (2e-3 if config.size == "x" else 4e-3, 256)
+    stage2 = 0 if rotated else config.stage2_epochs
     if stage2 is None:
         stage2 = max(round(config.epochs * 20 / 300), 1) if config.epochs > 1 else 0
     if not 0 <= stage2 <= config.epochs:
@@ -158,8 +168,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         amp=amp,
         stage2_epochs=stage2,
         num_workers=workers,
-        image_size=check_image_size(config.image_size or (320 if config.size == "nano" else 640)),
-        lr=config.lr or base_lr * math.sqrt(config.batch_size * config.accumulate / 256),
+        image_size=check_image_size(config.image_size or default_image_size(config.size, config.task)),
+        lr=config.lr or base_lr * math.sqrt(config.batch_size * config.accumulate / base_batch),
     )
 
 
@@ -189,6 +199,8 @@ def train(config: TrainConfig) -> TrainResult:
         and config.image_size
         and config.num_workers is not None
         and config.stage2_epochs is not None
+        and config.epochs
+        and config.batch_size
     )
     device = torch.device(config.device)
     out = config.out
@@ -199,14 +211,18 @@ def train(config: TrainConfig) -> TrainResult:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
 
-    masks = config.task == "ins"
-    # The figure by which an epoch is the best.
-    criterion = "segm_AP" if masks else "AP"
-    dataset = CocoDataset(config.train, config.train_images, skip_bad=config.skip_bad, training=True, masks=masks)
+    rotated = config.task == "rotated"
+    # The figure by which an epoch is the best; DOTA's mAP is at 0.5.
+    criterion = {"det": "AP", "ins": "segm_AP", "rotated": "AP50"}[config.task]
+    dataset = open_dataset(config.task, config.train, config.train_images, skip_bad=config.skip_bad, training=True)
     val_dataset = None
     if config.val is not None and config.val_images is not None:
-        val_dataset = CocoDataset(config.val, config.val_images, skip_bad=config.skip_bad, masks=masks)
-    recipe = recipe_for(config.size, config.image_size, masks=masks)
+        # text files hold no list of classes: a small part of a data set may lack some
+        names = dataset.class_names if rotated else None
+        val_dataset = open_dataset(
+            config.task, config.val, config.val_images, skip_bad=config.skip_bad, class_names=names
+        )
+    recipe = recipe_for(config.size, config.image_size, masks=config.task == "ins")
     sampler = PlanSampler(
         len(dataset),
         config.batch_size,
@@ -217,7 +233,9 @@ def train(config: TrainConfig) -> TrainResult:
         world_size=world_size,
     )
     loader = DataLoader(
-        Augmenter(dataset, recipe),
+        RotatedAugmenter(dataset, rotated_recipe(config.image_size, dataset.class_names))
+        if rotated
+        else Augmenter(dataset, recipe),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=config.num_workers,
@@ -230,6 +248,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.init is not None:
         model.load_weights(read_checkpoint(resolve_weights(config.init)))
     model.image_size = config.image_size
+    if rotated:
+        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, config.ema_momentum)
     optimizer = torch.optim.AdamW(
@@ -273,7 +293,7 @@ def train(config: TrainConfig) -> TrainResult:
     validating = 0.0
 
     for epoch in range(start_epoch, config.epochs):
-        sampler.set_stage2(epoch >= config.epochs - config.stage2_epochs)
+        sampler.set_stage2(rotated or epoch >= config.epochs - config.stage2_epochs)
         model.train()
         batches = timed(iter(loader), meter)
         bar = tqdm(
@@ -379,7 +399,7 @@ def gather(value: Any, world_size: int) -> list[Any]:
 
 def due(epoch: int, config: TrainConfig) -> bool:
     """Whether the epoch, counted from 1, ends with a validation."""
-    assert config.stage2_epochs is not None
+    assert config.epochs is not None and config.stage2_epochs is not None
     if epoch == config.epochs:
         return True
     if config.val_interval is not None:
@@ -429,7 +449,7 @@ def report_run(
     curves: dict[str, Any] = {}
     samples = []
     if val_dataset is not None:
-        evaluation = evaluate(model, val_dataset, batch_size=config.batch_size, progress=config.progress)
+        evaluation = evaluate(model, val_dataset, batch_size=config.batch_size or 8, progress=config.progress)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
         curves = evaluation.pr_curves
         (config.out / "metrics.json").write_text(json.dumps(metrics, indent=1))

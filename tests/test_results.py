@@ -176,3 +176,35 @@ def test_plot_lets_the_image_shine_through_masks():
     assert np.array_equal(drawn[225, 10], image[225, 10])
     assert np.array_equal(drawn[116, 230], image[116, 230])  # the hole of the ring
     assert np.array_equal(masked(image, kept=0).plot(), image)
+
+
+def test_rotated_boxes_tell_their_corners():
+    import json
+
+    boxes = torch.tensor([[50.0, 40.0, 20.0, 10.0, 0.0], [100.0, 60.0, 30.0, 8.0, np.pi / 2 - 0.3]])
+    found = Results(None, boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 0]), NAMES, shape=(100, 200))
+    corners = found.corners()
+    assert corners.shape == (2, 4, 2)
+    assert corners[0] == pytest.approx(np.array([[40, 35], [60, 35], [60, 45], [40, 45]]))
+    x, y = np.moveaxis(corners, -1, 0)
+    area = ((x * np.roll(y, -1, 1)).sum(1) - (y * np.roll(x, -1, 1)).sum(1)) / 2
+    assert area == pytest.approx([200, 240])  # positive: clockwise on a screen
+    first, second = found.to_coco(image_id=3, category_ids=(10, 20, 30))
+    assert first == {
+        "image_id": 3,
+        "category_id": 20,
+        "bbox": pytest.approx([40, 35, 20, 10]),
+        "score": pytest.approx(0.9),
+        "rbox": [50, 40, 20, 10, 0],
+        "segmentation": [pytest.approx([40, 35, 60, 35, 60, 45, 40, 45])],
+        "area": 200,
+    }
+    low, high = corners[1].min(0), corners[1].max(0)
+    assert second["bbox"] == pytest.approx([*low, *(high - low)])
+    json.dumps([first, second])
+    empty = Results(None, torch.zeros(0, 5), torch.zeros(0), torch.zeros(0).long(), NAMES, shape=(10, 10))
+    assert empty.corners().shape == (0, 4, 2) and empty.to_coco() == []
+
+
+def test_upright_boxes_have_corners_too(street):
+    assert street.corners()[0].tolist() == [[20, 30], [120, 30], [120, 200], [20, 200]]

@@ -78,7 +78,7 @@ class Batch:
     images: Tensor
     """[B, 3, H, W] uint8 BGR, channels_last in memory."""
     gt_boxes: Tensor
-    """[B, M, 4] float32 xyxy pixels, padded with 0; M >= 1."""
+    """[B, M, 4] float32 xyxy pixels, or [B, M, 5] (cx, cy, w, h, radians), padded with 0; M >= 1."""
     gt_labels: Tensor
     """[B, M] int64, padded with -1."""
     gt_counts: Tensor
@@ -106,7 +106,7 @@ def collate(samples: list[tuple[Tensor, ...]]) -> Batch:
     images, boxes, labels, *masks = zip(*samples, strict=True)
     counts = torch.tensor([len(b) for b in boxes])
     most = max(int(counts.max()), 1)  # never a dimension of size 0
-    gt_boxes = torch.zeros(len(samples), most, 4)
+    gt_boxes = torch.zeros(len(samples), most, boxes[0].shape[1])
     gt_labels = torch.full((len(samples), most), -1)
     for i, n in enumerate(counts.tolist()):
         gt_boxes[i, :n], gt_labels[i, :n] = boxes[i], labels[i]

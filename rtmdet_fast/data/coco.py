@@ -118,6 +118,11 @@ class CocoDataset:
         """Images loaded so far whose size was not the annotated one."""
         return int(self._resized.sum())
 
+    @property
+    def longest_side(self) -> int:
+        """Of all images, in pixels, as far as the annotations or `training` told their sizes."""
+        return int(self._sizes.max(initial=0))
+
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools.coco import COCO
