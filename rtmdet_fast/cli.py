@@ -213,7 +213,7 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
             for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
-                annotations.append({"id": len(annotations) + 1, "area": area_of(entry), **entry, "iscrowd": 0})
+                annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
             if not frame.is_video:
                 results.save(config.out / frame.name)
                 continue
@@ -375,7 +375,9 @@ def run_info(config: InfoConfig) -> dict[str, Any]:
 
 
 def area_of(entry: dict[str, Any]) -> float:
-    """Pixels of a detection's mask, or of its box where it has none."""
+    """Pixels of a detection's rotated box, of its mask, or of its box where it has neither."""
+    if "area" in entry:
+        return entry["area"]
     if "segmentation" in entry:
         from pycocotools.mask import area
 

@@ -328,11 +328,13 @@ class RTMDet(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named.
 
-        Of a model of another task, which has another head, backbone and neck are taken.
+        Of a model with masks for one without, and the reverse, backbone and neck are taken.
         """
         own, state = self.state_dict(), checkpoint.state_dict
-        other_task = _inspect(checkpoint)[1] not in (None, self.task)
-        if other_task:
+        task = _inspect(checkpoint)[1]
+        # The heads of boxes and of rotated boxes differ by the angle alone; that of masks is another one.
+        other_head = task is not None and (task == "ins") != (self.task == "ins")
+        if other_head:
             state = {key: value for key, value in state.items() if not key.startswith("bbox_head.")}
         fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
         other_shape = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
@@ -343,7 +345,7 @@ class RTMDet(nn.Module):
             keys = sorted(unfit or unknown)
             raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {keys[0]})")
         self.load_state_dict(fitting, strict=False)
-        fresh = sorted({".".join(k.split(".")[: 1 if other_task else 2]) for k in own if k not in fitting})
+        fresh = sorted({".".join(k.split(".")[: 1 if other_head else 2]) for k in own if k not in fitting})
         if fresh:
             classes = f" for {len(self.class_names)} classes" if other_shape else ""
             warnings.warn(
