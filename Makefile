@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu training_with_kernels)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,assign nms rotated_iou bn_silu dwconv_bn_silu accelerate training_with_kernels)
 
 .PHONY: demo test lint test-torch test-triton test-slow test-gpu bench bench-gpu setup clean
 
