@@ -1,4 +1,4 @@
-"""What got slower: `python -m benches.compare NEW.json [OLD.json]`; OLD is the committed file of the same device kind.
+"""What got slower: `python -m benches.compare` measures anew and looks at the committed results of this kind of device.
 
 Compared are the ratios to the peers, as a peer beside it in the same run sees the same machine. Slower is a case whose
 ratios have fallen by more than the spread, that is, to quartiles below the old quartiles, against every peer that both
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benches import run
 from benches.table import factor
@@ -19,15 +22,18 @@ from benches.table import factor
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benches.compare", description=__doc__)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("old", type=Path, nargs="?")
+    parser.add_argument("new", type=Path, nargs="?", help="results to judge, instead of measuring")
+    parser.add_argument("old", type=Path, nargs="?", help="results to compare with, instead of the committed ones")
     args = parser.parse_args(argv)
-    new = json.loads(args.new.read_text())
-    path = args.old or run.FOLDER / "results" / args.new.name
+    committed = run.committed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path = args.old or (run.FOLDER / "results" / args.new.name if args.new else committed)
     if not path.exists():
         print(f"{path} is not there: no results of this kind of device are committed, nothing to compare")
         sys.exit(2)
-    old = json.loads(path.read_text())
+    if args.new is None:
+        args.new = Path("runs") / "bench" / path.name
+        subprocess.run([sys.executable, "-m", "benches.run", "--out", str(args.new)], check=True)
+    new, old = json.loads(args.new.read_text()), json.loads(path.read_text())
     for name in new["versions"]:
         if new["versions"][name] != old["versions"].get(name):
             print(f"note: {name} {old['versions'].get(name)} then, {new['versions'][name]} now")

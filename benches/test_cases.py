@@ -40,7 +40,8 @@ replay = Replay()
 def measured(request: pytest.FixtureRequest) -> Iterator[Any]:
     """From a case to its entry and samples, measured once."""
     ops = sorted({item.callspec.params["case"].op for item in request.session.items})
-    results = run.Results(DEVICE, run.committed(DEVICE), ops)
+    out, quick = (request.config.getoption(name) for name in ("--bench-out", "--bench-quick"))
+    results = run.Results(DEVICE, out or run.committed(DEVICE), ops, quick=quick)
     found: dict[str, Any] = {}
 
     def once(case: Any) -> Any:
@@ -50,7 +51,8 @@ def measured(request: pytest.FixtureRequest) -> Iterator[Any]:
         return key, *found[key]
 
     yield once
-    table.write(run.FOLDER)
+    if out is None:
+        table.write(run.FOLDER)
 
 
 @pytest.mark.benchmark(timer=replay)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benches import harness, run, table
+from benches import chart, compare, gpu, harness, run, table
 from benches.harness import Absent, Case, Contender, Parity
 
 CPU = torch.device("cpu")
@@ -221,7 +223,7 @@ def test_table(tmp_path: Path):
     assert "### Assignment\n\nNot measured.\n" in text
     assert "## GPU\n\nNot measured.\n" in text
     assert str(tmp_path) not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"results", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} - {"pictures"} == {"results", "README.md"}
 
 
 def test_table_of_a_gpu():
@@ -262,6 +264,130 @@ def test_every_op_has_cases_with_names_of_their_own(op: str, device: str):
         names = [contender.name for contender in case.contenders]
         assert names[0] == ("triton" if device == "cuda" and op != "pipeline" else "reference")
         assert len(set(names)) == len(names) > 1
+
+
+def ratio_record(low: float, high: float, **others):
+    ratio = {"clock": "call", "time": (low + high) / 2, "q1": low, "q3": high}
+    timed = {"status": "timed"}
+    case = {"ours": "mine", "contenders": {"mine": timed, "eager": timed}, "ratios": {"eager": ratio}} | others
+    return {"versions": {"torch": "1"}, "cases": {"nms: a": case}}
+
+
+def test_compare_tells_what_got_slower_by_more_than_the_spread(tmp_path: Path, capsys):
+    old, same, slower = ratio_record(2.0, 2.2), ratio_record(1.9, 2.1), ratio_record(1.4, 1.6)
+    assert compare.slower_cases(same, old) == ([], 1)
+    (line,), compared = compare.slower_cases(slower, old)
+    assert line == "nms: a: 1.5x (1.4x to 1.6x) of eager's speed, was 2.1x (2x to 2.2x)" and compared == 1
+    assert compare.slower_cases(old, slower) == ([], 1)  # faster
+    # a second peer that did not get ahead: the first is what got faster
+    for record in (old, slower):
+        record["cases"]["nms: a"]["ratios"]["mmdet"] = ratio_record(3, 3.5)["cases"]["nms: a"]["ratios"]["eager"]
+    assert compare.slower_cases(slower, old) == ([], 1)
+    wrong = {"mine": {"status": "wrong", "why": "no"}, "eager": {"status": "timed"}}
+    assert compare.slower_cases(ratio_record(2, 3, contenders=wrong, ratios={}), old) == (["nms: a: wrong now, no"], 1)
+    assert compare.slower_cases(ratio_record(1, 1, ratios={}), old) == ([], 0)
+
+    for name, record in (("old", ratio_record(2.0, 2.2)), ("same", same), ("slower", ratio_record(1.4, 1.6))):
+        (tmp_path / name).write_text(json.dumps(record))
+    for name, code in (("same", 0), ("slower", 1)):
+        with pytest.raises(SystemExit) as exit:
+            compare.main([str(tmp_path / name), str(tmp_path / "old")])
+        assert exit.value.code == code
+    assert "1 of 1 cases that both runs have are slower" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_bar_for_each_peer(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    cases = {
+        f"nms: {i}": {"ratios": {"eager": {"clock": "call", "time": t, "q1": 0.9 * t, "q3": 1.1 * t}}}
+        for i, t in enumerate((0.5, 1.0, 30.0))
+    }
+    from matplotlib.image import imread
+
+    assert chart.draw(tmp_path / "a.png", "NMS", cases)
+    image = imread(tmp_path / "a.png")[..., :3]
+    for color in (chart.AHEAD, chart.BEHIND, chart.EVEN):
+        rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(image - rgb).max(-1) < 0.01).sum() > 20, color
+    assert not chart.draw(tmp_path / "b.png", "NMS", {"nms: a": {"ratios": {}}}) and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_gpu_run_without_pytest_keeps_everything_in_one_file(tmp_path: Path, monkeypatch, right: bool):
+    case = toy() if right else toy(double=lambda x: x)
+    monkeypatch.setattr(run, "cases_of", lambda ops, device: [case] if ops else [])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "all.json"
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--dry-run", "--out", str(out)])
+    record = load(out)
+    assert exit.value.code == (0 if right else 1)
+    verdict = "right: relative error 0.0e+00" if right else "wrong: relative error 5.0e-01, allowed 1e-06"
+    assert record["verdicts"] == {"nms: doubling": verdict}
+    assert record["cases"]["nms: doubling"]["contenders"]["slow"]["status"] == "timed"
+    assert "samples" not in record["cases"]["nms: doubling"]
+
+
+def test_a_case_that_outlasts_the_time_is_given_up(tmp_path: Path):
+    cases = [toy("quick"), toy("endless", double=lambda x: time.sleep(600)), toy("third")]
+    results = run.Results(CPU, tmp_path / "all.json", ["nms"], quick=True)
+    run.measure_all(cases[:1], results, end=math.inf)
+    gpu.measure_until(time.monotonic() + 2, cases[1:], results)
+    record = load(tmp_path / "all.json")
+    assert list(record["cases"]) == ["nms: quick"]
+    assert record["not_measured"] == dict.fromkeys(("nms: endless", "nms: third"), "the time limit came first")
+
+
+def test_the_parity_tests_are_counted_and_cut_off(tmp_path: Path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
+    found = gpu.run_tests(300, ("toy",))
+    assert (found["exit_code"], found["passed"], found["failed"]) == (1, 1, ["tests/test_toy.py::test_b"])
+    assert not gpu.sound({"tests": found, "cases": {}})
+
+    def cut(command, **options):
+        raise subprocess.TimeoutExpired(
+            command, options["timeout"], output=b"tests/t.py::a PASSED [ 9%]\ntests/t.py::b[1 - 2] FAIL"
+        )
+
+    monkeypatch.setattr(gpu.subprocess, "run", cut)
+    found = gpu.run_tests(1, ("toy",))
+    assert (found["finished"], found["passed"], found["failed"]) == (False, 1, [])
+    assert gpu.sound({"tests": found, "cases": {}})
+
+
+BARE = """
+import sys
+for name in ("cv2", "pycocotools", "matplotlib", "PIL", "tyro", "tqdm", "tensorboard", "pytest", "hypothesis", "mmdet"):
+    sys.modules[name] = None
+import torch
+from benches import gpu, run
+for device in ("cpu", "cuda"):
+    assert run.cases_of(run.OPS, torch.device(device))
+"""
+
+
+def test_the_benches_need_only_torch_and_numpy():
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pytest_benchmark_tells_the_interleaved_times(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    out, table = tmp_path / "own.json", tmp_path / "pytest.json"
+    options = ["--benchmark-only", "--bench-quick", "--bench-out", str(out), "--benchmark-json", str(table)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "benches", *options, "-k", "bn_silu: and training"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(run.FOLDER).parent)
+    assert done.returncode == 0, done.stdout
+    cases = load(out)["cases"]
+    found = load(table)["benchmarks"]
+    assert len(found) == sum(e["status"] == "timed" for c in cases.values() for e in c["contenders"].values()) > 1
+    for bench in found:
+        key, clock = bench["group"].removesuffix("]").rsplit(" [", 1)
+        entry = cases[key]["contenders"][bench["params"]["contender"]]
+        assert bench["stats"]["median"] * 1e3 == pytest.approx(entry[clock]["median"])
+        assert bench["extra_info"]["parity"] == entry["parity"]
 
 
 def load(path: Path):
