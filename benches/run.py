@@ -76,10 +76,19 @@ def cases_of(ops: Sequence[str], device: torch.device) -> list[Case]:
 class Results:
     """What is measured on a device, in a file that is complete after every case.
 
-    Of an older file in the same environment, what it says of other ops and the other malloc setting stays.
+    Of an older file in the same environment, what it says of other ops and the other malloc setting stays; and of
+    other cases than `only`, where that is given.
     """
 
-    def __init__(self, device: torch.device, path: Path, ops: Sequence[str], *, quick: bool = False):
+    def __init__(
+        self,
+        device: torch.device,
+        path: Path,
+        ops: Sequence[str],
+        *,
+        quick: bool = False,
+        only: Sequence[Case] | None = None,
+    ):
         cuda = device.type == "cuda"
         if cuda:
             torch.backends.cudnn.benchmark = True
@@ -89,12 +98,14 @@ class Results:
         same = all(old.get(key) == self.record[key] for key in self.record)
         self.record["copy_gb_s"] = harness.copy_bandwidth(device) if cuda else None
         pinned = bool(self.key_suffix)
+        anew = None if only is None else {self.key(case) for case in only}
         for part in ("not_measured", "cases"):
             entries = old[part] if same else {}
             self.record[part] = {
                 key: entry
                 for key, entry in entries.items()
-                if key.split(":")[0] not in ops or key.endswith("not trimming") != pinned
+                if (key.split(":")[0] not in ops or key.endswith("not trimming") != pinned)
+                or (anew is not None and key not in anew)
             }
 
     @property

@@ -173,6 +173,11 @@ def test_a_second_process_adds_its_cases(tmp_path: Path, monkeypatch):
     assert list(load(out)["cases"]) == ["nms: doubling", "nms: renamed, malloc not trimming"]
     for name in run.PINNED:
         monkeypatch.delenv(name)
+    results = run.Results(CPU, out, ["nms"], quick=True, only=[toy("another")])
+    assert list(results.record["cases"]) == ["nms: doubling", "nms: renamed, malloc not trimming"]
+    assert list(run.Results(CPU, out, ["nms"], quick=True, only=[toy()]).record["cases"]) == [
+        "nms: renamed, malloc not trimming"
+    ]
     monkeypatch.setattr(run, "versions", lambda: {"torch": "another"})
     measure_all([toy("new")], out, quick=True)
     assert list(load(out)["cases"]) == ["nms: new"]  # other versions: nothing is mixed
