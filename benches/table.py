@@ -61,8 +61,10 @@ def draw(folder: Path, stem: str, record: dict[str, Any]) -> dict[str, str]:
     for name, (title, ops) in PICTURES.items():
         cases = {key: case for key, case in record["cases"].items() if case["op"] in ops}
         path = Path("pictures") / f"{stem}-{name}.png"
+        rows = chart.bars(cases, OPS)
         try:
-            if chart.draw(folder / path, f"{title}, {record['device']['name']}", cases):
+            if rows:
+                chart.draw(folder / path, f"{title}, {record['device']['name']}", rows)
                 pictures[ops[0]] = path.as_posix()
         except ImportError:
             print("no pictures: matplotlib is not installed")

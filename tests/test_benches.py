@@ -303,18 +303,29 @@ def test_compare_tells_what_got_slower_by_more_than_the_spread(tmp_path: Path, c
 
 def test_the_picture_has_a_bar_for_each_peer(tmp_path: Path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    cases = {
-        f"nms: {i}": {"ratios": {"eager": {"clock": "call", "time": t, "q1": 0.9 * t, "q3": 1.1 * t}}}
-        for i, t in enumerate((0.5, 1.0, 30.0))
-    }
     from matplotlib.image import imread
 
-    assert chart.draw(tmp_path / "a.png", "NMS", cases)
+    chart.draw(
+        tmp_path / "a.png", "NMS", [("slower", (0.5, 0.4, 0.6)), ("even", (1, 0.9, 1.1)), ("ahead", (30, 28, 35))]
+    )
     image = imread(tmp_path / "a.png")[..., :3]
-    for color in (chart.AHEAD, chart.BEHIND, chart.EVEN):
+    for color in (chart.AHEAD, chart.BEHIND):
         rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        assert (abs(image - rgb).max(-1) < 0.01).sum() > 20, color
-    assert not chart.draw(tmp_path / "b.png", "NMS", {"nms: a": {"ratios": {}}}) and not (tmp_path / "b.png").exists()
+        assert (abs(image - rgb).max(-1) < 0.01).sum() > 50, color
+
+
+def test_the_cases_of_a_group_are_one_bar():
+    def case(op: str, group: str | None, low: float, high: float):
+        ratio = {"clock": "graph", "time": (low * high) ** 0.5, "q1": low, "q3": high}
+        return {"op": op, "group": group, "ratios": {"eager": ratio}}
+
+    cases = {"nms: b": case("nms", None, 1, 4), "bn_silu: x": case("bn_silu", "g", 1, 1)}
+    cases |= {"assign: a": case("assign", None, 2, 2), "bn_silu: y": case("bn_silu", "g", 4, 16)}
+    assert chart.bars(cases, table.OPS) == [
+        ("Assignment: a\nagainst eager (graph)", (2, 2, 2)),
+        ("NMS: b\nagainst eager (graph)", (2, 1, 4)),
+        ("BatchNorm + SiLU: g (2 cases)\nagainst eager (graph)", (pytest.approx(8**0.5), 1, 16)),
+    ]
 
 
 @pytest.mark.parametrize("right", [True, False])
