@@ -31,6 +31,7 @@ def _case(size: str) -> Case:
         inputs=lambda seed: (),
         expected=lambda: statistics(ours(size, seed=1)()),
         compare=_compare,
+        least=15,
         contenders=[
             Contender(name="reference", build=lambda: ours(size), result=statistics),
             Contender(name="mmdet", build=lambda: mmdet(size), result=statistics),

@@ -95,6 +95,7 @@ def _step(device: torch.device, size: str, batch: int, side: int, count: int, he
         expected=lambda *inputs: checked(Step(size, CLASSES, device, torch.float64)(*inputs)),
         compare=lambda result, expected: compare(result, expected, TOLERANCE[dtype]),
         contenders=contenders,
+        least=15,
         headline=headline,
     )
 
@@ -136,6 +137,7 @@ def _iteration(device: torch.device, size: str, batch: int, side: int) -> Case:
         inputs=lambda seed: (),
         expected=lambda: None,
         compare=compare_own,
+        least=40,  # batches differ in their work
         contenders=[
             Contender(name="reference", build=own, result=lambda out: (out[0], out[1], checked(out[2]))),
             Contender(name="mmdet", build=mmdet, result=lambda out: (out[0], out[0].tensors(out[1]), checked(out[2]))),

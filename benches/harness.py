@@ -54,6 +54,7 @@ class Case:
     bytes: int | None = None  # that a call must move, for memory-bound ops
     group: str | None = None  # of cases whose ratios have a mean worth telling
     headline: bool = True  # measured first, and by --quick
+    least: int = 5  # rounds, however long they take
 
 
 def own(

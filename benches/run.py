@@ -118,7 +118,9 @@ class Results:
     def measure(self, case: Case) -> tuple[dict[str, Any] | None, dict[str, dict[str, list[float]]]]:
         """The case's entry, None if it could not be measured at all, and its samples."""
         cuda, quick = self.device.type == "cuda", self.record["quick"]
-        budget: dict[str, Any] = dict(seconds=0.2, least=3, most=10) if quick else dict(seconds=1.0 if cuda else 5.0)
+        budget: dict[str, Any] = (
+            dict(seconds=0.2, least=3, most=10) if quick else dict(seconds=1.0 if cuda else 5.0, least=case.least)
+        )
         try:
             entry = harness.measure(case, self.device, **budget)
         except Exception as error:  # the inputs or the float64 result: the other cases still count
