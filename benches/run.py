@@ -59,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     end = time.monotonic() + args.time_limit
     out = args.out or committed(device)
-    measure_all(cases_of(args.ops, device), Results(device, out, args.ops, quick=args.quick), end=end)
+    cases = [case for case in cases_of(args.ops, device) if args.only in case.name]
+    only = cases if args.only else None
+    measure_all(cases, Results(device, out, args.ops, quick=args.quick, only=only), end=end)
     if device.type == "cpu" and args.malloc == "as-is" and malloc_kind() == "default" and "assign" in args.ops:
         # most of the published assigner's time on a CPU goes into memory that malloc returns and fetches again
         command = [sys.executable, "-m", "benches.run", "--malloc", "pinned", "--ops", "assign", "--out", str(out)]
-        command += ["--time-limit", str(max(end - time.monotonic(), 1))] + ["--quick"] * args.quick
+        command += ["--time-limit", str(max(end - time.monotonic(), 1)), "--only", args.only] + ["--quick"] * args.quick
         subprocess.run(command, check=True)
     if args.out is None:
         table.write(FOLDER)
@@ -228,6 +230,7 @@ def version(package: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benches.run", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT; the others' stay")
     parser.add_argument("--quick", action="store_true", help="few rounds of the headline cases")
     parser.add_argument("--out", type=Path, help="JSON to write instead of results/<device>.json; README.md stays")
     parser.add_argument("--time-limit", type=float, default=1800, metavar="S", help="start no case after S seconds")
