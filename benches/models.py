@@ -59,7 +59,7 @@ def mmdet_config(size: str) -> Any:
         except (ImportError, AssertionError) as error:  # mmdet asserts on the version of mmcv
             raise Absent(str(error)) from error
         register_all_modules()
-        MMLogger.get_current_instance().setLevel("WARNING")
+        MMLogger.get_current_instance().setLevel("ERROR")
         return Config.fromfile(
             next((Path(mmdet.__file__).parent / ".mim/configs/rtmdet").glob(f"rtmdet_{size}_8xb32*"))
         )
