@@ -8,12 +8,13 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benches import chart, compare, gpu, harness, run, table
+from benches import bench_postprocess, bench_training, chart, compare, gpu, harness, models, run, table
 from benches.harness import Absent, Case, Contender, Parity
 
 CPU = torch.device("cpu")
@@ -269,6 +270,32 @@ def test_every_op_has_cases_with_names_of_their_own(op: str, device: str):
         names = [contender.name for contender in case.contenders]
         assert names[0] == ("triton" if device == "cuda" and op != "pipeline" else "reference")
         assert len(set(names)) == len(names) > 1
+
+
+def test_a_training_step_in_plain_pytorch_is_the_same_step():
+    """What a GPU machine has as peers; mmdet's is compared where it is installed, by the benches themselves."""
+    inputs = (models.pictures(2, 64, CPU, 0), *models.objects(2, 5, 3, 64, CPU, 0))
+    expected = bench_training.checked(bench_training.Step("nano", 3, CPU, torch.float64)(*inputs))
+    for backend in (lambda step: step, models.plain, partial(models.plain, per_image=True)):
+        step = bench_training.Step("nano", 3, CPU, torch.float32, backend=backend)
+        found = bench_training.checked(step(*inputs))
+        assert "losses: relative error" in bench_training.compare(found, expected, (1e-4, 1e-2))
+        assert not torch.equal(step(*inputs)[1], found[0])  # it does step
+    wrong = (found[0] * 1.01, found[1])
+    with pytest.raises(Parity):
+        bench_training.compare(wrong, expected, (1e-3, 1e-2))
+
+
+def test_post_processing_in_plain_pytorch_finds_the_same():
+    (case,) = [case for case in bench_postprocess.cases(CPU) if case.name.startswith("1 image")]
+    levels = case.inputs(0)
+    expected = case.expected(*levels)
+    assert len(expected[0]) == 300
+    assert case.compare(bench_postprocess.eager(*levels), expected).startswith("0 of 300")
+    with pytest.raises(Parity):
+        case.compare([expected[0] + torch.tensor([1.0, 0, 0, 0, 0, 0])], expected)
+    with pytest.raises(Parity):
+        case.compare([expected[0][:0]], expected)
 
 
 def ratio_record(low: float, high: float, **others):
