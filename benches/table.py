@@ -35,7 +35,8 @@ How many times faster ours is than each peer, and how many times less extra memo
 medians, in brackets the quartiles of the ratios of single rounds. All contenders of a row ran in turns in one process
 on the same inputs, after warm-up, and a contender whose result differed from the float64 result has no time. (Training
 iterations with their data draw batches of their own: each is checked on its own. Input pipelines are random: they must
-agree in the number and size of boxes and the grey level over 256 images.) A CPU's clock is "call". On a GPU "graph" is a CUDA graph's replay (kernels only) over inputs that exceed the L2 cache, for
+agree in the number and size of boxes and the grey level over 256 images.) A CPU's clock is "call". On a GPU "graph" is
+a CUDA graph's replay (kernels only) over inputs that exceed the L2 cache, for
 contenders that can be captured, and "call" a call between two synchronisations, launches included.
 Extra memory on a CPU is the growth of the resident set at its peak, on a GPU PyTorch's peak; outputs are included.
 The bandwidth counts the bytes that the fused op must move, for every contender.
