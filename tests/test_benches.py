@@ -286,6 +286,21 @@ def test_a_training_step_in_plain_pytorch_is_the_same_step():
         bench_training.compare(wrong, expected, (1e-3, 1e-2))
 
 
+def test_a_step_under_autocast_is_judged_by_its_losses_and_its_float32_gradients():
+    case = bench_training._step(CPU, "nano", 2, 64, 3, torch.bfloat16)
+    inputs = case.inputs(0)
+    expected = case.expected(*inputs)
+    contender = case.contenders[0]
+    losses, found = contender.result(contender.build()(*inputs))
+    assert (losses - expected[0]).abs().max() > 1e-3  # bfloat16: few pixels and objects, far off
+    with pytest.raises(Parity):
+        case.compare((losses, found), expected)
+    assert "gradients: relative error" in case.compare((expected[0], found), expected)
+    with pytest.raises(Parity):
+        case.compare((expected[0], 1.1 * found), expected)
+    assert case.compare((expected[0], None), expected).endswith("gradients not compared")
+
+
 def test_post_processing_in_plain_pytorch_finds_the_same():
     (case,) = [case for case in bench_postprocess.cases(CPU) if case.name.startswith("1 image")]
     levels = case.inputs(0)
