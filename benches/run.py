@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("unset RTMDET_FAST_KERNELS: the benches choose the implementation themselves")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     end = time.monotonic() + args.time_limit
+    if device.type == "cuda" and args.malloc == "pinned":
+        print("on a GPU malloc makes no difference: nothing to measure")
+        return
     out = args.out or committed(device)
     cases = [case for case in cases_of(args.ops, device) if args.only in case.name]
     only = cases if args.only else None
