@@ -116,7 +116,7 @@ def _step(
         expected=lambda *inputs: checked(Step(size, CLASSES, device, torch.float64)(*inputs)),
         compare=lambda result, expected: compare(result, expected, TOLERANCE[dtype]),
         contenders=contenders,
-        least=15,
+        least=15 if count < 100 else 5,
         headline=headline,
     )
 
