@@ -54,6 +54,7 @@ class Case:
     bytes: int | None = None  # that a call must move, for memory-bound ops
     group: str | None = None  # of cases whose ratios have a mean worth telling
     headline: bool = True  # measured first, and by --quick
+    least: int = 5  # rounds, however long they take
 
 
 def own(
@@ -113,7 +114,8 @@ def few_differ(different: int, total: int, what: str, tolerance: float = 1e-3) -
 
 
 def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5, most: int = 100) -> dict[str, Any]:
-    """One case -> its record: of every contender parity, times, memory; and ratios to the first.
+    """One case -> its record: of every contender parity, times, memory; and ratios to the first. And "samples", seconds
+    by clock and contender, to be taken out before the record is stored.
 
     A contender that is absent, fails or is wrong gets no times and a `why`. `seconds` is spent on each clock, on
     at least `least` and at most `most` rounds.
@@ -179,7 +181,22 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
         "ours": ours,
         "contenders": entries,
         "ratios": {name: ratio(entries, times, ours, name) for name in calls if name != ours and ours in calls},
+        "samples": times,
     }
+
+
+def verify(case: Case, device: torch.device) -> str:
+    """The verdict on ours alone, without timing: how near it is to the float64 result, or what is wrong."""
+    inputs = case.inputs(0)
+    try:
+        contender = case.contenders[0]
+        return "right: " + case.compare(contender.result(contender.build()(*inputs)), case.expected(*inputs))
+    except (Absent, ImportError) as error:
+        return f"absent: {_first_line(error)}"
+    except Parity as error:
+        return f"wrong: {error}"
+    except Exception as error:
+        return f"failed: {_first_line(error)}"
 
 
 def ratio(entries: dict[str, Any], times: dict[str, dict[str, list[float]]], ours: str, name: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """RTMDet without the install trouble: official weights, plain PyTorch, and Triton kernels for the hot paths."""
 
+from rtmdet_fast.accelerate import Acceleration, accelerate, revert
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.model import RTMDet
 from rtmdet_fast.results import Results
 
 __version__ = "0.1.0"
-__all__ = ["RTMDet", "Results", "UserError", "__version__"]
+__all__ = ["Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]

@@ -32,25 +32,40 @@ class ConvModule(nn.Module):
         self.depthwise = groups == in_channels == out_channels and kernel_size in (3, 5, 7) and groups > 1
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn
-        assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
-        if self.training and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
         if self.depthwise:
-            fused = partial(dwconv_bn_silu, x, self.conv.weight, stride=self.conv.stride[0])
-        else:
-            fused = partial(bn_silu, self.conv(x))
-        return fused(
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            training=self.training,
-            momentum=bn.momentum,
-            eps=bn.eps,
-            residual=residual,
-            process_group=self.process_group,
-        )
+            return fused_bn_silu(x, self.bn, self.conv, residual=residual, process_group=self.process_group)
+        return fused_bn_silu(self.conv(x), self.bn, residual=residual, process_group=self.process_group)
+
+
+def fused_bn_silu(
+    x: Tensor,
+    bn: nn.modules.batchnorm._BatchNorm,
+    conv: nn.Conv2d | None = None,
+    *,
+    residual: Tensor | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """`bn` in its own mode, SiLU and the residual in one kernel; after the depth-wise `conv` where one is given.
+
+    Counts the batch as `bn` would. `bn` has weight, bias, running statistics and a momentum.
+    """
+    assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
+    if bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    fused = partial(bn_silu, x)
+    if conv is not None:
+        fused = partial(dwconv_bn_silu, x, conv.weight, stride=conv.stride[0])
+    return fused(
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        training=bn.training,
+        momentum=bn.momentum,
+        eps=bn.eps,
+        residual=residual,
+        process_group=process_group,
+    )
 
 
 class DepthwiseSeparableConv(nn.Module):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benches import harness, run, table
+from benches import bench_postprocess, bench_training, chart, compare, gpu, harness, models, run, table
 from benches.harness import Absent, Case, Contender, Parity
 
 CPU = torch.device("cpu")
@@ -54,6 +57,10 @@ def toy(name: str = "doubling", *, headline: bool = True, **others) -> Case:
 
 def measure(case: Case, **options):
     return harness.measure(case, CPU, seconds=0, **options)
+
+
+def measure_all(cases: list[Case], out: Path, *, end: float = math.inf, quick: bool = False) -> None:
+    run.measure_all(cases, run.Results(CPU, out, ["nms"], quick=quick), end=end)
 
 
 def test_only_right_results_are_timed():
@@ -137,7 +144,7 @@ def test_results_are_written_after_every_case(tmp_path: Path, monkeypatch):
 
     case = toy("too large", headline=False)
     cases = [Case(**{**vars(case), "inputs": broken}), toy("second", headline=False), toy("first")]
-    run.measure_all(cases, CPU, out, end=math.inf, quick=False)
+    measure_all(cases, out)
     assert [list(record["cases"]) for record in written] == [
         ["nms: first"],
         ["nms: first"],  # the case that failed
@@ -148,7 +155,7 @@ def test_results_are_written_after_every_case(tmp_path: Path, monkeypatch):
 
 def test_the_time_limit_is_kept_and_said(tmp_path: Path):
     out = tmp_path / "toy.json"
-    run.measure_all([toy("late")], CPU, out, end=-math.inf)
+    measure_all([toy("late")], out, end=-math.inf)
     record = load(out)
     assert record["cases"] == {}
     assert record["not_measured"] == {"nms: late": "the time limit came first"}
@@ -156,19 +163,24 @@ def test_the_time_limit_is_kept_and_said(tmp_path: Path):
 
 def test_a_second_process_adds_its_cases(tmp_path: Path, monkeypatch):
     out = tmp_path / "toy.json"
-    run.measure_all([toy()], CPU, out, end=math.inf, quick=True)
+    measure_all([toy()], out, quick=True)
     for name, value in run.PINNED.items():
         monkeypatch.setenv(name, value)
-    run.measure_all([toy()], CPU, out, end=math.inf, quick=True)
+    measure_all([toy()], out, quick=True)
     cases = load(out)["cases"]
     assert list(cases) == ["nms: doubling", "nms: doubling, malloc not trimming"]
     assert list(cases["nms: doubling, malloc not trimming"]["malloc"].values()) == list(run.PINNED.values())
-    run.measure_all([toy("renamed")], CPU, out, end=math.inf, quick=True)
+    measure_all([toy("renamed")], out, quick=True)
     assert list(load(out)["cases"]) == ["nms: doubling", "nms: renamed, malloc not trimming"]
     for name in run.PINNED:
         monkeypatch.delenv(name)
+    results = run.Results(CPU, out, ["nms"], quick=True, only=[toy("another")])
+    assert list(results.record["cases"]) == ["nms: doubling", "nms: renamed, malloc not trimming"]
+    assert list(run.Results(CPU, out, ["nms"], quick=True, only=[toy()]).record["cases"]) == [
+        "nms: renamed, malloc not trimming"
+    ]
     monkeypatch.setattr(run, "versions", lambda: {"torch": "another"})
-    run.measure_all([toy("new")], CPU, out, end=math.inf, quick=True)
+    measure_all([toy("new")], out, quick=True)
     assert list(load(out)["cases"]) == ["nms: new"]  # other versions: nothing is mixed
 
 
@@ -208,7 +220,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
 
 
 def test_table(tmp_path: Path):
-    run.measure_all([toy(wrong=lambda x: x)], CPU, tmp_path / "results" / "toy.json", end=math.inf, quick=True)
+    measure_all([toy(wrong=lambda x: x)], tmp_path / "results" / "toy.json", quick=True)
     table.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| doubling | double | slow | call |" in text
@@ -217,7 +229,7 @@ def test_table(tmp_path: Path):
     assert "### Assignment\n\nNot measured.\n" in text
     assert "## GPU\n\nNot measured.\n" in text
     assert str(tmp_path) not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"results", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} - {"pictures"} == {"results", "README.md"}
 
 
 def test_table_of_a_gpu():
@@ -256,8 +268,184 @@ def test_every_op_has_cases_with_names_of_their_own(op: str, device: str):
     assert all(case.op == op for case in cases)
     for case in cases:
         names = [contender.name for contender in case.contenders]
-        assert names[0] == ("triton" if device == "cuda" else "reference")
+        assert names[0] == ("triton" if device == "cuda" and op != "pipeline" else "reference")
         assert len(set(names)) == len(names) > 1
+
+
+def test_a_training_step_in_plain_pytorch_is_the_same_step():
+    """What a GPU machine has as peers; mmdet's is compared where it is installed, by the benches themselves."""
+    inputs = (models.pictures(2, 64, CPU, 0), *models.objects(2, 5, 3, 64, CPU, 0))
+    expected = bench_training.checked(bench_training.Step("nano", 3, CPU, torch.float64)(*inputs))
+    for backend in (lambda step: step, models.plain, partial(models.plain, per_image=True)):
+        step = bench_training.Step("nano", 3, CPU, torch.float32, backend=backend)
+        found = bench_training.checked(step(*inputs))
+        assert "losses: relative error" in bench_training.compare(found, expected, (1e-4, 1e-2))
+        assert not torch.equal(step(*inputs)[1], found[0])  # it does step
+    wrong = (found[0] * 1.01, found[1])
+    with pytest.raises(Parity):
+        bench_training.compare(wrong, expected, (1e-3, 1e-2))
+
+
+def test_a_step_under_autocast_is_judged_by_its_losses_and_its_float32_gradients():
+    case = bench_training._step(CPU, "nano", 2, 64, 3, torch.bfloat16)
+    inputs = case.inputs(0)
+    expected = case.expected(*inputs)
+    contender = case.contenders[0]
+    losses, found = contender.result(contender.build()(*inputs))
+    assert (losses - expected[0]).abs().max() > 1e-3  # bfloat16: few pixels and objects, far off
+    with pytest.raises(Parity):
+        case.compare((losses, found), expected)
+    assert "gradients: relative error" in case.compare((expected[0], found), expected)
+    with pytest.raises(Parity):
+        case.compare((expected[0], 1.1 * found), expected)
+    assert case.compare((expected[0], None), expected).endswith("gradients not compared")
+
+
+def test_post_processing_in_plain_pytorch_finds_the_same():
+    (case,) = [case for case in bench_postprocess.cases(CPU) if case.name.startswith("1 image")]
+    levels = case.inputs(0)
+    expected = case.expected(*levels)
+    assert len(expected[0]) == 300
+    assert case.compare(bench_postprocess.eager(*levels), expected).startswith("0 of 300")
+    with pytest.raises(Parity):
+        case.compare([expected[0] + torch.tensor([1.0, 0, 0, 0, 0, 0])], expected)
+    with pytest.raises(Parity):
+        case.compare([expected[0][:0]], expected)
+
+
+def ratio_record(low: float, high: float, **others):
+    ratio = {"clock": "call", "time": (low + high) / 2, "q1": low, "q3": high}
+    timed = {"status": "timed"}
+    case = {"ours": "mine", "contenders": {"mine": timed, "eager": timed}, "ratios": {"eager": ratio}} | others
+    return {"versions": {"torch": "1"}, "cases": {"nms: a": case}}
+
+
+def test_compare_tells_what_got_slower_by_more_than_the_spread(tmp_path: Path, capsys):
+    old, same, slower = ratio_record(2.0, 2.2), ratio_record(1.9, 2.1), ratio_record(1.4, 1.6)
+    assert compare.slower_cases(same, old) == ([], 1)
+    (line,), compared = compare.slower_cases(slower, old)
+    assert line == "nms: a: 1.5x (1.4x to 1.6x) of eager's speed, was 2.1x (2x to 2.2x)" and compared == 1
+    assert compare.slower_cases(old, slower) == ([], 1)  # faster
+    # a second peer that did not get ahead: the first is what got faster
+    for record in (old, slower):
+        record["cases"]["nms: a"]["ratios"]["mmdet"] = ratio_record(3, 3.5)["cases"]["nms: a"]["ratios"]["eager"]
+    assert compare.slower_cases(slower, old) == ([], 1)
+    wrong = {"mine": {"status": "wrong", "why": "no"}, "eager": {"status": "timed"}}
+    assert compare.slower_cases(ratio_record(2, 3, contenders=wrong, ratios={}), old) == (["nms: a: wrong now, no"], 1)
+    assert compare.slower_cases(ratio_record(1, 1, ratios={}), old) == ([], 0)
+
+    for name, record in (("old", ratio_record(2.0, 2.2)), ("same", same), ("slower", ratio_record(1.4, 1.6))):
+        (tmp_path / name).write_text(json.dumps(record))
+    for name, code in (("same", 0), ("slower", 1)):
+        with pytest.raises(SystemExit) as exit:
+            compare.main([str(tmp_path / name), str(tmp_path / "old")])
+        assert exit.value.code == code
+    assert "1 of 1 cases that both runs have are slower" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_bar_for_each_peer(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.image import imread
+
+    chart.draw(
+        tmp_path / "a.png", "NMS", [("slower", (0.5, 0.4, 0.6)), ("even", (1, 0.9, 1.1)), ("ahead", (30, 28, 35))]
+    )
+    image = imread(tmp_path / "a.png")[..., :3]
+    for color in (chart.AHEAD, chart.BEHIND):
+        rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(image - rgb).max(-1) < 0.01).sum() > 50, color
+
+
+def test_the_cases_of_a_group_are_one_bar():
+    def case(op: str, group: str | None, low: float, high: float):
+        ratio = {"clock": "graph", "time": (low * high) ** 0.5, "q1": low, "q3": high}
+        return {"op": op, "group": group, "ratios": {"eager": ratio}}
+
+    cases = {"nms: b": case("nms", None, 1, 4), "bn_silu: x": case("bn_silu", "g", 1, 1)}
+    cases |= {"assign: a": case("assign", None, 2, 2), "bn_silu: y": case("bn_silu", "g", 4, 16)}
+    assert chart.bars(cases, table.OPS) == [
+        ("Assignment: a\nagainst eager (graph)", (2, 2, 2)),
+        ("NMS: b\nagainst eager (graph)", (2, 1, 4)),
+        ("BatchNorm + SiLU: g (2 cases)\nagainst eager (graph)", (pytest.approx(8**0.5), 1, 16)),
+    ]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_gpu_run_without_pytest_keeps_everything_in_one_file(tmp_path: Path, monkeypatch, right: bool):
+    case = toy() if right else toy(double=lambda x: x)
+    monkeypatch.setattr(run, "cases_of", lambda ops, device: [case] if ops else [])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "all.json"
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--dry-run", "--out", str(out)])
+    record = load(out)
+    assert exit.value.code == (0 if right else 1)
+    verdict = "right: relative error 0.0e+00" if right else "wrong: relative error 5.0e-01, allowed 1e-06"
+    assert record["verdicts"] == {"nms: doubling": verdict}
+    assert record["cases"]["nms: doubling"]["contenders"]["slow"]["status"] == "timed"
+    assert "samples" not in record["cases"]["nms: doubling"]
+
+
+def test_a_case_that_outlasts_the_time_is_given_up(tmp_path: Path):
+    cases = [toy("quick"), toy("endless", double=lambda x: time.sleep(600)), toy("third")]
+    results = run.Results(CPU, tmp_path / "all.json", ["nms"], quick=True)
+    run.measure_all(cases[:1], results, end=math.inf)
+    gpu.measure_until(time.monotonic() + 2, cases[1:], results)
+    record = load(tmp_path / "all.json")
+    assert list(record["cases"]) == ["nms: quick"]
+    assert record["not_measured"] == dict.fromkeys(("nms: endless", "nms: third"), "the time limit came first")
+
+
+def test_the_parity_tests_are_counted_and_cut_off(tmp_path: Path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
+    found = gpu.run_tests(300, ("toy",))
+    assert (found["exit_code"], found["passed"], found["failed"]) == (1, 1, ["tests/test_toy.py::test_b"])
+    assert not gpu.sound({"tests": found, "cases": {}})
+
+    def cut(command, **options):
+        raise subprocess.TimeoutExpired(
+            command, options["timeout"], output=b"tests/t.py::a PASSED [ 9%]\ntests/t.py::b[1 - 2] FAIL"
+        )
+
+    monkeypatch.setattr(gpu.subprocess, "run", cut)
+    found = gpu.run_tests(1, ("toy",))
+    assert (found["finished"], found["passed"], found["failed"]) == (False, 1, [])
+    assert gpu.sound({"tests": found, "cases": {}})
+
+
+BARE = """
+import sys
+for name in ("cv2", "pycocotools", "matplotlib", "PIL", "tyro", "tqdm", "tensorboard", "pytest", "hypothesis", "mmdet"):
+    sys.modules[name] = None
+import torch
+from benches import gpu, run
+for device in ("cpu", "cuda"):
+    assert run.cases_of(run.OPS, torch.device(device))
+"""
+
+
+def test_the_benches_need_only_torch_and_numpy():
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pytest_benchmark_tells_the_interleaved_times(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    out, table = tmp_path / "own.json", tmp_path / "pytest.json"
+    options = ["--benchmark-only", "--bench-quick", "--bench-out", str(out), "--benchmark-json", str(table)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "benches", *options, "-k", "bn_silu: and training"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(run.FOLDER).parent)
+    assert done.returncode == 0, done.stdout
+    cases = load(out)["cases"]
+    found = load(table)["benchmarks"]
+    assert len(found) == sum(e["status"] == "timed" for c in cases.values() for e in c["contenders"].values()) > 1
+    for bench in found:
+        key, clock = bench["group"].removesuffix("]").rsplit(" [", 1)
+        entry = cases[key]["contenders"][bench["params"]["contender"]]
+        assert bench["stats"]["median"] * 1e3 == pytest.approx(entry[clock]["median"])
+        assert bench["extra_info"]["parity"] == entry["parity"]
 
 
 def load(path: Path):

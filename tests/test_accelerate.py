@@ -1,0 +1,518 @@
+"""Accelerated modules against their originals: results, gradients, statistics, and all that must not change."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rtmdet_fast import RTMDet, accelerate, revert
+from rtmdet_fast.accelerate import DEPTHWISE, EPILOGUE, UNKNOWN
+from rtmdet_fast.kernels import _dispatch
+
+INTERPRETED = _dispatch.BACKEND == "triton"  # make test-triton
+
+
+def depthwise(channels: int, size: int = 5, stride: int = 1, **options) -> nn.Conv2d:
+    options = {"padding": size // 2, "groups": channels, "bias": False} | options
+    return nn.Conv2d(channels, channels, size, stride, **options)
+
+
+def plain() -> nn.Sequential:
+    """Dense, depth-wise (3, 5, 7; stride 2) and point-wise layers, one Sequential in another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6, eps=1e-3, momentum=0.03),
+        nn.SiLU(inplace=True),
+        nn.Sequential(depthwise(6, 5), nn.BatchNorm2d(6), nn.SiLU()),
+        depthwise(6, 3, 2, padding=(1, 1)),
+        nn.BatchNorm2d(6),
+        nn.SiLU(inplace=True),
+        nn.Conv2d(6, 4, 1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        depthwise(4, 7),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+    )
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+    return model
+
+
+PLAIN = {"1": EPILOGUE, "3.1": DEPTHWISE, "5": DEPTHWISE, "11": DEPTHWISE}
+
+
+def equal(found, expected) -> None:
+    """To the bit where the reference runs, else within fp32's rounding."""
+    if INTERPRETED:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
+
+
+def check_same(found: nn.Module, original: nn.Module, x: torch.Tensor, steps: int = 2) -> None:
+    """Outputs, all gradients and all running statistics, in training and then in inference."""
+    for model in (found, original):
+        model.train()
+    for _ in range(steps):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [model(leaf) for model, leaf in zip((found, original), leaves, strict=True)]
+        equal(*outputs)
+        g = torch.randn_like(outputs[1])
+        for model, y in zip((found, original), outputs, strict=True):
+            model.zero_grad()
+            y.backward(g)
+        equal(leaves[0].grad, leaves[1].grad)
+        for (name, ours), theirs in zip(found.named_parameters(), original.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if ours.grad is not None:
+                equal(ours.grad, theirs.grad)
+        for ours, theirs in zip(found.buffers(), original.buffers(), strict=True):
+            equal(ours, theirs)
+    for model in (found, original):
+        model.eval()
+    with torch.no_grad():
+        equal(found(x), original(x))
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Names of the fused ops in the order in which they are called."""
+    import rtmdet_fast.layers
+
+    calls: list[str] = []
+
+    def counting(name):
+        op = getattr(rtmdet_fast.layers, name)
+        return lambda *args, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
+
+    for name in ("bn_silu", "dwconv_bn_silu"):
+        monkeypatch.setattr(rtmdet_fast.layers, name, counting(name))
+    return calls
+
+
+def test_plain_layers(fused_calls):
+    original = plain()
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    assert report.replaced == PLAIN
+    assert report.left == {"8": "before ReLU, not SiLU"}
+    check_same(model, original, torch.randn(2, 3, 9, 12))
+    assert fused_calls[:4] == ["bn_silu", "dwconv_bn_silu", "dwconv_bn_silu", "dwconv_bn_silu"]
+
+
+def test_nothing_but_the_classes_changes():
+    model = plain()
+    state = model.state_dict(keep_vars=True)
+    modules = dict(model.named_modules())
+    classes = [type(m) for m in modules.values()]
+    accelerate(model)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state) and all(after[key] is state[key] for key in state)
+    assert dict(model.named_modules()) == modules
+    assert isinstance(model, nn.Sequential) and isinstance(model[3], nn.Sequential)
+    changed = [type(m) for m in modules.values()]
+    assert accelerate(model).replaced == PLAIN and [type(m) for m in modules.values()] == changed  # again: no more
+    revert(model)
+    assert [type(m) for m in modules.values()] == classes
+    assert list(map(id, model.modules())) == list(map(id, modules.values()))
+
+
+def test_the_printout_names_and_groups():
+    model = nn.Sequential(*(nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU()) for _ in range(6)), nn.ReLU())
+    model.append(nn.BatchNorm2d(4))
+    assert str(accelerate(model)) == (
+        f"fused: 6\n  6x {DEPTHWISE}: 0.1, 1.1, 2.1, 3.1, … 2 more\nleft: 1\n  1x {UNKNOWN}: 7"
+    )
+
+
+class CircularConv(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.roll(1, 3), weight, bias)
+
+
+CONVOLUTIONS = {
+    "has a bias": depthwise(4, bias=True),
+    "dilation (2, 2)": depthwise(4, 3, dilation=2, padding=2),
+    "padding mode circular": depthwise(4, padding_mode="circular"),
+    "padding mode reflect": depthwise(4, padding_mode="reflect"),
+    "padding (0, 0)": depthwise(4, padding=0),
+    "padding valid": depthwise(4, padding="valid"),
+    "kernel (9, 9)": depthwise(4, 9),
+    "kernel (3, 5)": nn.Conv2d(4, 4, (3, 5), padding=(1, 2), groups=4, bias=False),
+    "stride (3, 3)": depthwise(4, 5, 3),
+    "stride (1, 2)": nn.Conv2d(4, 4, 3, (1, 2), 1, groups=4, bias=False),
+    "CircularConv computes in its own way": CircularConv(4, 4, 3, padding=1, groups=4, bias=False),
+}
+
+
+@pytest.mark.parametrize("why", CONVOLUTIONS)
+def test_other_convolutions_run_as_they_are(why, fused_calls):
+    original = nn.Sequential(CONVOLUTIONS[why], nn.BatchNorm2d(4), nn.SiLU())
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    assert report.replaced == {"1": EPILOGUE} and report.left == {"0": why}
+    check_same(model, original, torch.randn(2, 4, 12, 12))
+    assert set(fused_calls) == {"bn_silu"}
+
+
+def test_padding_same_is_the_fused_one():
+    original = nn.Sequential(depthwise(4, padding="same"), nn.BatchNorm2d(4), nn.SiLU())
+    model = copy.deepcopy(original)
+    assert accelerate(model).replaced == {"1": DEPTHWISE}
+    check_same(model, original, torch.randn(2, 4, 7, 6))
+
+
+def untracked() -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(4)
+    bn.track_running_stats = False
+    return bn
+
+
+NORMS = {
+    "momentum None (cumulative average)": nn.BatchNorm2d(4, momentum=None),
+    "without running statistics": nn.BatchNorm2d(4, track_running_stats=False),
+    "without running statistics ": untracked(),
+    "without weight or bias": nn.BatchNorm2d(4, affine=False),
+    "InstanceNorm2d": nn.InstanceNorm2d(4),
+    "before Hardswish, not SiLU": nn.BatchNorm2d(4),
+}
+
+
+@pytest.mark.parametrize("why", NORMS)
+def test_other_norms_and_activations_are_left_with_a_reason(why, fused_calls):
+    act = nn.Hardswish() if "Hardswish" in why else nn.SiLU()
+    original = nn.Sequential(depthwise(4), NORMS[why], act)
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    if why == "InstanceNorm2d":
+        assert report.left == {"0": UNKNOWN}
+    else:
+        assert report.left == {"0": why.strip(), "1": why.strip()}
+    assert not report.replaced and type(model) is nn.Sequential
+    check_same(model, original, torch.randn(2, 4, 6, 5))
+    assert fused_calls == []
+
+
+def test_one_dimensional_layers_are_left():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.SiLU())
+    assert accelerate(model).left == {"1": "BatchNorm1d is not BatchNorm2d or SyncBatchNorm"}
+
+
+def test_containers_with_a_forward_of_their_own_are_left():
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.act = depthwise(4), nn.BatchNorm2d(4), nn.SiLU()
+
+    model = nn.ModuleList([Residual(depthwise(4), nn.BatchNorm2d(4), nn.SiLU()), Block()])
+    report = accelerate(model)
+    assert not report.replaced
+    assert report.left == dict.fromkeys(("0.0", "0.1", "1.conv", "1.bn"), UNKNOWN)
+    patched = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
+    patched.forward = lambda x: x
+    assert accelerate(patched).left == {"1": "the forward of its Sequential was replaced"}
+
+
+def test_a_frozen_norm_stays_frozen(fused_calls):
+    original = plain()
+    model = copy.deepcopy(original)
+    accelerate(model)
+    for m in (model, original):
+        m.train()
+        m[5].eval()  # as norm_eval does
+        m[4].weight.requires_grad_(False)
+        m[1].bias.requires_grad_(False)
+    before = model[5].running_mean.clone()
+    x = torch.randn(2, 3, 8, 8)
+    for m in (model, original):
+        m(x).square().sum().backward()
+    assert torch.equal(model[5].running_mean, before) and model[5].num_batches_tracked == 0
+    assert model[4].weight.grad is None and model[1].bias.grad is None
+    equal(model[0].weight.grad, original[0].weight.grad)
+    equal(model[5].weight.grad, original[5].weight.grad)
+    assert "dwconv_bn_silu" in fused_calls
+
+
+@pytest.mark.parametrize("child", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_children_fire(child, kind, fused_calls):
+    model = nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU())
+    before = copy.deepcopy(model)
+    accelerate(model)
+    called = []
+    handle = getattr(model[child], f"register_{kind}_hook")(lambda *args: called.append(1))
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert called == [1]
+    equal(y, before(x))
+    assert fused_calls == (["bn_silu"] if child == 0 else [])  # the convolution alone is as it was
+    report = accelerate(model)
+    assert report.left["0" if child == 0 else "1"] == "has hooks"
+    handle.remove()
+    model(x)
+    assert fused_calls[-1] == "dwconv_bn_silu"
+
+
+def test_hooks_on_the_container_and_on_tensors_fire():
+    model = nn.Sequential(nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU()))
+    called = []
+    model[0].register_forward_hook(lambda *args: called.append("forward"))
+    model[0].register_full_backward_hook(lambda *args: called.append("backward"))
+    model[0][0].weight.register_hook(lambda grad: called.append("weight"))
+    accelerate(model)
+    model(torch.randn(2, 4, 6, 6, requires_grad=True)).sum().backward()
+    assert sorted(called) == ["backward", "forward", "weight"]
+
+
+def test_hooks_on_all_modules_fire():
+    model = nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU())
+    accelerate(model)
+    called = []
+    with nn.modules.module.register_module_forward_hook(lambda m, *args: called.append(type(m).__name__)):
+        model(torch.randn(2, 4, 6, 6))
+    assert called == ["Conv2d", "BatchNorm2d", "SiLU", "FusedSequential"]
+
+
+def test_a_child_that_is_replaced_later_is_used(fused_calls):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+    accelerate(model)
+    model[1] = nn.Identity()
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(model(x), nn.functional.silu(model[0](x))) and fused_calls == []
+    model[1] = nn.SyncBatchNorm(4)  # one process: as BatchNorm
+    model(x)
+    assert fused_calls == ["bn_silu"]
+
+
+def test_parametrised_weights_are_used():
+    original = nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU())
+    nn.utils.parametrizations.weight_norm(original[0])
+    model = copy.deepcopy(original)
+    assert accelerate(model).replaced == {"1": DEPTHWISE}
+    check_same(model, original, torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m, 0)), "save"])
+def test_copies_and_files(copied, fused_calls):
+    model = plain()
+    accelerate(model)
+    if copied == "save":
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    else:
+        other = copied(model)
+    assert type(other) is type(model) and other[0].weight is not model[0].weight
+    check_same(other, model, torch.randn(2, 3, 8, 8), steps=1)
+    assert fused_calls.count("dwconv_bn_silu") == 2 * 2 * 3
+    revert(other)
+    assert type(other) is nn.Sequential
+    plain().load_state_dict(model.state_dict())
+
+
+def test_replicas_of_data_parallel():
+    model = nn.Sequential(depthwise(4), nn.BatchNorm2d(4), nn.SiLU())
+    accelerate(model)
+    replica = model._replicate_for_data_parallel()
+    assert type(replica) is type(model) and replica.forward.__self__ is replica
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(nn.DataParallel(model)(x), model(x))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no float64 and bfloat16 of the references")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    original = plain().to(dtype)
+    model = plain()
+    accelerate(model)
+    check_same(model.to(dtype), original, torch.randn(2, 3, 8, 8, dtype=dtype))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="rounds in other places")
+def test_autocast():
+    original = plain()
+    model = copy.deepcopy(original)
+    accelerate(model)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model(x), original(x)
+    assert found.dtype == expected.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(training):
+    torch.compiler.reset()
+    model = plain().train(training)
+    other = copy.deepcopy(model)
+    accelerate(model)
+    x = torch.randn(2, 3, 8, 8)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, other(x))
+    torch.testing.assert_close(model[1].running_mean, other[1].running_mean)
+
+
+def test_own_models_are_fused_already():
+    model = RTMDet("nano", num_classes=1)
+    report = accelerate(model)
+    assert report.replaced == report.left == {}
+    assert str(report) == "fused: 0\nleft: 0"
+
+
+MMCV = {
+    "depth-wise": (dict(groups=4, padding=2), {"bn": DEPTHWISE}, {}),
+    "dense": (dict(padding=2), {"bn": EPILOGUE}, {}),
+    "reflect": (
+        dict(groups=4, padding=2, padding_mode="reflect"),
+        {},
+        dict.fromkeys(("conv", "bn"), "a padding layer before the convolution"),
+    ),
+    "order": (dict(order=("norm", "conv", "act"), padding=2), {}, {"bn": "order norm, conv, act"}),
+    "ReLU": (dict(act_cfg=dict(type="ReLU"), padding=2), {}, {"bn": "before ReLU, not SiLU"}),
+    "no activation": (dict(act_cfg=None, padding=2), {}, {"bn": UNKNOWN}),
+    "no norm": (dict(norm_cfg=None, padding=2), {}, {}),
+    "spectral norm": (dict(with_spectral_norm=True, groups=4, padding=2), {"bn": EPILOGUE}, {"conv": "has hooks"}),
+    "efficient": (dict(efficient_conv_bn_eval=True, padding=2), {}, {"bn": "efficient_conv_bn_eval"}),
+}
+
+
+@pytest.mark.parametrize("kind", MMCV)
+def test_mmcv_conv_module(kind, fused_calls):
+    mmcv = pytest.importorskip("mmcv.cnn", reason="mmcv is not installed")
+    options, replaced, left = MMCV[kind]
+    original = mmcv.ConvModule(4, 4, 5, **({"norm_cfg": dict(type="BN"), "act_cfg": dict(type="SiLU")} | options))
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    assert (report.replaced, report.left) == (replaced, left)
+    assert isinstance(model, mmcv.ConvModule) and list(model.state_dict()) == list(original.state_dict())
+    if not (INTERPRETED and kind == "efficient"):
+        check_same(model, original, torch.randn(2, 4, 7, 6))
+    assert bool(fused_calls) == bool(replaced)
+    calls = len(fused_calls)
+    x = torch.randn(2, 4, 7, 6)
+    for skipped in ({"activate": False}, {"norm": False}):
+        torch.testing.assert_close(model(x, **skipped), original(x, **skipped))
+    assert len(fused_calls) == calls
+    pickle.loads(pickle.dumps(model))
+    revert(model)
+    assert type(model) is mmcv.ConvModule
+
+
+def test_mmdet_model(fused_calls):
+    """A small RTMDet of mmdet's own: every layer of it runs fused, in training and in inference."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules()
+    common = dict(norm_cfg=dict(type="SyncBN"), act_cfg=dict(type="SiLU", inplace=True))
+    original = MODELS.build(dict(type="mmdet.CSPNeXt", deepen_factor=0.167, widen_factor=0.125, **common))
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    norms = [name for name, m in original.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert sorted(report.replaced) == sorted(norms) and report.left == {}
+    assert sum(what == DEPTHWISE for what in report.replaced.values()) == 4
+    check_same(nn.Sequential(model, Last()), nn.Sequential(original, Last()), torch.randn(2, 3, 64, 64), steps=1)
+    assert fused_calls.count("dwconv_bn_silu") == 8
+    assert model.state_dict().keys() == original.state_dict().keys()
+
+
+class Last(nn.Module):
+    def forward(self, features):
+        return features[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "replaced", "left"),
+    [
+        (dict(groups=4), {"bn": DEPTHWISE}, {}),
+        (dict(), {"bn": EPILOGUE}, {}),
+        (dict(groups=4, bias=True), {"bn": EPILOGUE}, {"conv": "has a bias"}),
+        (dict(groups=4, act_layer=nn.ReLU), {}, dict.fromkeys(("conv", "bn"), "before ReLU, not SiLU")),
+        (dict(groups=4, drop_layer=nn.Dropout), {}, dict.fromkeys(("conv", "bn"), "drops some of its output")),
+        (dict(groups=4, stride=2, aa_layer="avg"), {"bn": EPILOGUE}, {"conv": "anti-aliasing behind it"}),
+    ],
+)
+def test_timm_conv_norm_act(options, replaced, left, fused_calls):
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    original = layers.ConvNormAct(4, 4, 3, **({"act_layer": nn.SiLU} | options))
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    assert (report.replaced, report.left) == (replaced, left)
+    if "drop_layer" not in options:
+        check_same(model, original, torch.randn(2, 4, 7, 6))
+    assert set(fused_calls) == (
+        {"dwconv_bn_silu" if DEPTHWISE in replaced.values() else "bn_silu"} if replaced else set()
+    )
+    revert(model)
+    assert type(model) is layers.ConvNormAct and type(model.bn) is layers.BatchNormAct2d
+
+
+def test_timm_hooks_fire():
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    model = layers.ConvNormAct(4, 4, 3, groups=4, act_layer=nn.SiLU)
+    accelerate(model)
+    called = []
+    model.bn.register_forward_hook(lambda *args: called.append("bn"))
+    x = torch.randn(2, 4, 7, 6)
+    torch.testing.assert_close(model(x), copy.deepcopy(model.eval().train())(x))
+    assert called == ["bn", "bn"]
+
+
+def test_timm_model(fused_calls):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    original = timm.create_model("efficientnet_b0", num_classes=3, drop_path_rate=0.0)
+    model = copy.deepcopy(original)
+    report = accelerate(model)
+    assert len(report.replaced) > 30
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), original.eval()(x))
+    assert len(fused_calls) == len(report.replaced)
+
+
+def process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = plain()
+    model[9] = nn.SiLU()  # on a CPU only the fused one synchronises
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    accelerate(model)
+    x = torch.randn(4, 3, 8, 8).chunk(2)[rank]
+    y = model(x)
+    y.square().sum().backward()
+    torch.save((y.detach(), model[4].weight.grad, model[5].running_var), folder / str(rank))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the reference is enough")
+def test_sync_batch_norm(tmp_path):
+    """Two processes with half a batch each against plain BatchNorm over the whole batch."""
+    torch.multiprocessing.spawn(process, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    torch.manual_seed(0)
+    model = plain()
+    model[9] = nn.SiLU()
+    x = torch.randn(4, 3, 8, 8)
+    y = model(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(torch.cat([found[0][0], found[1][0]]), y.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0][1] + found[1][1], model[4].weight.grad, rtol=1e-3, atol=1e-4)
+    for rank in range(2):
+        torch.testing.assert_close(found[rank][2], model[5].running_var, rtol=1e-4, atol=1e-6)
