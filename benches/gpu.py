@@ -24,9 +24,9 @@ import torch
 from benches import harness, run, table
 from benches.harness import Case
 
-KERNELS = ("assign", "rotated_iou", "nms", "dwconv_bn_silu", "bn_silu")
+KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")
 OPS = (*KERNELS, "forward", "training", "postprocess", "layers")
-TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "training_with_kernels")
+TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "training_with_kernels")
 SHARE_OF_TESTS = 0.4  # of the time, at most
 
 
