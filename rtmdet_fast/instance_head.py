@@ -33,6 +33,9 @@ from rtmdet_fast.masks import PredictedMasks
 KERNEL_SIZE = 169  # 10·8 + 8·8 + 8 weights and 8 + 8 + 1 biases of three 1×1 convolutions
 MASK_CHANNELS = 8
 MASK_STRIDE = 8
+# Up-sampled logit i, which lies at 4i + 2, is trained on pixel 4i + 2, whose centre lies at 4i + 2.5. The published
+# implementation leaves this half a pixel in its masks: without it a model on small images has 0.01 more mask AP.
+MASK_OFFSET = 0.5
 
 
 class InstanceOutput(NamedTuple):
@@ -124,7 +127,7 @@ class InstanceHead(DetectionHead):
     def detect(  # type: ignore[override]
         self, output: InstanceOutput, input_size: tuple[int, int], settings: DetectSettings
     ) -> list[Detections]:
-        """Detections with `masks`, whose pixels are those of the network's input until `to_image`."""
+        """Detections with `masks`, which are the published implementation's on the network's input until `to_image`."""
         found = super().detect(output, input_size, settings)  # type: ignore[arg-type]
         counts = [len(detections.priors) for detections in found]
         prior = torch.cat([detections.priors for detections in found])
@@ -147,5 +150,5 @@ class InstanceHead(DetectionHead):
         self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
         assert found.masks is not None
-        masks = PredictedMasks(found.masks.logits, scale, shape, MASK_STRIDE)
+        masks = PredictedMasks(found.masks.logits, scale, shape, MASK_STRIDE, MASK_OFFSET)
         return super().to_image(found._replace(masks=masks), scale, shape, clip=clip)

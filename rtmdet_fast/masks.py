@@ -28,6 +28,7 @@ class PredictedMasks:
     logits: [n, h, w], a pixel for `stride` × `stride` of the network's input
     scale: pixels of the network's input per pixel of the image (x, y)
     shape: (height, width) of the image; what the network saw beyond it is padding
+    offset: pixels of the network's input that the logits lie too far to the left and to the top
 
     A pixel of the image belongs to a mask where the logit at its centre, by one bilinear interpolation, is above 0.
     (The published implementation interpolates to the network's input, then again to the image.) Masks are made one at
@@ -38,6 +39,7 @@ class PredictedMasks:
     scale: tuple[float, float]
     shape: tuple[int, int]
     stride: int = 8
+    offset: float = 0.0
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -84,15 +86,19 @@ class PredictedMasks:
 
     @cached_property
     def _axes(self) -> tuple[_Axis, _Axis]:
-        (height, width), (h, w) = self.shape, self.logits.shape[1:]
-        return _Axis(height, self.scale[1] / self.stride, h), _Axis(width, self.scale[0] / self.stride, w)
+        h, w = self.logits.shape[1:]
+        y, x = (
+            ((np.arange(length) + 0.5) * scale - self.offset) / self.stride - 0.5
+            for length, scale in zip(self.shape, self.scale[::-1], strict=True)
+        )
+        return _Axis(y, h), _Axis(x, w)
 
 
 class _Axis:
-    """Where the pixels of an image lie among logits, along one axis."""
+    """Where the pixels of an image lie among logits along one axis: at `at`, ascending."""
 
-    def __init__(self, length: int, step: float, logits: int):
-        at = ((np.arange(length) + 0.5) * step - 0.5).clip(0, logits - 1)
+    def __init__(self, at: np.ndarray, logits: int):
+        at = at.clip(0, logits - 1)
         self.at, self.low = at, at.astype(int)
         self.high = np.minimum(self.low + 1, logits - 1)
         self.weight = (at - self.low).astype(np.float32)
