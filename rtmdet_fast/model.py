@@ -210,6 +210,8 @@ class RTMDet(nn.Module):
         )
         if not 0 <= settings.iou_threshold <= 1:
             raise UserError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
+        if patch_size and self.task == "ins":
+            raise UserError(f"patch_size is {patch_size}, but masks cannot be merged over windows: leave it out")
         size = check_image_size(image_size or self.image_size)
         single = not isinstance(images, (list, tuple))
         sources = [images] if single else list(images)

@@ -233,6 +233,11 @@ def test_another_tasks_weights_initialise_backbone_and_neck(tmp_path, task, othe
         assert torch.equal(value, before[key] if key.startswith("bbox_head.") else taken[key]), key
 
 
+def test_masks_are_not_predicted_in_windows():
+    with pytest.raises(UserError, match="patch_size is 64"):
+        RTMDet("nano", "ins", num_classes=1).predict(np.zeros((90, 90, 3), np.uint8), patch_size=64)
+
+
 def test_other_classes_leave_only_the_classifier_fresh(tmp_path):
     RTMDet("nano", "ins", num_classes=2).save(tmp_path / "two.pth")
     with pytest.warns(UserWarning, match=r"for 3 classes, to be trained: bbox_head.rtm_cls$"):
