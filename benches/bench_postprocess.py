@@ -15,7 +15,7 @@ from benches.models import mmdet_model, objects, plain
 from rtmdet_fast.heads import DetectionHead, HeadOutput, distances_to_boxes, flatten_levels, grid_priors
 
 CLASSES, SIDE = 80, 640
-SETTINGS: dict[str, Any] = dict(score_threshold=0.001, iou_threshold=0.65, nms_pre=30000, max_detections=300)
+SETTINGS = DetectionHead.test_settings
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -26,7 +26,7 @@ def _case(device: torch.device, batch: int) -> Case:
     head = DetectionHead(96, CLASSES)
 
     def own(*levels: Tensor) -> Any:
-        return head.detect(HeadOutput(levels[:3], levels[3:]), (SIDE, SIDE), **SETTINGS)
+        return head.detect(HeadOutput(levels[:3], levels[3:]), (SIDE, SIDE), SETTINGS)
 
     def mmdet() -> Callable[..., Any]:
         model, config = mmdet_model("tiny", CLASSES, device)
@@ -95,18 +95,18 @@ def eager(*levels: Tensor) -> list[Tensor]:
     found = []
     for box, logit in zip(boxes, logits, strict=True):
         score = logit.sigmoid()
-        prior, label = (score > SETTINGS["score_threshold"]).nonzero(as_tuple=True)
+        prior, label = (score > SETTINGS.score_threshold).nonzero(as_tuple=True)
         box, score = box[prior], score[prior, label]
         solid = (box[:, 2:] > box[:, :2]).all(1)
         box, score, label = box[solid], score[solid], label[solid]
         if box.is_cuda:
-            keep = eager_nms(SETTINGS["iou_threshold"], box, score, label)
+            keep = eager_nms(SETTINGS.iou_threshold, box, score, label)
         else:
             classes = [(label == c).nonzero()[:, 0] for c in label.unique()]
-            kept = [own[eager_nms(SETTINGS["iou_threshold"], box[own], score[own], label[own])] for own in classes]
+            kept = [own[eager_nms(SETTINGS.iou_threshold, box[own], score[own], label[own])] for own in classes]
             keep = torch.cat([label.new_empty(0), *kept])
             keep = keep[score[keep].argsort(descending=True)]
-        keep = keep[: SETTINGS["max_detections"]]
+        keep = keep[: SETTINGS.max_detections]
         found.append(torch.cat([box[keep], score[keep, None], label[keep, None]], 1))
     return found
 

@@ -92,8 +92,8 @@ def resized(settings: Any, image_size: int) -> Any:
 def plain(function: Callable[..., Any], *, per_image: bool = False) -> Callable[..., Any]:
     """`function` with PyTorch in place of the kernels; `per_image`: with the assigner as published, too."""
 
-    def assign(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gt, iou = bench_assign.eager(*inputs)
+    def assign(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        gt, iou = bench_assign.eager(*inputs[:6])  # the seventh are centres of masks, of which there are none
         labels = inputs[4].gather(1, gt.clamp(min=0)).where(gt >= 0, -1)
         return gt, iou, labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -436,8 +437,10 @@ def test_pytest_benchmark_tells_the_interleaved_times(tmp_path: Path):
     out, table = tmp_path / "own.json", tmp_path / "pytest.json"
     options = ["--benchmark-only", "--bench-quick", "--bench-out", str(out), "--benchmark-json", str(table)]
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "benches", *options, "-k", "bn_silu: and training"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(run.FOLDER).parent)
-    assert done.returncode == 0, done.stdout
+    # under xdist pytest-benchmark would refuse to measure
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(run.FOLDER).parent, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
     cases = load(out)["cases"]
     found = load(table)["benchmarks"]
     assert len(found) == sum(e["status"] == "timed" for c in cases.values() for e in c["contenders"].values()) > 1
