@@ -69,7 +69,7 @@ def _step(
     cuda = device.type == "cuda"
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
-        return pictures(batch, side, device, seed), *objects(batch, count, CLASSES, side, device, seed)
+        return pictures(batch, side, device, seed), *objects(batch, count, CLASSES, side, device, seed)[:3]
 
     def built(make: Callable[..., Any], **options: Any) -> Any:
         step = make(size, CLASSES, device, dtype, **options)
