@@ -113,20 +113,16 @@ def evaluate(
                 continue
             canvases, scales, shapes, indices = zip(*items, strict=True)
             for index, found in zip(indices, model.detect(torch.stack(canvases), scales, shapes), strict=True):
-                image_id = dataset.image_ids[index]
-                image_ids.append(image_id)
-                boxes = found.boxes.float().cpu()
-                boxes[:, 2:] -= boxes[:, :2]
-                entries: list[dict[str, Any]] = [
-                    {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-                    for box, score, label in zip(
-                        boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
-                    )
-                ]
-                if found.masks is not None:
-                    for entry, rle in zip(entries, found.masks.rles(), strict=True):
-                        entry["segmentation"] = rle
-                detections += entries
+                image_ids.append(dataset.image_ids[index])
+                results = Results(
+                    None,
+                    found.boxes.float().cpu(),
+                    found.scores.float().cpu(),
+                    found.labels.cpu(),
+                    model.class_names,
+                    predicted_masks=found.masks,
+                )
+                detections += results.to_coco(image_ids[-1], category_ids)
     skipped = len(dataset) - len(image_ids)
     evaluation = score_detections(dataset, detections, image_ids, skipped)
     if model.task != "ins":

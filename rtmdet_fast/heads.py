@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,10 +163,14 @@ class DetectionHead(nn.Module):
             distances.append((distance.exp() if self.exponential else distance) * STRIDES[level])
         return HeadOutput(tuple(logits), tuple(distances))
 
+    @staticmethod
+    def priors(output: Any) -> Tensor:
+        """The priors [N, 4] of a head's output."""
+        return grid_priors([(level.shape[2], level.shape[3]) for level in output.logits], output.logits[0].device)
+
     def decode(self, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, N, C], boxes [B, N, 4] xyxy pixels of the network input, and priors [N, 4]."""
-        sizes = [(level.shape[2], level.shape[3]) for level in output.logits]
-        priors = grid_priors(sizes, output.logits[0].device)
+        priors = self.priors(output)
         boxes = distances_to_boxes(priors, flatten_levels(output.distances))
         return flatten_levels(output.logits), boxes, priors
 

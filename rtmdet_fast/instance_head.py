@@ -7,7 +7,6 @@ Legend: B images, N priors, M ground truths, K positives or detections of all im
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -79,14 +78,12 @@ class InstanceHead(DetectionHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """The initial weights of the published recipe."""
+        super().reset_parameters()
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.01)
-            elif name.startswith("rtm_cls"):
-                nn.init.constant_(parameter, -math.log(99))  # a first score of 0.01 for every class
-            elif name.startswith("rtm_reg"):
+            if name.startswith("rtm_reg") and name.endswith("bias"):
                 nn.init.ones_(parameter)  # a first distance of one stride, where relu passes the gradient on
-            elif ".bn." not in name:
+            elif name in ("mask_head.fusion_conv.bias", "mask_head.projection.bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, features: tuple[Tensor, ...]) -> InstanceOutput:  # type: ignore[override]
@@ -112,11 +109,7 @@ class InstanceHead(DetectionHead):
             raise ValueError("targets: masks are needed to train instance segmentation")
         image, prior = (assignment.gt >= 0).nonzero(as_tuple=True)
         dice = dynamic_mask_dice_loss(
-            output.features,
-            flatten_levels(output.kernels)[image, prior],
-            priors[prior, :2],
-            priors[prior, 2],
-            image,
+            *_instances(output, priors, image, prior),
             targets.masks,
             assignment.gt[image, prior],
             feature_stride=MASK_STRIDE,
@@ -132,15 +125,8 @@ class InstanceHead(DetectionHead):
         counts = [len(detections.priors) for detections in found]
         prior = torch.cat([detections.priors for detections in found])
         image = torch.arange(len(found), device=prior.device).repeat_interleave(torch.tensor(counts).to(prior.device))
-        priors = self.decode(output)[2]  # type: ignore[arg-type]
-        logits = dynamic_mask_logits(
-            output.features,
-            flatten_levels(output.kernels)[image, prior],
-            priors[prior, :2],
-            priors[prior, 2],
-            image,
-            feature_stride=MASK_STRIDE,
-        )
+        instances = _instances(output, self.priors(output), image, prior)
+        logits = dynamic_mask_logits(*instances, feature_stride=MASK_STRIDE)
         return [
             detections._replace(masks=PredictedMasks(part, (1.0, 1.0), input_size, MASK_STRIDE))
             for detections, part in zip(found, logits.split(counts), strict=True)
@@ -152,3 +138,11 @@ class InstanceHead(DetectionHead):
         assert found.masks is not None
         masks = PredictedMasks(found.masks.logits, scale, shape, MASK_STRIDE, MASK_OFFSET)
         return super().to_image(found._replace(masks=masks), scale, shape, clip=clip)
+
+
+def _instances(
+    output: InstanceOutput, priors: Tensor, image: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What makes the masks of the K pairs `image`, `prior` [K]: features, kernels, points, strides, images."""
+    kernels = flatten_levels(output.kernels)[image, prior]
+    return output.features, kernels, priors[prior, :2], priors[prior, 2], image

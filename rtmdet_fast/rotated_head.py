@@ -20,7 +20,6 @@ from rtmdet_fast.heads import (
     DetectSettings,
     Targets,
     flatten_levels,
-    grid_priors,
     predictors,
 )
 from rtmdet_fast.kernels.rotated_iou import rotated_iou_loss
@@ -136,8 +135,7 @@ class RotatedHead(DetectionHead):
 
     def decode(self, output: RotatedOutput) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Logits [B, N, C], boxes [B, N, 5] in pixels of the network input, and priors [N, 4]."""
-        sizes = [(level.shape[2], level.shape[3]) for level in output.logits]
-        priors = grid_priors(sizes, output.logits[0].device)
+        priors = self.priors(output)
         boxes = distances_to_rotated_boxes(priors, flatten_levels(output.distances), flatten_levels(output.angles))
         return flatten_levels(output.logits), boxes, priors
 
