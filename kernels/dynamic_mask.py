@@ -153,67 +153,94 @@ def _precision(features: Tensor, kernels: Tensor) -> torch.dtype:
 
 
 class _Instances:
-    """The layers of some instances of one image, over all its pixels.
+    """Instances in the order of their images, in parts small enough for the cache, and their layers.
 
-    The coordinates are affine in the pixel's place: x1 = relu(A [f; x; y; 1]), one product for all instances.
+    The coordinates are affine in the pixel's place: x1 = relu(A [f; x; y; 1]), one product for all instances of a part.
     """
 
-    def __init__(self, kernels: Tensor, points: Tensor, strides: Tensor):
+    def __init__(
+        self,
+        features: Tensor,
+        kernels: Tensor,
+        points: Tensor,
+        strides: Tensor,
+        image_index: Tensor,
+        feature_stride: int,
+    ):
+        (B, _, H, W), n = features.shape, len(kernels)
+        images = image_index.tolist()
+        if n and not 0 <= min(images) <= max(images) < B:
+            raise ValueError(f"image_index: expected indices in [0, {B})")
+        self.features, self.feature_stride, self.dtype = features, feature_stride, _precision(features, kernels)
+        self.counts = [images.count(image) for image in range(B)]
+        self.order = None if images == sorted(images) else image_index.argsort(stable=True)
+
+        kernels, points, strides = (self.sorted(x).to(self.dtype) for x in (kernels, points, strides))
         w1, w2, w3, b1, b2, b3 = kernels.split(_PARAMETERS, 1)
-        n = len(kernels)
         w1 = w1.reshape(n, 8, 10)
         self.points, self.scale = points[:, None], 1 / (8 * strides[:, None, None])
         slope = w1[:, :, :2] * self.scale
-        constant = b1 + (slope * self.points).sum(2)
-        self.a = torch.cat([w1[:, :, 2:], -slope, constant[:, :, None]], 2).view(8 * n, 11)
+        constant = torch.baddbmm(b1[:, :, None], slope, points[:, :, None])
+        self.a = torch.cat([w1[:, :, 2:], -slope, constant], 2)
         self.w2, self.b2 = w2.reshape(n, 8, 8), b2.reshape(n, 8, 1)
         self.w3, self.b3 = w3.reshape(n, 1, 8), b3.reshape(n, 1, 1)
+        # Used by every part in turn: memory from malloc would not be in the cache.
+        self.size = max(1, min(n, _CHUNK // (8 * H * W)))
+        self.x1, self.x2 = (features.new_empty(self.size, 8, H * W, dtype=self.dtype) for _ in range(2))
 
-    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [11, H W] -> x1, x2 [n, 8, H W]."""
-        x1 = (self.a @ x).relu_().view(-1, 8, x.shape[1])
-        return x1, torch.baddbmm(self.b2, self.w2, x1).relu_()
+    def sorted(self, x: Tensor) -> Tensor:
+        """x [K, ...] in the order of the images."""
+        return x if self.order is None else x[self.order]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x [11, H W] -> [n, H W]."""
-        return torch.baddbmm(self.b3, self.w3, self.hidden(x)[1])[:, 0]
+    def unsorted(self, x: Tensor) -> Tensor:
+        """x [K, ...] in the caller's order."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
-    def backward(self, x: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """(image, some of its instances, its pixels [11, H W]: the features, x and y in input pixels, 1)."""
+        H, W = self.features.shape[2:]
+        step, device = self.feature_stride, self.features.device
+        y, x = (torch.arange(0, n * step, step, dtype=self.dtype, device=device) for n in (H, W))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        places = torch.stack([x, y, torch.ones_like(x)])
+        start = 0
+        for image, count in enumerate(self.counts):
+            end = start + count
+            if count:
+                pixels = torch.cat([self.features[image].to(self.dtype), places]).flatten(1)
+            for first in range(start, end, self.size):
+                yield image, slice(first, min(first + self.size, end)), pixels
+            start = end
+
+    def hidden(self, k: slice, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [11, H W] -> x1, x2 [n, 8, H W], until the next part."""
+        n = k.stop - k.start
+        x1, x2 = self.x1[:n], self.x2[:n]
+        torch.mm(self.a[k].flatten(0, 1), x, out=x1.view(8 * n, -1)).relu_()
+        return x1, torch.baddbmm(self.b2[k], self.w2[k], x1, out=x2).relu_()
+
+    def logits(self, k: slice, x: Tensor, out: Tensor) -> None:
+        """x [11, H W] -> out [n, H, W]."""
+        torch.baddbmm(self.b3[k], self.w3[k], self.hidden(k, x)[1], out=out.view(len(out), 1, -1))
+
+    def probabilities(self, k: slice, x: Tensor) -> Tensor:
+        """x [11, H W] -> [n, 2 H, 2 W], of the up-sampled logits."""
+        logits = x.new_empty(1, k.stop - k.start, *self.features.shape[2:])
+        self.logits(k, x, out=logits[0])
+        return F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)[0].sigmoid_()
+
+    def backward(self, k: slice, x: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor]:
         """x [11, H W], dlogits [n, H W] -> gradients of the features [8, H W] and of the kernels [n, 169]."""
-        x1, x2 = self.hidden(x)
+        x1, x2 = self.hidden(k, x)
         d3 = dlogits[:, None]
         dw3 = d3 @ x2.mT
-        d2 = torch.ops.aten.threshold_backward(self.w3.mT * d3, x2, 0)  # half the time of mul_(x2 > 0)
+        d2 = torch.ops.aten.threshold_backward(self.w3[k].mT * d3, x2, 0)  # half the time of mul_(x2 > 0)
         dw2 = d2 @ x1.mT
-        d1 = torch.ops.aten.threshold_backward(self.w2.mT @ d2, x1, 0)
-        da = (d1.flatten(0, 1) @ x.mT).view(-1, 8, 11)
-        dw1 = torch.cat([(da[:, :, 10:] * self.points - da[:, :, 8:10]) * self.scale, da[:, :, :8]], 2)
+        d1 = torch.ops.aten.threshold_backward(self.w2[k].mT @ d2, x1, 0).flatten(0, 1)
+        da = (d1 @ x.mT).view(-1, 8, 11)
+        dw1 = torch.cat([(da[:, :, 10:] * self.points[k] - da[:, :, 8:10]) * self.scale[k], da[:, :, :8]], 2)
         parts = (dw1, dw2, dw3, da[:, :, 10], d2.sum(2), d3.sum(2))
-        return self.a[:, :8].mT @ d1.flatten(0, 1), torch.cat([part.flatten(1) for part in parts], 1)
-
-
-def _pixels(features: Tensor, feature_stride: int, dtype: torch.dtype) -> Tensor:
-    """features [8, H, W] -> [11, H W]: the features, x and y in input pixels, 1."""
-    _, H, W = features.shape
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=dtype, device=features.device) for n in (H, W)), indexing="ij")
-    return torch.cat([features.to(dtype), feature_stride * torch.stack([x, y]), torch.ones_like(x)[None]]).flatten(1)
-
-
-def _chunks(
-    features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor, feature_stride: int
-) -> Iterator[tuple[int, Tensor, Tensor, _Instances]]:
-    """(image, indices of some of its instances, its pixels [11, H W], their layers)."""
-    B, _, H, W = features.shape
-    if len(image_index) and not 0 <= int(image_index.amin()) <= int(image_index.amax()) < B:
-        raise ValueError(f"image_index: expected indices in [0, {B})")
-    dtype = _precision(features, kernels)
-    order = image_index.argsort(stable=True)
-    for image, indices in enumerate(order.split(image_index.bincount(minlength=B).tolist())):
-        if len(indices) == 0:
-            continue
-        pixels = _pixels(features[image], feature_stride, dtype)
-        for k in indices.split(max(1, _CHUNK // (8 * H * W))):
-            yield image, k, pixels, _Instances(kernels[k].to(dtype), points[k].to(dtype), strides[k].to(dtype))
+        return self.a[k, :, :8].flatten(0, 1).mT @ d1, torch.cat([part.flatten(1) for part in parts], 1)
 
 
 @torch.library.custom_op("rtmdet_fast::dynamic_mask_logits_reference", mutates_args=())
@@ -223,9 +250,10 @@ def _logits_reference(
     """Opaque to `torch.compile`, since which instances go together depends on `image_index`."""
     logits = features.new_empty(_logits_shape(features, kernels), dtype=_precision(features, kernels))
     with torch.autocast(features.device.type, enabled=False):
-        for _, k, pixels, instances in _chunks(features, kernels, points, strides, image_index, feature_stride):
-            logits[k] = instances.logits(pixels).view(-1, *logits.shape[1:])
-    return logits
+        instances = _Instances(features, kernels, points, strides, image_index, feature_stride)
+        for _, k, pixels in instances.parts():
+            instances.logits(k, pixels, out=logits[k])
+    return instances.unsorted(logits)
 
 
 @torch.library.custom_op("rtmdet_fast::dynamic_mask_logits_reference_backward", mutates_args=())
@@ -241,11 +269,12 @@ def _logits_reference_backward(
     dtype = _precision(features, kernels)
     dfeatures, dkernels = torch.zeros(features.shape, dtype=dtype, device=features.device), torch.empty_like(kernels)
     with torch.autocast(features.device.type, enabled=False):
-        for image, k, pixels, instances in _chunks(features, kernels, points, strides, image_index, feature_stride):
-            dpixels, dkernel = instances.backward(pixels, dlogits[k].flatten(1))
+        instances = _Instances(features, kernels, points, strides, image_index, feature_stride)
+        dlogits = instances.sorted(dlogits)
+        for image, k, pixels in instances.parts():
+            dpixels, dkernels[k] = instances.backward(k, pixels, dlogits[k].flatten(1))
             dfeatures[image] += dpixels.view_as(dfeatures[image])
-            dkernels[k] = dkernel.to(dkernels.dtype)
-    return dfeatures.to(features.dtype), dkernels
+    return dfeatures.to(features.dtype), instances.unsorted(dkernels)
 
 
 @torch.library.custom_op("rtmdet_fast::dynamic_mask_dice_reference", mutates_args=())
@@ -262,14 +291,16 @@ def _dice_reference(
 ) -> tuple[Tensor, Tensor]:
     """Losses [K], and what the backward pass needs of each instance: [K, 2] with sum(p t) and the denominator."""
     _check_gt_index(gt_masks, gt_index)
-    H, W = features.shape[2:]
     sums = features.new_empty((len(kernels), 2), dtype=_precision(features, kernels))
     with torch.autocast(features.device.type, enabled=False):
-        for image, k, pixels, instances in _chunks(features, kernels, points, strides, image_index, feature_stride):
-            p = _upsample(instances.logits(pixels).view(-1, H, W)).sigmoid_().flatten(1)
+        instances = _Instances(features, kernels, points, strides, image_index, feature_stride)
+        gt_index = instances.sorted(gt_index)
+        for image, k, pixels in instances.parts():
+            p = instances.probabilities(k, pixels).flatten(1)
             t = gt_masks[image, gt_index[k]].bool().to(p.dtype).flatten(1)
             sums[k, 0] = (p * t).sum(1)
             sums[k, 1] = p.square_().sum(1) + t.sum(1) + 2 * eps
+        sums = instances.unsorted(sums)
     return 1 - 2 * sums[:, 0] / sums[:, 1], sums
 
 
@@ -292,28 +323,25 @@ def _dice_reference_backward(
         torch.empty_like(kernels),
     )
     with torch.autocast(features.device.type, enabled=False):
-        for image, k, pixels, instances in _chunks(features, kernels, points, strides, image_index, feature_stride):
-            p = _upsample(instances.logits(pixels).view(-1, H, W)).sigmoid_()
+        instances = _Instances(features, kernels, points, strides, image_index, feature_stride)
+        gt_index, sums, dloss = (instances.sorted(x) for x in (gt_index, sums, dloss))
+        for image, k, pixels in instances.parts():
+            p = instances.probabilities(k, pixels)
             t = gt_masks[image, gt_index[k]].bool().to(p.dtype)
             (inter, total), scale = sums[k].mT[..., None, None], 2 * dloss[k, None, None]
             # d loss / dp = 2 (2 p sum(p t) / total - t) / total
             dz = torch.ops.aten.sigmoid_backward((2 * inter / total * p).sub_(t).mul_(scale / total), p)
             dlogits = torch.ops.aten.upsample_bilinear2d_backward(
-                dz[None], (2 * H, 2 * W), (1, len(k), H, W), False, 2.0, 2.0
+                dz[None], (2 * H, 2 * W), (1, len(p), H, W), False, 2.0, 2.0
             )[0]
-            dpixels, dkernel = instances.backward(pixels, dlogits.flatten(1))
+            dpixels, dkernels[k] = instances.backward(k, pixels, dlogits.flatten(1))
             dfeatures[image] += dpixels.view_as(dfeatures[image])
-            dkernels[k] = dkernel.to(dkernels.dtype)
-    return dfeatures.to(features.dtype), dkernels
+    return dfeatures.to(features.dtype), instances.unsorted(dkernels)
 
 
 def _check_gt_index(gt_masks: Tensor, gt_index: Tensor) -> None:
     if len(gt_index) and not 0 <= int(gt_index.amin()) <= int(gt_index.amax()) < gt_masks.shape[1]:
         raise ValueError(f"gt_index: expected indices in [0, {gt_masks.shape[1]})")
-
-
-def _upsample(logits: Tensor) -> Tensor:
-    return F.interpolate(logits[None], scale_factor=2, mode="bilinear", align_corners=False)[0]
 
 
 def _logits_shape(features: Tensor, kernels: Tensor) -> tuple[int, int, int]:
