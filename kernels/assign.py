@@ -923,7 +923,7 @@ def _resolve_kernel(
     tl.store(assigned_label_ptr + out, tl.where(match, label, -1), n < N)
 
 
-@triton_op("rtmdet_fast::assign", mutates_args=())
+@triton_op("rtmdet_fast::assign")
 def _forward(
     boxes: Tensor,
     scores: Tensor,

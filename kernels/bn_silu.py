@@ -528,7 +528,7 @@ def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
     return sums / count
 
 
-@triton_op("rtmdet_fast::bn_silu_inference", mutates_args=())
+@triton_op("rtmdet_fast::bn_silu_inference")
 def _inference(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None, eps: float
 ) -> Tensor:
@@ -540,7 +540,7 @@ def _(x, weight, bias, mean, var, residual, eps):
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-@triton_op("rtmdet_fast::bn_silu_training", mutates_args=())
+@triton_op("rtmdet_fast::bn_silu_training")
 def _training(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, group: str
 ) -> tuple[Tensor, Tensor]:
@@ -557,7 +557,7 @@ def _training(
     return normalise(x, weight, bias, stats[0], stats[3], residual, eps), stats
 
 
-@triton_op("rtmdet_fast::bn_silu_backward", mutates_args=())
+@triton_op("rtmdet_fast::bn_silu_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -594,7 +594,7 @@ def _forward(
     return y, partial
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_inference", mutates_args=())
+@triton_op("rtmdet_fast::dwconv_bn_silu_inference")
 def _inference(
     x: Tensor,
     conv_weight: Tensor,
@@ -616,7 +616,7 @@ def _(x, conv_weight, weight, bias, mean, var, residual, stride, eps):
     return x.new_empty(*x.shape[:2], height, width).to(memory_format=memory_format(x))
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_training", mutates_args=())
+@triton_op("rtmdet_fast::dwconv_bn_silu_training")
 def _training(
     x: Tensor,
     conv_weight: Tensor,
@@ -633,7 +633,7 @@ def _training(
     return normalise(z, weight, bias, stats[0], stats[3], residual, eps), z, stats
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_backward", mutates_args=())
+@triton_op("rtmdet_fast::dwconv_bn_silu_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -797,7 +797,7 @@ def _strips(H: int, W: int) -> tuple[int, int]:
     return rows, triton.cdiv(H, rows)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_logits", mutates_args=())
+@triton_op("rtmdet_fast::dynamic_mask_logits")
 def _logits(
     features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor, feature_stride: int
 ) -> Tensor:
@@ -812,7 +812,7 @@ def _logits(
     return logits
 
 
-@triton_op("rtmdet_fast::dynamic_mask_logits_backward", mutates_args=())
+@triton_op("rtmdet_fast::dynamic_mask_logits_backward")
 def _logits_backward(
     dlogits: Tensor,
     features: Tensor,
@@ -825,7 +825,7 @@ def _logits_backward(
     return _gradients(dlogits.contiguous(), features, kernels, points, strides, image_index, feature_stride)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_dice", mutates_args=())
+@triton_op("rtmdet_fast::dynamic_mask_dice")
 def _dice(
     features: Tensor,
     kernels: Tensor,
@@ -849,7 +849,7 @@ def _dice(
     return 1 - 2 * inter / total, torch.stack([inter, total], 1)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_dice_backward", mutates_args=())
+@triton_op("rtmdet_fast::dynamic_mask_dice_backward")
 def _dice_backward(
     dloss: Tensor,
     sums: Tensor,

@@ -439,7 +439,7 @@ def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.
         more = (start_of_next >= lowest) & (start_of_next < highest)
 
 
-@triton_op("rtmdet_fast::batched_nms", mutates_args=())
+@triton_op("rtmdet_fast::batched_nms")
 def _batched_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int
 ) -> tuple[Tensor, Tensor]:

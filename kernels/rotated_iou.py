@@ -402,7 +402,7 @@ def _pairwise_kernel(boxes1_ptr, boxes2_ptr, iou_ptr, n, m, CHUNK: tl.constexpr,
             tl.store(iou_ptr + j, iou, mask=near)
 
 
-@triton_op("rtmdet_fast::box_iou_rotated", mutates_args=())
+@triton_op("rtmdet_fast::box_iou_rotated")
 def _pairwise(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
     n, m = boxes1.shape[-2], boxes2.shape[-2]
@@ -413,7 +413,7 @@ def _pairwise(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return iou
 
 
-@triton_op("rtmdet_fast::box_iou_rotated_aligned", mutates_args=())
+@triton_op("rtmdet_fast::box_iou_rotated_aligned")
 def _aligned(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
     iou = boxes1.new_empty(boxes1.shape[:-1])
@@ -424,7 +424,7 @@ def _aligned(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return iou
 
 
-@triton_op("rtmdet_fast::box_iou_rotated_aligned_backward", mutates_args=())
+@triton_op("rtmdet_fast::box_iou_rotated_aligned_backward")
 def _aligned_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     diou, boxes1, boxes2 = diou.contiguous(), boxes1.contiguous(), boxes2.contiguous()
     grad1, grad2 = torch.empty_like(boxes1), torch.empty_like(boxes2)

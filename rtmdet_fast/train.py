@@ -174,15 +174,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of a `--device` argument."""
-    if name == "auto":
+    """The torch device of a `--device` argument; a GPU becomes the current one."""
+    if name in ("auto", "cuda"):
         local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # which torchrun sets, one process to a GPU
-        return torch.device(local if torch.cuda.is_available() else "cpu")
+        name = local if name == "cuda" or torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL gathers objects
     return device
 
 

@@ -1,0 +1,52 @@
+"""Triton ops run on the GPU of their tensors, not on the current one, and processes on a GPU each."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtmdet_fast.kernels import assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
+from rtmdet_fast.kernels._dispatch import triton_op
+from rtmdet_fast.train import pick_device
+
+
+def twice(x: Tensor, times: int) -> Tensor:
+    return x * times
+
+
+def test_an_op_switches_to_the_gpu_of_its_first_argument(monkeypatch):
+    switches = []
+
+    @contextmanager
+    def device_of(x):
+        switches.append(x)
+        yield
+        switches.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    op = triton_op("rtmdet_fast_test::twice")(twice)
+    x = torch.arange(3)
+    assert torch.equal(op._backend_fns["cuda"](x, 2), 2 * x)
+    assert switches[0] is x and switches[1:] == ["back"]
+    assert torch.equal(op(x, 2), 2 * x) and len(switches) == 2
+
+
+@pytest.mark.parametrize("module", [assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou])
+def test_every_triton_op_has_a_kernel_for_gpus(module):
+    ops = [op for op in vars(module).values() if isinstance(op, torch.library.CustomOpDef)]
+    ops = [op for op in ops if "reference" not in op._name]
+    assert ops
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(op._qualname, "CUDA") for op in ops)
+
+
+def test_processes_take_the_gpu_that_torchrun_gives_them(monkeypatch):
+    current = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    expected = [torch.device("cuda:3")] * 2 + [torch.device("cuda:1")]
+    assert [pick_device(name) for name in ("auto", "cuda", "cuda:1")] == current == expected
+    assert pick_device("cpu") == torch.device("cpu") and len(current) == 3
