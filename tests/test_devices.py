@@ -1,6 +1,10 @@
-"""Triton ops run on the GPU of their tensors, not on the current one, and processes on a GPU each."""
+"""Where tensors live and ops run, as far as a machine without a GPU can tell."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +54,11 @@ def test_processes_take_the_gpu_that_torchrun_gives_them(monkeypatch):
     expected = [torch.device("cuda:3")] * 2 + [torch.device("cuda:1")]
     assert [pick_device(name) for name in ("auto", "cuda", "cuda:1")] == current == expected
     assert pick_device("cpu") == torch.device("cpu") and len(current) == 3
+
+
+@pytest.mark.parametrize("task", ["det", "ins", "rotated"])
+def test_training_and_prediction_never_mix_devices(task):
+    script = Path(__file__).with_name("fake_gpu.py")
+    environment = {**os.environ, "RTMDET_FAST_KERNELS": "torch"}
+    done = subprocess.run([sys.executable, script, task], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "fine", done.stderr
