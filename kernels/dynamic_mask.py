@@ -11,8 +11,9 @@ Counts, for an instance and a pixel of the features; no GPU was at hand, nothing
   cache serves, and 4 bytes out. On an H200 (datasheet: 33.5 T fp32 FMA/s, 4.8 TB/s) these are 4.5 ps and 0.8 ps:
   bound by arithmetic. As grouped convolutions the same is some 60 floats through memory (the repeated input, and each
   layer's and each ReLU's input and output), 50 ps.
-- Hence a program holds the 169 parameters of its instance in registers, where 2 pixels a thread fit beside them, and
-  walks over 2,048 pixels, so that loading the parameters adds little.
+- Hence a program holds the 169 parameters of its instance in registers and walks over 2,048 pixels, so that loading them
+  adds little: of 226 instructions a pixel 152 are FMAs (fp32, sm_90). A thread has one pixel at a time. With two, loads
+  want neighbours and arithmetic does not, and all 18 tensors of a step change layout through shared memory.
 - The loss needs neighbours' logits. Each program computes its strip and the row above and below (a tenth more), leaves
   them in a buffer [K, H, W], and after a barrier, which orders a program's global memory too, reads each pixel's 3 x 3
   from there, that is from L1. Recomputing them in registers would be 152 FMAs each.
@@ -395,8 +396,8 @@ def _inputs(features_ptr, p, inside, px, py, scale, width, pixels, feature_strid
 
 @triton.jit
 def _parameter(w, INDEX: tl.constexpr, HELD: tl.constexpr):
-    """From the tuple `w` or, if not HELD, from memory at `w`, where it is used: moved out of a loop it would spill."""
-    return w[INDEX] if HELD else tl.load(w + INDEX, volatile=True).to(tl.float32)
+    """From the tuple `w` or, if not HELD, from memory at `w`."""
+    return w[INDEX] if HELD else tl.load(w + INDEX).to(tl.float32)
 
 
 @triton.jit
@@ -638,10 +639,10 @@ def _dice_kernel(
 
 @triton.jit
 def _halves(x):
-    """The halves of each of 8 or 10 tensors, one after the other; a thread holds an element of either."""
+    """The even and the odd elements of each tensor, one after the other: a thread holds two neighbours."""
     halves = ()
     for i in tl.static_range(len(x)):
-        first, second = tl.split(tl.trans(tl.reshape(x[i], [2, x[i].shape[0] // 2])))
+        first, second = tl.split(tl.reshape(x[i], [x[i].shape[0] // 2, 2]))
         halves = halves + (first, second)
     return halves
 
@@ -685,12 +686,14 @@ def _dkernels_kernel(
         inside = p < last
         x = _inputs(features_ptr, p, inside, px, py, scale, width, pixels, feature_stride)
         dlogit = tl.load(dlogits_ptr + p, mask=inside, other=0)
-        x1 = _layer(w, x, 0, 152, False)
-        x2 = _layer(w, x1, 80, 160, False)
-        d2 = _layer_backward(w, x2, (dlogit,), 144)
+        # w, which the compiler cannot know: parameters kept from pass to pass, or from step to step, would spill
+        forward, backward = w + (first >> 30), w + (first >> 31)
+        x1 = _layer(forward, x, 0, 152, False)
+        x2 = _layer(forward, x1, 80, 160, False)
+        d2 = _layer_backward(forward, x2, (dlogit,), 144)
         updated = ()
         if FIRST_LAYER:
-            d1 = _layer_backward(w, x1, d2, 80)
+            d1 = _layer_backward(backward, x1, d2, 80)
             d1, x = _halves(d1), _halves(x)
             for o in tl.static_range(8):
                 updated = updated + (sums[11 * o] + d1[2 * o] + d1[2 * o + 1],)
@@ -763,14 +766,15 @@ def _dfeatures_kernel(
         dy = (tl.load(points_ptr + 2 * k + 1) - y) * scale
         dlogit = tl.load(dlogits_ptr + k * pixels + p, mask=inside, other=0)
         w = kernels_ptr + k * 169
+        backward = w + (at >> 62)  # w: see _dkernels_kernel
         x1 = _layer(w, (dx, dy) + features, 0, 152, False)
-        d2 = _layer_backward(w, _layer(w, x1, 80, 160, False), (dlogit,), 144)
-        d1 = _layer_backward(w, x1, d2, 80)
+        d2 = _layer_backward(backward, _layer(w, x1, 80, 160, False), (dlogit,), 144)
+        d1 = _layer_backward(backward, x1, d2, 80)
         updated = ()
         for c in tl.static_range(8):
             v = sums[c]
             for o in tl.static_range(8):
-                v += _parameter(w, 10 * o + 2 + c, False) * d1[o]
+                v += _parameter(backward, 10 * o + 2 + c, False) * d1[o]
             updated = updated + (v,)
         sums = updated
         at += groups
@@ -807,7 +811,7 @@ def _logits(
     if len(kernels):
         rows, strips = _strips(H, W)
         wrap_triton(_logits_kernel)[(len(kernels) * strips,)](
-            *arguments, logits, B, H, W, feature_stride, rows, strips, BLOCK=256, num_warps=4
+            *arguments, logits, B, H, W, feature_stride, rows, strips, BLOCK=128, num_warps=4
         )
     return logits
 
@@ -912,7 +916,7 @@ def _launch_dice(
         rows,
         strips,
         BACKWARD=backward is not None,
-        BLOCK=256,
+        BLOCK=128,
         num_warps=4,
     )
 

@@ -428,6 +428,9 @@ def test_lowering(case, dtype, target, monkeypatch):
         if target != "gfx942":  # the interpreter's maximum keeps NaN whatever it is asked for
             assert "max.NaN.f32" in resources.assembly, launch
         assert resources.registers <= LIMITS[launch.kernel.__name__][target == "gfx942"], launch
+        if case == "640 px":  # a canvas has 16 n pixels of stride 8, which lets loads and arithmetic share a layout
+            assert resources.shared_bytes <= 16, launch  # the sums over a program need some
+        assert "ld.volatile" not in resources.assembly, launch  # would not be served from L1
 
 
 @pytest.mark.gpu
