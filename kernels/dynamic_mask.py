@@ -11,9 +11,9 @@ Counts, for an instance and a pixel of the features; no GPU was at hand, nothing
   cache serves, and 4 bytes out. On an H200 (datasheet: 33.5 T fp32 FMA/s, 4.8 TB/s) these are 4.5 ps and 0.8 ps:
   bound by arithmetic. As grouped convolutions the same is some 60 floats through memory (the repeated input, and each
   layer's and each ReLU's input and output), 50 ps.
-- Hence a program holds the 169 parameters of its instance in registers and walks over 2,048 pixels, so that loading them
-  adds little: of 226 instructions a pixel 152 are FMAs (fp32, sm_90). A thread has one pixel at a time. With two, loads
-  want neighbours and arithmetic does not, and all 18 tensors of a step change layout through shared memory.
+- Hence a program holds the 169 parameters of its instance in registers and walks over 2,048 pixels, so that loading
+  them adds little: of 226 instructions a pixel 152 are FMAs (fp32, sm_90). A thread has one pixel at a time. With two,
+  loads want neighbours and arithmetic does not, and all 18 tensors of a step change layout through shared memory.
 - The loss needs neighbours' logits. Each program computes its strip and the row above and below (a tenth more), leaves
   them in a buffer [K, H, W], and after a barrier, which orders a program's global memory too, reads each pixel's 3 x 3
   from there, that is from L1. Recomputing them in registers would be 152 FMAs each.

@@ -27,19 +27,19 @@ HUGE = 1e18  # from here on squares near the end of float32
 
 
 def box_iou_rotated(
-    boxes1: Tensor, boxes2: Tensor, mode: str | bool = "iou", aligned: bool = False, clockwise: bool = True
+    bboxes1: Tensor, bboxes2: Tensor, mode: str | bool = "iou", aligned: bool = False, clockwise: bool = True
 ) -> Tensor:
-    """IoU of boxes1 [..., N, 5] with boxes2 [..., M, 5] -> [..., N, M], or pair by pair [..., N] if `aligned`.
+    """IoU of bboxes1 [..., N, 5] with bboxes2 [..., M, 5] -> [..., N, M], or pair by pair [..., N] if `aligned`.
 
-    float32, or float64 if either input is. Only the aligned form is differentiable. The order of the arguments is that
-    of `mmcv.ops`: `mode` "iof" divides by the area of box 1 instead, `clockwise` False takes angles from x towards -y.
-    A bool in third place is `aligned`, as in `box_iou_rotated_reference`; of boxes [..., 6], as mmrotate's evaluation
-    passes them, the sixth column (the score) is left out of account.
+    float32, or float64 if either input is. Only the aligned form is differentiable. Names and order of the arguments
+    are those of `mmcv.ops`: `mode` "iof" divides by the area of box 1 instead, `clockwise` False takes angles from x
+    towards -y. A bool in third place is `aligned`, as in `box_iou_rotated_reference`; of boxes [..., 6], as mmrotate's
+    evaluation passes them, the sixth column (the score) is left out of account.
     """
-    boxes1, boxes2 = (x[..., :5] if x.ndim and x.shape[-1] == 6 else x for x in (boxes1, boxes2))
+    boxes1, boxes2 = (x[..., :5] if x.ndim and x.shape[-1] == 6 else x for x in (bboxes1, bboxes2))
     if isinstance(mode, bool):
         aligned, mode = mode, "iou"
-    _check(boxes1, boxes2, aligned, ("boxes1", "boxes2"))
+    _check(boxes1, boxes2, aligned, ("bboxes1", "bboxes2"))
     if mode not in ("iou", "iof"):
         raise ValueError(f"mode={mode!r}: expected 'iou' or 'iof'")
     boxes1, boxes2 = _promote(boxes1, boxes2)

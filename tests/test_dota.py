@@ -65,6 +65,8 @@ def test_form_le90(rng):
     assert (boxes[:, 4] >= -math.pi / 2).all() and (boxes[:, 4] < math.pi / 2).all()
     raw = np.array([[1.0, 2, 3, 4, 0], [1, 2, 4, 3, math.pi / 2], [1, 2, 4, 3, math.pi + 0.1]])
     assert np.allclose(regularize(raw), [[1, 2, 4, 3, -math.pi / 2], [1, 2, 4, 3, -math.pi / 2], [1, 2, 4, 3, 0.1]])
+    below = np.array([[1, 2, 4, 3, np.nextafter(-math.pi / 2, -2)]])  # its remainder rounds to a whole half turn
+    assert regularize(below)[0, 4] == -math.pi / 2
 
 
 def test_angle_is_clockwise_on_a_screen_as_in_the_kernel(rng):

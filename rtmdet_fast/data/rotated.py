@@ -18,6 +18,7 @@ def regularize(boxes: np.ndarray) -> np.ndarray:
     cx, cy, w, h, angle = np.moveaxis(boxes, -1, 0)
     angle = np.where(w < h, angle + math.pi / 2, angle)
     angle = (angle + math.pi / 2) % math.pi - math.pi / 2
+    angle = np.where(angle < math.pi / 2, angle, -math.pi / 2)  # rounded up
     return np.stack([cx, cy, np.maximum(w, h), np.minimum(w, h), angle], -1)
 
 
