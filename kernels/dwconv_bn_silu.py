@@ -193,13 +193,13 @@ def _columns(
             ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         else:
             ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-        row = (width // 2).to(tl.int64)
+        row = tl.cast(width // 2, tl.int64)
         for i in tl.static_range(FIRST // 2, LAST // 2 + 1):
             at = STEP // 2 * pair + i
             pointers = pointers + (ptr + (c * height * row + at),)
             masks = masks + ((c < channels) & (at >= 0) & (at < row),)
     else:
-        row = (width * channels if CHANNELS_LAST else width).to(tl.int64)
+        row = tl.cast(width * channels if CHANNELS_LAST else width, tl.int64)  # a width of 1 is Triton's constant
         for i in tl.static_range(FIRST, LAST + 1):
             at = STEP * pair + i
             pointers = pointers + (ptr + (at * channels + c if CHANNELS_LAST else c * height * row + at),)

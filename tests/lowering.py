@@ -56,21 +56,10 @@ def lower(
     they equal 1, go into `constexprs`. An argument in neither, or in both, is an error.
     """
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    if set(signature) & set(constexprs) or set(signature) | set(constexprs) != set(kernel.arg_names):
-        wrong = (set(signature) | set(constexprs)) ^ set(kernel.arg_names) | set(signature) & set(constexprs)
-        raise ValueError(f"{kernel.__name__}: arguments missing, unknown or given twice: {sorted(wrong)}")
-    types, attrs = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        types[name], _, multiple = signature.get(name, "constexpr").partition(":")
-        if multiple:
-            attrs[(i,)] = [["tt.divisibility", int(multiple)]]
     backend, arch = ("cuda", int(target[3:])) if target.startswith("sm_") else ("hip", target)
     compiled = triton.compile(
-        ASTSource(kernel, types, dict(constexprs), attrs),
+        _source(kernel, signature, constexprs),
         target=GPUTarget(backend, arch, 32 if backend == "cuda" else 64),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
@@ -89,6 +78,38 @@ def lower(
     )
 
 
+def trace(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> None:
+    """Triton's first step alone, from Python to its intermediate representation, which takes the types it can take."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    _source(kernel, signature, constexprs).make_ir(target, options, functions, modules, context)
+
+
+def _source(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> Any:
+    from triton.compiler import ASTSource
+
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    if set(signature) & set(constexprs) or set(signature) | set(constexprs) != set(kernel.arg_names):
+        wrong = (set(signature) | set(constexprs)) ^ set(kernel.arg_names) | set(signature) & set(constexprs)
+        raise ValueError(f"{kernel.__name__}: arguments missing, unknown or given twice: {sorted(wrong)}")
+    types, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        types[name], _, multiple = signature.get(name, "constexpr").partition(":")
+        if multiple:
+            attrs[(i,)] = [["tt.divisibility", int(multiple)]]
+    return ASTSource(kernel, types, dict(constexprs), attrs)
+
+
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
@@ -98,6 +119,9 @@ class Launch:
 
     def lower(self, target: str) -> Resources:
         return lower(self.kernel, dict(self.signature), dict(self.constexprs), target, **dict(self.options))
+
+    def trace(self) -> None:
+        trace(self.kernel, dict(self.signature), dict(self.constexprs))
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[Launch]:
@@ -139,8 +163,8 @@ def _type(value: torch.Tensor | int | float) -> str:
 
 
 _TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1", torch.uint8: "u8",
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 
 
