@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,23 @@ def use_triton(x: torch.Tensor) -> bool:
     return BACKEND == "triton" or (BACKEND == "auto" and AVAILABLE and x.is_cuda)
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b); Triton's own, made for kernels too, takes 4 us on the host."""
+    return -(-a // b)
+
+
+class _Launches(threading.local):
+    real = False  # of tensors that hold values: nobody traces
+
+
+_launches = _Launches()
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which is for tracing and takes 60 us, or the kernel itself where it is launched."""
+    return kernel if _launches.real else torch.library.wrap_triton(kernel)
+
+
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.triton_op` that runs on the GPU of its first argument: Triton launches on the current one."""
 
@@ -42,9 +60,29 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @op.register_kernel("cuda")
         def on_its_gpu(x: torch.Tensor, *arguments: Any) -> Any:
-            with torch.cuda.device_of(x):
-                return function(x, *arguments)
+            outside, _launches.real = _launches.real, True
+            try:
+                with torch.cuda.device_of(x):
+                    return function(x, *arguments)
+            finally:
+                _launches.real = outside
 
+        op.undispatched = on_its_gpu
         return op
 
     return register
+
+
+def unwatched(x: torch.Tensor) -> bool:
+    """Whether an op on `x` gives its result and nothing else: no gradient, no trace, no subclass of Tensor.
+
+    `op.undispatched` then does what `op` does, without PyTorch's dispatcher of Python ops, which takes as long as the
+    launch of a kernel (10 us): in a small batch the host is what one waits for.
+    """
+    return (
+        type(x) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

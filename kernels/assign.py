@@ -36,9 +36,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
 from rtmdet_fast.kernels.rotated_iou import _cos_sin, box_iou_rotated_reference, rotated_iou_pair
 
 _EPS = 1e-7  # of the published IoU cost
@@ -951,7 +950,7 @@ def _forward(
     LIST = triton.next_power_of_2(topk)
     index, key = (boxes.new_empty((B * M * LIST,), dtype=torch.int64) for _ in range(2))
     same = {"BOX": boxes.shape[2], "CENTERS": gt_centers is not None, "COST": cost}
-    wrap_triton(_prior_kernel)[(triton.cdiv(N, _PRIOR_BLOCK), B)](
+    wrap_triton(_prior_kernel)[(cdiv(N, _PRIOR_BLOCK), B)](
         *inputs, class_sum, N, M, C, radius, cls_weight, **same, BLOCK=_PRIOR_BLOCK, BLOCK_M=32, BLOCK_C=16
     )
     wrap_triton(_match_kernel)[(M, B)](
@@ -975,7 +974,7 @@ def _forward(
     # bits are the IoU, and the first of those with the greatest is wanted. In both the order does not matter.
     won = boxes.new_zeros((B * N,), dtype=torch.int64)
     won = won.scatter_reduce(0, index, key, "amax") if cost == "task_aligned" else won.scatter_add(0, index, key)
-    wrap_triton(_resolve_kernel)[(triton.cdiv(N, _RESOLVE_BLOCK), B)](
+    wrap_triton(_resolve_kernel)[(cdiv(N, _RESOLVE_BLOCK), B)](
         *inputs,
         class_sum,
         won,

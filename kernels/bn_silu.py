@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, use_triton, wrap_triton
 
 
 def bn_silu(
@@ -61,7 +60,8 @@ def bn_silu(
             process_group=process_group,
         )
     if not training:
-        return _inference(x, weight, bias, running_mean, running_var, residual, eps)
+        op = _inference.undispatched if unwatched(x) else _inference
+        return op(x, weight, bias, running_mean, running_var, residual, eps)
     check_count(x.numel() // x.shape[1], x.shape, process_group)
     y, stats = _training(x, weight, bias, residual, eps, group_name(process_group))
     update_running_stats(running_mean, running_var, stats, momentum)
@@ -441,20 +441,20 @@ def _tiling(x: Tensor, last: bool) -> tuple[int, int, int, int, int]:
     images, space = (1, images * height * width) if last else (images, height * width)
     block_c = (32 if channels <= 32 else 64) if last else (4 if space <= 1024 else 1)
     block_s = 2048 // block_c
-    chunks = triton.cdiv(space, block_s)
+    chunks = cdiv(space, block_s)
     return block_c, block_s, space, chunks, images * chunks
 
 
 def _items_each(items: int, channel_blocks: int) -> int:
     # some 2,000 programs keep any GPU busy; at most 64 tiles each (cancellation, see above)
-    return min(64, triton.cdiv(items * channel_blocks, 2048))
+    return min(64, cdiv(items * channel_blocks, 2048))
 
 
 def merge_partial_moments(partial: Tensor, group: str) -> Tensor:
     """Moments [parts, 3, C] of this process and then of all -> [5, C], see `_merge_kernel`."""
     channels = partial.shape[2]
     stats = partial.new_empty(5, channels)
-    grid = (triton.cdiv(channels, 8),)
+    grid = (cdiv(channels, 8),)
     wrap_triton(_merge_kernel)[grid](partial, stats, channels, partial.shape[0], BLOCK_P=256, BLOCK_C=8)
     if group:
         size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
@@ -471,7 +471,7 @@ def normalise(
     weight, bias, mean, var = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
     y = torch.empty_like(x, memory_format=format)
     block_c, block_s, space, chunks, items = _tiling(x, last)
-    wrap_triton(_apply_kernel)[items, triton.cdiv(x.shape[1], block_c)](
+    wrap_triton(_apply_kernel)[items, cdiv(x.shape[1], block_c)](
         x,
         weight,
         bias,
@@ -495,9 +495,9 @@ def gradient_sums(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Ten
     """[2, C]: the sums of du and of du xhat, which are dbias and dweight. `dy` is in x's memory format."""
     last = memory_format(x) == torch.channels_last
     block_c, block_s, space, chunks, items = _tiling(x, last)
-    channel_blocks = triton.cdiv(x.shape[1], block_c)
+    channel_blocks = cdiv(x.shape[1], block_c)
     each = _items_each(items, channel_blocks)
-    partial = torch.empty(triton.cdiv(items, each), 2, x.shape[1], dtype=torch.float32, device=x.device)
+    partial = torch.empty(cdiv(items, each), 2, x.shape[1], dtype=torch.float32, device=x.device)
     wrap_triton(_sums_kernel)[partial.shape[0], channel_blocks](
         dy,
         x,
@@ -547,9 +547,9 @@ def _training(
     format = memory_format(x)
     x, last = x.contiguous(memory_format=format), format == torch.channels_last
     block_c, block_s, space, chunks, items = _tiling(x, last)
-    channel_blocks = triton.cdiv(x.shape[1], block_c)
+    channel_blocks = cdiv(x.shape[1], block_c)
     each = _items_each(items, channel_blocks)
-    partial = torch.empty(triton.cdiv(items, each), 3, x.shape[1], dtype=torch.float32, device=x.device)
+    partial = torch.empty(cdiv(items, each), 3, x.shape[1], dtype=torch.float32, device=x.device)
     wrap_triton(_moments_kernel)[partial.shape[0], channel_blocks](
         x, partial, x.shape[1], space, chunks, items, each, CHANNELS_LAST=last, BLOCK_C=block_c, BLOCK_S=block_s
     )
@@ -575,7 +575,7 @@ def _backward(
     du_sums = gradient_sums(dy, x, weight, bias, mean, var, eps)
     dx = torch.empty_like(x, memory_format=format)
     block_c, block_s, space, chunks, items = _tiling(x, last)
-    wrap_triton(_dx_kernel)[items, triton.cdiv(x.shape[1], block_c)](
+    wrap_triton(_dx_kernel)[items, cdiv(x.shape[1], block_c)](
         dy,
         x,
         weight,

@@ -33,9 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
 from rtmdet_fast.kernels.bn_silu import (
     batch_norm_parameters,
     bn_silu_reference,
@@ -99,7 +98,8 @@ def dwconv_bn_silu(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     if not training:
-        return _inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, eps)
+        op = _inference.undispatched if unwatched(x) else _inference
+        return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, eps)
     check_count(out_shape[0] * out_shape[2] * out_shape[3], out_shape, process_group)
     y, _, stats = _training(x, conv_weight, bn_weight, bn_bias, residual, stride, eps, group_name(process_group))
     update_running_stats(running_mean, running_var, stats, momentum)
@@ -523,18 +523,18 @@ def _blocks(width: int, last: bool, channels: int, wide: bool) -> tuple[int, int
     """Channels and pairs of columns in a block: one pair a thread (two channels of it if `wide`)."""
     if last:
         return (64, 4) if wide and channels > 32 else (32, 4)
-    pairs = triton.cdiv(width, 2)
+    pairs = cdiv(width, 2)
     # idle lanes against columns that neighbouring blocks load twice
-    block_w = min((32, 16, 8), key=lambda block: triton.cdiv(pairs, block) * (block + 4))
+    block_w = min((32, 16, 8), key=lambda block: cdiv(pairs, block) * (block + 4))
     return 128 // block_w, block_w
 
 
 def _slides(rows: int, flight: int, unroll: int, others: int) -> tuple[int, int]:
     """Row blocks, and steps of each, of a grid of `others` programs a row block."""
     # a program spends flight - 1 steps before its first row: let it slide far, once there are programs enough
-    blocks = max(triton.cdiv(rows, 40), min(triton.cdiv(rows, 8), triton.cdiv(1024, others)))
-    steps = triton.cdiv(triton.cdiv(rows, blocks) + flight - 1, unroll) * unroll
-    return triton.cdiv(rows, steps - flight + 1), steps
+    blocks = max(cdiv(rows, 40), min(cdiv(rows, 8), cdiv(1024, others)))
+    steps = cdiv(cdiv(rows, blocks) + flight - 1, unroll) * unroll
+    return cdiv(rows, steps - flight + 1), steps
 
 
 def _forward(
@@ -557,8 +557,8 @@ def _forward(
     # at stride 2 a thread holds more columns: with two channels of them ptxas spills
     wide = size < 7 and stride == 1 and x.element_size() == 2
     block_c, block_w = _blocks(out_width, last, channels, wide)
-    column_blocks, channel_blocks = triton.cdiv(out_width, 2 * block_w), triton.cdiv(channels, block_c)
-    flight = triton.cdiv(size, stride)
+    column_blocks, channel_blocks = cdiv(out_width, 2 * block_w), cdiv(channels, block_c)
+    flight = cdiv(size, stride)
     unroll = flight if size < 7 else 1
     row_blocks, steps = _slides(out_height, flight, unroll, images * column_blocks * channel_blocks)
     tiles = images * row_blocks * column_blocks
@@ -660,8 +660,8 @@ def _backward(
     size, padding = conv_weight.shape[2], conv_weight.shape[2] // 2
     dx = torch.empty_like(x, memory_format=format)
     block_c, block_w = _blocks(width, last, channels, False)
-    column_blocks, channel_blocks = triton.cdiv(width, 2 * block_w), triton.cdiv(channels, block_c)
-    flight = triton.cdiv(size, stride)
+    column_blocks, channel_blocks = cdiv(width, 2 * block_w), cdiv(channels, block_c)
+    flight = cdiv(size, stride)
     rows = (height - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
     row_blocks, steps = _slides(rows, flight, 1, images * column_blocks * channel_blocks)
     tiles = images * row_blocks * column_blocks

@@ -39,9 +39,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
 from rtmdet_fast.kernels.bn_silu import sigmoid
 
 _PARAMETERS = (80, 64, 8, 8, 8, 1)  # of an instance: W1, W2, W3, b1, b2, b3
@@ -797,8 +796,8 @@ def _arguments(
 
 def _strips(H: int, W: int) -> tuple[int, int]:
     """Rows a program takes, and how many such strips there are."""
-    rows = triton.cdiv(H, min(H, triton.cdiv(H * W, _STRIP)))
-    return rows, triton.cdiv(H, rows)
+    rows = cdiv(H, min(H, cdiv(H * W, _STRIP)))
+    return rows, cdiv(H, rows)
 
 
 @triton_op("rtmdet_fast::dynamic_mask_logits")
@@ -935,7 +934,7 @@ def _gradients(
     if K == 0:
         return torch.zeros_like(features), torch.empty_like(kernels)
     features_, kernels_, points, strides, image_index = _arguments(features, kernels, points, strides, image_index)
-    tiles = triton.cdiv(H * W, _TILE)
+    tiles = cdiv(H * W, _TILE)
     dkernels = features.new_empty((K, tiles, sum(_PARAMETERS)), dtype=torch.float32)
     for first_layer in (True, False):
         wrap_triton(_dkernels_kernel)[(K * tiles,)](
@@ -959,7 +958,7 @@ def _gradients(
     order = image_index.argsort(stable=True)
     images = torch.arange(B + 1, device=image_index.device)
     start = torch.searchsorted(image_index[order], images)  # an index out of range is in no image
-    tiles = triton.cdiv(H * W, 128)
+    tiles = cdiv(H * W, 128)
     groups = max(1, min(8, _PROGRAMS // (B * tiles)))
     dfeatures = features.new_empty((groups, B, 8, H, W), dtype=torch.float32)
     wrap_triton(_dfeatures_kernel)[(B * tiles, groups)](

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
 from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference, rotated_iou_pair
 
 
@@ -455,7 +454,7 @@ def _batched_nms(
     if B * N > 0:
         config = WORDS_CONFIG[rotated]
         threshold = torch.full((1,), iou_threshold, dtype=torch.float64, device=boxes.device)
-        total = triton.cdiv(N, 64)
+        total = cdiv(N, 64)
         most = min(total, max(1, WORDS // (B * N)))
         words = torch.empty((B, most, N), dtype=torch.int64, device=boxes.device)
         for first in range(0, total, most):

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, use_triton
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
 
 HUGE = 1e18  # from here on squares near the end of float32
 
@@ -408,7 +407,7 @@ def _pairwise(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     n, m = boxes1.shape[-2], boxes2.shape[-2]
     iou = boxes1.new_zeros(*boxes1.shape[:-1], m)
     if iou.numel():
-        grid = (triton.cdiv(n, 32), triton.cdiv(m, 32), iou.numel() // (n * m))
+        grid = (cdiv(n, 32), cdiv(m, 32), iou.numel() // (n * m))
         wrap_triton(_pairwise_kernel)[grid](boxes1, boxes2, iou, n, m, CHUNK=32, BLOCK=32, num_warps=1)
     return iou
 
@@ -418,9 +417,7 @@ def _aligned(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
     iou = boxes1.new_empty(boxes1.shape[:-1])
     if n := iou.numel():
-        wrap_triton(_aligned_kernel)[(triton.cdiv(n, 128),)](
-            boxes1, boxes2, iou, iou, iou, iou, n, BACKWARD=False, BLOCK=128
-        )
+        wrap_triton(_aligned_kernel)[(cdiv(n, 128),)](boxes1, boxes2, iou, iou, iou, iou, n, BACKWARD=False, BLOCK=128)
     return iou
 
 
@@ -429,7 +426,7 @@ def _aligned_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Ten
     diou, boxes1, boxes2 = diou.contiguous(), boxes1.contiguous(), boxes2.contiguous()
     grad1, grad2 = torch.empty_like(boxes1), torch.empty_like(boxes2)
     if n := diou.numel():
-        wrap_triton(_aligned_kernel)[(triton.cdiv(n, 128),)](
+        wrap_triton(_aligned_kernel)[(cdiv(n, 128),)](
             boxes1, boxes2, diou, diou, grad1, grad2, n, BACKWARD=True, BLOCK=128
         )
     return grad1, grad2

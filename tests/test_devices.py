@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rtmdet_fast.kernels import assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
-from rtmdet_fast.kernels._dispatch import triton_op
+from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, wrap_triton
 from rtmdet_fast.train import pick_device
 
 
@@ -34,6 +36,37 @@ def test_an_op_switches_to_the_gpu_of_its_first_argument(monkeypatch):
     assert torch.equal(op._backend_fns["cuda"](x, 2), 2 * x)
     assert switches[0] is x and switches[1:] == ["back"]
     assert torch.equal(op(x, 2), 2 * x) and len(switches) == 2
+
+
+def test_kernels_are_launched_directly_but_for_tracing():
+    kernel = bn_silu._apply_kernel
+    inside = []
+
+    def look(x: Tensor) -> Tensor:
+        inside.append(wrap_triton(kernel))
+        return x.clone()
+
+    op = triton_op("rtmdet_fast_test::look")(look)
+    op.undispatched(torch.ones(1))
+    assert inside == [kernel]
+    if AVAILABLE:
+        look(torch.ones(1))
+        assert inside[1] is not kernel
+
+
+def test_the_dispatcher_is_left_out_only_where_nobody_watches():
+    x = torch.ones(1, 2, 3, 3)
+    assert not unwatched(x)
+    with torch.no_grad():
+        assert unwatched(x)
+        assert not unwatched(torch.nn.Parameter(x))
+        with FakeTensorMode():
+            assert not unwatched(x)
+        seen = []
+        make_fx(lambda x: seen.append(unwatched(x)) or x.sin())(x)
+        torch.jit.trace(lambda x: seen.append(unwatched(x)) or x.sin(), x, check_trace=False)
+        assert seen == [False, False]
+        assert torch.equal(torch.compile(lambda x: x + unwatched(x), backend="eager")(x), x)
 
 
 @pytest.mark.parametrize("module", [assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou])
