@@ -231,7 +231,8 @@ def _assign(
             raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}: expected {list(shapes[key])}")
     if not isinstance(topk, int) or not 1 <= topk <= 64:
         raise ValueError(f"topk={topk!r}: expected an integer from 1 to 64")
-    op: Any = _forward if use_triton(boxes) and not reference else _reference
+    takes_triton = use_triton(boxes) and boxes.dtype != torch.float64  # in which the kernels do not compute
+    op: Any = _forward if takes_triton and not reference else _reference
     centers = None if gt_centers is None else gt_centers.detach()
     return op(
         boxes.detach(),

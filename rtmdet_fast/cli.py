@@ -250,11 +250,13 @@ def run_train(config: Any) -> dict[str, Any]:
     from rtmdet_fast.train import train
 
     result = train(config)
-    for name, value in result.metrics.items():
-        print(f"{name:10} {value:6.3f}")
-    print_skipped(result.skipped)
-    print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
-    print(f"best weights {result.best}, last {result.last}" + (f", report {result.report}" if result.report else ""))
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+        for name, value in result.metrics.items():
+            print(f"{name:10} {value:6.3f}")
+        print_skipped(result.skipped)
+        print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
+        report = f", report {result.report}" if result.report else ""
+        print(f"best weights {result.best}, last {result.last}{report}")
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
 
 
@@ -388,7 +390,7 @@ def area_of(entry: dict[str, Any]) -> float:
 
 def print_skipped(skipped: dict[str, int]) -> None:
     for reason, count in skipped.items():
-        print(f"left out: {count} x {reason}")
+        print(f"{'noticed' if '(kept' in reason else 'left out'}: {count} x {reason}")
 
 
 def write_json(path: Path, content: Any) -> None:

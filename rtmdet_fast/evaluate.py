@@ -77,6 +77,10 @@ class _LetterboxedImages(_Images):
         return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
 
 
+def _without_none(items: list[Any]) -> list[Any]:
+    return [item for item in items if item is not None]
+
+
 def evaluate(
     model: RTMDet,
     dataset: CocoDataset,
@@ -102,7 +106,7 @@ def evaluate(
         _LetterboxedImages(dataset, size),
         batch_size,
         num_workers=num_workers,
-        collate_fn=lambda items: [item for item in items if item is not None],
+        collate_fn=_without_none,
     )
     detections: list[dict[str, Any]] = []
     image_ids = []
@@ -196,6 +200,15 @@ def score_detections(
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = dataset.to_coco()
+        if iou_type == "segm":
+            for d in detections:  # pycocotools takes masks of different sizes for disjoint
+                image = truth.imgs.get(d["image_id"])
+                if image and d["segmentation"]["size"] != [image["height"], image["width"]]:
+                    height, width = d["segmentation"]["size"]
+                    raise UserError(
+                        f"{dataset.annotation_path}: image {d['image_id']} has {image['width']}x{image['height']} "
+                        f"pixels, and a detection's mask {width}x{height}; correct one of them"
+                    )
         if detections:
             found = truth.loadRes([dict(d) for d in detections])  # it writes into what it is given
         else:  # loadRes cannot take an empty list

@@ -64,6 +64,8 @@ class Detections(NamedTuple):
 
     def take(self, index: Tensor) -> Detections:
         """Those that `index` (positions or bool) picks."""
+        if index.dtype == torch.bool:  # once: each indexing by bool makes the host wait for the device
+            index = index.nonzero()[:, 0]
         return Detections(*(None if field is None else field[index] for field in self))  # type: ignore[arg-type]
 
 
@@ -188,7 +190,7 @@ class DetectionHead(nn.Module):
         return Assignment(
             *dynamic_soft_label_assign(
                 boxes.detach(),
-                logits.detach().float(),
+                logits.detach(),
                 priors,
                 targets.boxes,
                 targets.labels,
@@ -291,5 +293,4 @@ class DetectionHead(nn.Module):
             start += length
         prior, score, label = (torch.cat(parts) for parts in zip(*picked, strict=True))
         box = boxes[prior]
-        solid = self.is_solid(box)
-        return Detections(box[solid], score[solid], label[solid], prior[solid])
+        return Detections(box, score, label, prior).take(self.is_solid(box))

@@ -114,7 +114,7 @@ class InstanceHead(DetectionHead):
             assignment.gt[image, prior],
             feature_stride=MASK_STRIDE,
         )
-        return 2 * dice.sum() / mean_over_processes(dice.new_tensor(len(image))).clamp(min=1)
+        return 2 * dice.sum() / mean_over_processes(dice.new_full((), len(image))).clamp(min=1)
 
     @torch.no_grad()
     def detect(  # type: ignore[override]

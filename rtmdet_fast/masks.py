@@ -47,6 +47,9 @@ class PredictedMasks:
     def __getitem__(self, index: Tensor | slice) -> PredictedMasks:
         return replace(self, logits=self.logits[index])
 
+    def cpu(self) -> PredictedMasks:
+        return replace(self, logits=self.logits.cpu())
+
     def resized(self, scale: float, shape: tuple[int, int]) -> PredictedMasks:
         """The same masks in an image of another (height, width), `scale` times as large."""
         return replace(self, scale=(self.scale[0] / scale, self.scale[1] / scale), shape=shape)
@@ -126,6 +129,15 @@ def encode(region: Region, shape: tuple[int, int]) -> dict[str, Any]:
     counts = np.diff(ends[ends < height * width], prepend=0, append=height * width)
     rle = mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def cropped_rle(rle: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """A COCO run-length encoding, compressed or not, in an image of another size: cut, or filled up with background."""
+    from pycocotools import mask
+
+    if isinstance(rle["counts"], list):
+        rle = mask.frPyObjects(rle, *rle["size"])
+    return encode(Region(0, 0, mask.decode(rle)[:height, :width].astype(bool)), (height, width))
 
 
 def outline(region: Region) -> list[list[float]]:

@@ -230,7 +230,7 @@ class RTMDet(nn.Module):
                         names=self.class_names,
                         path=str(source) if isinstance(source, (str, Path)) else None,
                         shape=array.shape[:2],
-                        predicted_masks=detections.masks,
+                        predicted_masks=None if detections.masks is None else detections.masks.cpu(),
                     )
                 )
         return results[0] if single else results

@@ -58,13 +58,14 @@ class ModelEMA(Generic[Model]):
         averaged = [*self.model.parameters(), *self.model.buffers()]
         current = [*model.parameters(), *model.buffers()]
         floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        others: tuple[list[Tensor], list[Tensor]] = ([], [])
         for ours, theirs in zip(averaged, current, strict=True):
-            if ours.is_floating_point():
-                floating[0].append(ours)
-                floating[1].append(theirs)
-            else:
-                ours.copy_(theirs)
+            kind = floating if ours.is_floating_point() else others
+            kind[0].append(ours)
+            kind[1].append(theirs)
         # The first update takes the model over whole.
         weight = ema_momentum(self.step, self.momentum) if self.step else 1.0
         torch._foreach_lerp_(floating[0], floating[1], weight)
+        if others[0]:
+            torch._foreach_copy_(others[0], others[1])
         self.step += 1

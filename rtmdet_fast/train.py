@@ -26,7 +26,7 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.data.tasks import find_task_split, open_dataset
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.evaluate import evaluate
+from rtmdet_fast.evaluate import evaluate, match_categories
 from rtmdet_fast.heads import Targets
 from rtmdet_fast.layers import enable_sync_bn
 from rtmdet_fast.model import TASKS, RTMDet, check_image_size, default_image_size
@@ -117,7 +117,7 @@ class TrainResult:
     best: Path
     report: Path | None
     skipped: dict[str, int]
-    """Training images and annotations left out, by reason."""
+    """Images and annotations left out of training, and of validation, or else notable, by reason."""
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -246,9 +246,12 @@ def train(config: TrainConfig) -> TrainResult:
         persistent_workers=config.num_workers > 0,
     )
 
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     model = RTMDet(config.size, config.task, class_names=dataset.class_names)
     if config.init is not None:
         model.load_weights(read_checkpoint(resolve_weights(config.init)))
+    if val_dataset is not None:
+        match_categories(model, val_dataset)  # which cannot be seen too early
     model.image_size = config.image_size
     if rotated:
         model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
@@ -280,6 +283,8 @@ def train(config: TrainConfig) -> TrainResult:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         ema.step = iteration = state["iteration"]
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = device.type == "cuda"  # where the run goes on, not where it began
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         sampler.load_state_dict(state["samplers"][rank])
@@ -290,7 +295,7 @@ def train(config: TrainConfig) -> TrainResult:
     if log is not None:
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     meter = Meter()
-    previous: tuple[torch.Tensor, Batch] | None = None
+    previous: tuple[Callable[[], float], Batch] | None = None
     started, first_iteration = time.perf_counter(), iteration
     validating = 0.0
 
@@ -314,9 +319,9 @@ def train(config: TrainConfig) -> TrainResult:
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
                 meter.add(losses, len(batch.images))
-                # Looking at the loss one batch late does not make the host wait for the device.
+                # Looking at the loss one batch late keeps the host one batch ahead of the device.
                 stop_on_nan(previous, out, iteration)
-                previous = (loss.detach(), batch)
+                previous = (on_its_way(loss.detach()), batch)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -339,7 +344,13 @@ def train(config: TrainConfig) -> TrainResult:
             continue
         if val_dataset is not None and due(epoch + 1, config):
             validation_started = time.perf_counter()
-            evaluation = evaluate(ema.model, val_dataset, batch_size=config.batch_size, progress=config.progress)
+            evaluation = evaluate(
+                ema.model,
+                val_dataset,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                progress=config.progress,
+            )
             validating += time.perf_counter() - validation_started
             log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
             if config.progress:
@@ -375,6 +386,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.report:
         report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
     skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
+    if val_dataset is not None:
+        skipped |= {f"{reason}, of validation": len(what) for reason, what in val_dataset.skipped.items()}
     return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
 
 
@@ -409,15 +422,29 @@ def due(epoch: int, config: TrainConfig) -> bool:
     return epoch % max(config.epochs // 30, 1) == 0 or epoch > config.epochs - config.stage2_epochs
 
 
-def stop_on_nan(previous: tuple[torch.Tensor, Batch] | None, out: Path, iteration: int) -> None:
+def on_its_way(value: torch.Tensor) -> Callable[[], float]:
+    """Sends a scalar to the host; what is returned waits for it, but, unlike `item`, for no work queued later."""
+    if not value.is_cuda:
+        return value.item
+    host, arrived = value.to("cpu", non_blocking=True), torch.cuda.Event()  # into page-locked memory
+    arrived.record()
+
+    def wait() -> float:
+        arrived.synchronize()
+        return host.item()
+
+    return wait
+
+
+def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, iteration: int) -> None:
     """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
-    if previous is None or math.isfinite(previous[0].item()):
+    if previous is None or math.isfinite(value := previous[0]()):
         return
     path = out / "nan_batch.pt"
     batch = {k: v.cpu() for k, v in asdict(previous[1]).items() if v is not None}
     save_atomically({"iteration": iteration, **batch}, path)
     raise UserError(
-        f"the loss is {previous[0].item()} near iteration {iteration}; the batch is in {path}, the last good weights "
+        f"the loss is {value} near iteration {iteration}; the batch is in {path}, the last good weights "
         f"in last.pth (a lower --lr or --amp none may help)"
     )
 

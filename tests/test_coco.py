@@ -321,6 +321,27 @@ def test_bad_polygons_are_left_out_and_counted(folder):
     assert all(coco.annToMask(a).any() for a in coco.loadAnns(coco.getAnnIds()))
 
 
+def test_masks_without_a_pixel(folder):
+    speck, sliver = [[1.1, 1.1, 1.2, 1.1, 1.2, 1.2]], [[1, 1, 20, 20, 10, 10]]
+    folder.image(1)
+    folder.add(box(1, segmentation=SQUARE), box(2, segmentation=speck), box(3, segmentation=sliver))
+    training, evaluation = (folder.dataset(masks=True, training=training) for training in (True, False))
+    assert training.skipped == {"mask without a pixel": ["annotation 2", "annotation 3"]}
+    assert len(training.load(0).boxes) == len(training.load(0).masks) == 1
+    assert evaluation.skipped == {
+        "mask without a pixel (kept: COCO counts it as missed)": ["annotation 2", "annotation 3"]
+    }
+    assert len(evaluation.to_coco().getAnnIds()) == 3
+
+
+def test_the_area_of_a_mask_where_the_file_tells_none(folder):
+    folder.image(1)
+    folder.add({**box(1, segmentation=SQUARE)})
+    folder.content["annotations"][0].pop("area", None)
+    (with_masks,), (without,) = (folder.dataset(masks=m).to_coco().anns.values() for m in (True, False))
+    assert with_masks["area"] == 192 and without["area"] == 10 * 8
+
+
 @pytest.mark.parametrize(
     ("segmentation", "reason"),
     [

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.data.coco import CocoDataset
@@ -106,10 +107,42 @@ def test_perfect_masks(shared):
         for a in truth.loadAnns(truth.getAnnIds(iscrowd=False))
     ]
     assert score_detections(dataset, perfect, iou_type="segm").metrics["AP"] > 0.99
-    # in the boxes' place the masks of others are wrong
-    shifted = [{**d, "segmentation": perfect[i - 1]["segmentation"]} for i, d in enumerate(perfect)]
-    assert score_detections(dataset, shifted, iou_type="segm").metrics["AP"] < 0.5
+    turned = [
+        {**d, "segmentation": mask.encode(np.asfortranarray(mask.decode(d["segmentation"])[::-1]))} for d in perfect
+    ]
+    assert score_detections(dataset, turned, iou_type="segm").metrics["AP"] < 0.5
     assert score_detections(dataset, [], iou_type="segm").metrics["AP"] == 0
+    larger = mask.encode(np.zeros((10, 10), np.uint8, order="F"))
+    with pytest.raises(UserError, match=r"image .* pixels, and a detection's mask 10x10"):
+        score_detections(dataset, [{**perfect[0], "segmentation": larger}], iou_type="segm")
+
+
+def test_masks_of_images_whose_real_size_is_another(shared, tmp_path):
+    """Every size in the file is wrong by a pixel: the figures stay, with polygons and with RLE as the truth."""
+    images = shared / "data/coco_tiny/val"
+    content = json.loads((shared / "data/coco_tiny/instances_val.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
+
+    def dataset(name):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(content))
+        return CocoDataset(file, images, masks=True)
+
+    honest = dataset("honest")
+    wanted = evaluate(KnowsTheMasks(honest), honest, image_size=320, progress=False).metrics["segm_AP"]
+    assert wanted > 0.5
+    sizes = {}
+    for entry in content["images"]:
+        entry["width"], entry["height"] = entry["width"] + 1, entry["height"] - 1
+        sizes[entry["id"]] = entry["height"], entry["width"]
+    for name in ("polygons", "runs"):
+        if name == "runs":
+            for a in content["annotations"]:
+                rle = mask.merge(mask.frPyObjects(a["segmentation"], *sizes[a["image_id"]]))
+                a["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        with pytest.warns(UserWarning, match="the real size is used"):
+            found = evaluate(KnowsTheMasks(honest), dataset(name), image_size=320, progress=False).metrics
+        assert found["segm_AP"] == pytest.approx(wanted, abs=0.01)
 
 
 class KnowsTheMasks(RTMDet):

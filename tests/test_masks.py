@@ -196,6 +196,11 @@ def test_polygons_that_are_none(segmentation, reason):
         ([[[1, 1], [5, 5], [3, 2]]], "finite"),
         ([["a", "b"]], "list of numbers"),
         ([[1, [2], 3]], "list of numbers"),
+        ([["1", "1", "5", "5", "3", "2"]], "list of numbers"),
+        ([[True, True, False, False, True, False]], "list of numbers"),
+        ([[1, 1, 5, 5, 3, 10**400]], "list of numbers"),
+        ([[1, 1, 5, 5, 3, 1e39]], "beyond 1,000,000 pixels"),
+        ([[1, 1, 5, 5, 3, -1000001]], "beyond 1,000,000 pixels"),
         ([3.0], "finite"),
         ({}, "size"),
         ({"size": [H], "counts": [1]}, "size"),
@@ -203,6 +208,7 @@ def test_polygons_that_are_none(segmentation, reason):
         ({"size": [H, W], "counts": [1, 2]}, "add up"),
         ({"size": [H, W], "counts": [-1, H * W + 1]}, "add up"),
         ({"size": [H, W], "counts": ["x"]}, "cannot be read"),
+        ({"size": [H, W], "counts": [0.5, W * H - 0.5]}, "cannot be read"),
         ({"size": [H, W], "counts": "\x01"}, "cannot be read"),
         ({"size": [H, W], "counts": "o" * 40}, "cannot be read"),
         ({"size": [H, W], "counts": "é"}, "cannot be read"),
@@ -213,6 +219,26 @@ def test_polygons_that_are_none(segmentation, reason):
 def test_malformed_segmentations(segmentation, message):
     with pytest.raises(ValueError, match=message):
         read_segmentation(segmentation, W, H)
+
+
+def test_masks_without_a_pixel():
+    """Random slivers, specks and polygons beyond the image against what filling them tells."""
+    rng = np.random.default_rng(0)
+    middle = rng.uniform(-4, (W + 4, H + 4), (3000, 1, 2))
+    spread = np.exp(rng.uniform(-3, 3, (3000, 1, 2))) * [1, 0.2]
+    turn = rng.uniform(0, 6.3, (3000, 1))
+    offset = rng.normal(size=(3000, 5, 2)) * spread
+    x, y = offset[..., 0], offset[..., 1]
+    points = middle + np.stack([x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)], -1)
+    rings = [ring.astype(np.float32) for ring in points]
+    sizes = np.tile([W, H], (len(rings), 1))
+    store = MaskStore([Segmentation([ring]) for ring in rings])
+    empty = store.load(0, len(rings), W, H).render(H, W, pixels=False).areas == 0
+    assert 100 < empty.sum() < 2900
+    assert np.array_equal(store.without_pixels(sizes), empty)
+    pairs = MaskStore([Segmentation(rings[i : i + 2]) for i in range(0, 3000, 2)] + [Segmentation([])])
+    expected = [*(empty[0:3000:2] & empty[1:3000:2]), False]  # without polygons: not theirs to say
+    assert np.array_equal(pairs.without_pixels(sizes[: len(expected)]), expected)
 
 
 def test_rings_that_cross_themselves():

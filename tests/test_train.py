@@ -251,3 +251,19 @@ def test_the_hot_paths_are_called_through_the_kernels(config, monkeypatch):
     import rtmdet_fast.heads as heads
 
     assert heads.batched_nms_padded is nms_kernels.batched_nms_padded
+
+
+def test_what_is_wrong_with_the_validation_file_is_said_at_the_start_and_what_is_left_out_at_the_end(config, tmp_path):
+    content = json.loads(config.val.read_text())
+    val = tmp_path / "val.json"
+    content["annotations"].append({**content["annotations"][0], "id": 10**6, "bbox": [0, 0, "x", 1]})
+    val.write_text(json.dumps(content))
+    result = train(replace(config, val=val, epochs=1, stage2_epochs=0, skip_bad=True))
+    assert result.skipped["bbox is not four finite numbers x, y, w, h, of validation"] == 1
+
+    missing = content["categories"].pop(0)
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != missing["id"]]
+    val.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"class {missing['name']!r} is not in .*val.json"):
+        train(replace(config, val=val, skip_bad=True, out=tmp_path / "other"))
+    assert not (tmp_path / "other" / "metrics.csv").exists()

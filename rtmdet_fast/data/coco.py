@@ -19,6 +19,7 @@ import torch
 from rtmdet_fast.data.image import read_image
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.masks import cropped_rle
 
 
 @dataclass(slots=True)
@@ -69,8 +70,9 @@ class CocoDataset:
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             class_names: the classes and their order, of a model for instance; others of the file are left out.
             masks: read the segmentations too: polygons and RLE. Polygons of fewer than three points or outside the
-                image, and annotations that then have no mask, are left out; polygons that cross themselves are filled
-                by the even-odd rule. All are counted in `skipped`. Other faults are errors, as above.
+                image, and annotations that then have no mask (in training: no pixel of one), are left out; polygons
+                that cross themselves are filled by the even-odd rule. All are counted in `skipped`. Other faults are
+                errors, as above.
 
         Raises UserError, which names the file and the entry at fault.
         """
@@ -125,6 +127,7 @@ class CocoDataset:
 
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
+        from pycocotools import mask
         from pycocotools.coco import COCO
 
         if self._content is None:
@@ -133,19 +136,33 @@ class CocoDataset:
         annotations: list[dict[str, Any]] = []
         for a in self._content["annotations"]:
             if a["category_id"] in labels:
-                area = a["area"] if _is_number(a.get("area")) else a["bbox"][2] * a["bbox"][3]
+                area = a["area"] if _is_number(a.get("area")) else None
+                if area is None and not self.has_masks:
+                    area = a["bbox"][2] * a["bbox"][3]
                 # ids from 1: pycocotools takes a match with annotation 0 for no match
                 ident, iscrowd = len(annotations) + 1, int(bool(a.get("iscrowd")))
                 annotations.append({**a, "id": ident, "iscrowd": iscrowd, "area": area})
+        images = self._content["images"]
+        if self.has_masks:
+            # masks are compared in pixels of the images as they are
+            real = {self.image_ids[i]: self._loaded_sizes[i].tolist() for i in self._resized.nonzero()[:, 0].tolist()}
+            images = [{**e, **dict(zip(("width", "height"), real.get(e["id"], ()), strict=False))} for e in images]
+            for a in annotations:
+                if a["image_id"] in real and isinstance(a["segmentation"], dict):
+                    a["segmentation"] = cropped_rle(a["segmentation"], *real[a["image_id"]])
         coco = COCO()
         coco.dataset = {
             "info": self._content.get("info", {}),
-            "images": self._content["images"],
+            "images": images,
             "annotations": annotations,
             "categories": [c for c in self._content["categories"] if c["id"] in labels],
         }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
+        if self.has_masks:
+            for a in annotations:
+                if a["area"] is None:
+                    a["area"] = float(mask.area(coco.annToRLE(a)))
         return coco
 
     def _load(self, index: int) -> Sample:
@@ -163,6 +180,7 @@ class CocoDataset:
                 stacklevel=2,
             )
         self._resized[index] = bool(width) and (w, h) != (width, height)
+        self._loaded_sizes[index] = torch.tensor([w, h])
         start, stop = self._starts[index : index + 2]
         boxes, kept = self._within(self._boxes[start:stop], w, h)
         masks = None if self._masks is None else self._masks.load(start, stop, w, h).take(kept)
@@ -290,6 +308,15 @@ class CocoDataset:
                     a = {**a, "segmentation": [ring.ravel().tolist() for ring in segmentation.rings]}
             kept.append(a)
             segmentations.append(segmentation)
+        sizes = np.array([_size(images[a["image_id"]]) for a in kept]).reshape(-1, 2)
+        empty = MaskStore(segmentations).without_pixels(sizes).tolist()
+        for a, none in zip(kept, empty, strict=True):
+            if none:
+                how = "" if self.training else " (kept: COCO counts it as missed)"
+                self._skip(f"annotation {a.get('id')}", f"mask without a pixel{how}")
+        if self.training:
+            kept = [a for a, none in zip(kept, empty, strict=True) if not none]
+            segmentations = [s for s, none in zip(segmentations, empty, strict=True) if not none]
         return kept, segmentations
 
     def _box_fault(self, entry: dict[str, Any]) -> tuple[str, object] | None:
@@ -347,6 +374,7 @@ class CocoDataset:
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self._resized = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        self._loaded_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
 
     def _trainable(
         self, images: dict[int, dict[str, Any]], boxes: dict[int, list[Any]], sizes: dict[int, Any], min_size: int

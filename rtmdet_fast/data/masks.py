@@ -20,6 +20,10 @@ MASK_STRIDE = 4
 """The loss compares masks at the pixels [2::4, 2::4]."""
 
 
+FARTHEST = 1_000_000
+"""Coordinates that COCO's own rasteriser, which evaluates, takes without gigabytes of memory."""
+
+
 class Rendered(NamedTuple):
     """What training needs of masks.
 
@@ -188,11 +192,15 @@ def read_segmentation(value: Any, width: int, height: int) -> tuple[Segmentation
     rings, left_out = [], []
     for polygon in value:
         try:
-            ring = np.array(polygon, np.float64)
-        except (TypeError, ValueError):
+            ring = np.array(polygon)
+        except ValueError:
             raise ValueError("holds a polygon that is not a list of numbers") from None
+        if ring.size and ring.dtype.kind not in "if":
+            raise ValueError("holds a polygon that is not a list of numbers")
         if ring.ndim != 1 or len(ring) % 2 or not np.isfinite(ring).all():
             raise ValueError("holds a polygon that is not x, y, x, y, … in finite numbers")
+        if (abs(ring) > FARTHEST).any():
+            raise ValueError(f"holds a polygon that reaches beyond {FARTHEST:,} pixels")
         ring = ring.reshape(-1, 2)
         if len(ring) < 3:
             left_out.append("polygon of fewer than 3 points")
@@ -210,8 +218,10 @@ def _read_rle(value: dict[str, Any], width: int, height: int) -> Segmentation:
     if width and size != [height, width]:
         raise ValueError(f"is an RLE of {size[1]}x{size[0]} pixels in an image of {width}x{height}")
     try:
-        runs = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.array(counts, np.int64)
-    except (TypeError, ValueError, OverflowError, UnicodeEncodeError):
+        runs = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+        if runs.size and runs.dtype.kind != "i":
+            raise ValueError
+    except (ValueError, UnicodeEncodeError):
         raise ValueError("is an RLE whose counts cannot be read") from None
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"is an RLE whose counts do not add up to {size[1]}x{size[0]} pixels")
@@ -264,6 +274,28 @@ class MaskStore:
                 owners.append(i - start)
         windows = np.tile(np.array([0, 0, width, height], np.int32), (stop - start, 1))
         return Outlines(np.concatenate(edges), np.concatenate(parts), np.array(owners, np.int32), windows)
+
+    def without_pixels(self, sizes: np.ndarray) -> np.ndarray:
+        """[annotations] bool: those whose polygons hold no pixel's centre, in images of sizes [annotations, 2]."""
+        owner = np.repeat(np.arange(len(sizes)), np.diff(self._rings_of))
+        starts = self._ring_starts[:-1]
+        if not len(starts):
+            return np.zeros(len(sizes), bool)
+        x0, y0, x1, y1 = self._edges(0, len(starts)).astype(np.float64).T
+        area = abs(np.add.reduceat(x0 * y1 - x1 * y0, starts)) / 2
+        length = np.add.reduceat(np.hypot(x1 - x0, y1 - y0), starts)
+        least = np.minimum.reduceat(self._points, starts)
+        greatest = np.maximum.reduceat(self._points, starts)
+        # Outlines hold a disk of radius area / length (Bonnesen), and any disk of radius 0.71 a pixel's centre.
+        sure = (area > 0.75 * length) & (least >= 0).all(1) & (greatest <= sizes[owner]).all(1)
+        doubtful = np.bincount(owner, minlength=len(sizes)) > 0
+        doubtful[owner[sure]] = False
+        doubtful |= self.self_crossing()
+        empty = np.zeros(len(sizes), bool)
+        for i in doubtful.nonzero()[0].tolist():
+            width, height = sizes[i].tolist()
+            empty[i] = self.load(i, i + 1, width, height).render(height, width, pixels=False).areas[0] == 0
+        return empty
 
     def self_crossing(self) -> np.ndarray:
         """[annotations] bool: those with a polygon that crosses itself (edges that only touch do not count)."""
