@@ -4,14 +4,17 @@ Needs torch, triton and numpy. First the kernels' parity tests (where pytest and
 carried along: `pip install --target carried pytest hypothesis`, then PYTHONPATH=carried), else the float64 verdict on
 every kernel case; then the benches of kernels, forward passes, training steps, post-processing and layers. The file is
 complete after every step: a run that is cut off leaves what it had. `--dry-run` does the same on a CPU, quickly.
+
+Each file of tests and each kernel has a process of its own: what hangs, or leaves a CUDA context that nothing runs in
+any more, takes nothing else with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -22,12 +25,12 @@ from typing import Any
 import torch
 
 from benches import harness, run, table
-from benches.harness import Case
 
 KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")
 OPS = (*KERNELS, "forward", "training", "postprocess", "layers")
 TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "training_with_kernels")
 SHARE_OF_TESTS = 0.4  # of the time, at most
+LATE = "the time limit came first"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,84 +39,97 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON to write instead of results/<device>.json")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=", ".join(OPS))
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, few rounds: does it run at all?")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # what a process of its own does
     args = parser.parse_args(argv)
     if not (torch.cuda.is_available() or args.dry_run):
         sys.exit("there is no CUDA device here; --dry-run goes through the same steps on a CPU")
     start = time.monotonic()
     device = torch.device("cpu" if args.dry_run else "cuda")
     path = args.out or (Path("runs/dry-run.json") if args.dry_run else run.committed(device))
+    tested = all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis"))
     results = run.Results(device, path, args.ops, quick=args.dry_run)
-    until = start + SHARE_OF_TESTS * args.time_limit
-    if all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
-        results.record["tests"] = run_tests(until - time.monotonic(), TESTS[-2:] if args.dry_run else TESTS)
-    else:
-        results.record["tests"] = {"why_not": "pytest or hypothesis is not installed"}
-        results.record["verdicts"] = {}
-        for case in run.cases_of([op for op in args.ops if op in KERNELS], device):
-            late = time.monotonic() > until
-            verdict = "not looked at: the time limit came first" if late else harness.verify(case, device)
-            results.record["verdicts"][results.key(case)] = verdict
-            print(f"{results.key(case)}: {verdict}", flush=True)
-            results.write()
+    if args.part:
+        measure_part(results, args.ops, start + args.time_limit, verify=not tested)
+        return
+    results.record["verdicts"] = {}
+    results.record["tests"] = {"why_not": "pytest or hypothesis is not installed"}
+    if tested:
+        names = TESTS[-2:] if args.dry_run else TESTS
+        results.record["tests"] = run_tests(SHARE_OF_TESTS * args.time_limit, names)
     results.write()
-    measure_until(start + args.time_limit, run.cases_of(args.ops, device), results)
+    parts = [[op] for op in args.ops if op in KERNELS] + [[op for op in args.ops if op not in KERNELS]]
+    measure_parts([part for part in parts if part], path, device, start + args.time_limit)
     if args.out is None and not args.dry_run:
         table.write(run.FOLDER)
     print(f"{time.monotonic() - start:.0f} s, {path}")
-    sys.exit(0 if sound(results.record) else 1)
+    sys.exit(0 if sound(json.loads(path.read_text())) else 1)
 
 
-class OutOfTime(BaseException):
-    """No `Exception`, which the harness would take for a contender's failure."""
-
-
-def measure_until(end: float, cases: Sequence[Case], results: run.Results) -> None:
-    """Measures until `time.monotonic()` is `end`, when it gives up also what is being compiled or measured."""
-
-    def out_of_time(*_: Any) -> None:
-        raise OutOfTime
-
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic(), 0.001))
-    try:
-        run.measure_all(cases, results, end=end)
-    except OutOfTime:
+def measure_parts(parts: Sequence[Sequence[str]], path: Path, device: torch.device, end: float) -> None:
+    """Measures each of the lists of ops in a process, which gets up to twice its share of the time until `end`."""
+    for i, ops in enumerate(parts):
+        left = max(end - time.monotonic(), 1)
+        limit = min(left, 2 * left / (len(parts) - i))
+        command = [sys.executable, "-m", "benches.gpu", "--part", "--out", str(path), "--time-limit", str(limit)]
+        command += ["--dry-run"] * (device.type == "cpu") + ["--ops", *ops]
+        why = LATE
+        try:
+            if code := subprocess.run(command, cwd=run.FOLDER.parent, timeout=limit).returncode:
+                why = f"the process that measured {', '.join(ops)} ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            pass
+        # only what `path` says of other ops stays in `results`, which is read anew for that reason
+        results = run.Results(device, path, (), quick=device.type == "cpu")
         known = results.record["cases"].keys() | results.record["not_measured"].keys()
-        for case in cases:
+        for case in run.cases_of(ops, device):
             if results.key(case) not in known and (case.headline or not results.record["quick"]):
-                results.not_measured(case, "the time limit came first")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+                results.not_measured(case, why)
+
+
+def measure_part(results: run.Results, ops: Sequence[str], end: float, *, verify: bool) -> None:
+    cases = run.cases_of(ops, results.device)
+    for case in cases:
+        if verify and case.op in KERNELS:
+            verdict = harness.verify(case, results.device)
+            results.record.setdefault("verdicts", {})[results.key(case)] = verdict
+            print(f"{results.key(case)}: {verdict}", flush=True)
+            results.write()
+    run.measure_all(cases, results, end=end)
 
 
 def run_tests(seconds: float, names: tuple[str, ...]) -> dict[str, Any]:
-    """The parity tests, cut off after `seconds`; what was passed until then counts."""
-    files = [f"tests/test_{name}.py" for name in names]
-    command = [sys.executable, "-u", "-m", "pytest", *files, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    # what only compiles is the same on every machine, and would take most of the time
-    command += ["-k", "not (lowering or traces or exports)"]
+    """The parity tests, file by file, each cut off after twice its share of the time; what was passed counts."""
     start = time.monotonic()
-    root = run.FOLDER.parent
-    try:
-        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = error.stdout or b"", None
-    lines = output.decode(errors="replace").splitlines()
     outcomes: dict[str, list[str]] = {"PASSED": [], "SKIPPED": [], "FAILED": [], "ERROR": []}
-    for line in lines:
-        if found := re.match(r"(tests/\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line):
-            outcomes[found[2]].append(found[1])
+    codes: dict[str, int | None] = {}
+    tail = []
+    for i, name in enumerate(names):
+        command = [sys.executable, "-u", "-m", "pytest", f"tests/test_{name}.py", "-v", "--tb=short"]
+        # what only compiles is the same on every machine, and would take most of the time
+        command += ["-p", "no:cacheprovider", "-k", "not (lowering or traces or exports)"]
+        left = max(seconds - (time.monotonic() - start), 1)
+        limit = min(left, 2 * left / (len(names) - i))
+        try:
+            done = subprocess.run(
+                command, cwd=run.FOLDER.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
+            )
+            output, codes[name] = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as error:
+            output, codes[name] = error.stdout or b"", None
+        lines = output.decode(errors="replace").splitlines()
+        for line in lines:
+            if found := re.match(r"(tests/\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line):
+                outcomes[found[2]].append(found[1])
+        tail += lines[-30:] if codes[name] != 0 else lines[-1:]
     failed = outcomes["FAILED"] + outcomes["ERROR"]
-    print(f"tests: {len(outcomes['PASSED'])} passed, {len(failed)} failed, exit code {code}", flush=True)
+    print(f"tests: {len(outcomes['PASSED'])} passed, {len(failed)} failed, exit codes {codes}", flush=True)
     return {
-        "finished": code is not None,
-        "exit_code": code,
+        "exit_codes": codes,  # null: cut off
         "passed": len(outcomes["PASSED"]),
         "skipped": len(outcomes["SKIPPED"]),
         "failed": failed,
         "seconds": round(time.monotonic() - start, 1),
-        "tail": lines[-60:] if code != 0 else lines[-1:],
+        "tail": tail,
     }
 
 
@@ -122,10 +138,11 @@ def sound(record: dict[str, Any]) -> bool:
     verdicts = list(record.get("verdicts", {}).values())
     ours = [case["contenders"][case["ours"]]["status"] for case in record["cases"].values()]
     return (
-        record["tests"].get("exit_code") in (0, None)
+        all(code in (0, None) for code in record["tests"].get("exit_codes", {}).values())
         and not record["tests"].get("failed")
         and not any(verdict.startswith(("wrong", "failed")) for verdict in verdicts)
         and not {"wrong", "failed"} & set(ours)
+        and not any("exit code" in why for why in record["not_measured"].values())
     )
 
 

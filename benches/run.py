@@ -103,6 +103,8 @@ class Results:
         old = json.loads(path.read_text()) if path.exists() else {}
         same = all(old.get(key) == self.record[key] for key in self.record)
         self.record["copy_gb_s"] = harness.copy_bandwidth(device) if cuda else None
+        # of `benches.gpu`
+        self.record |= {key: old[key] for key in ("tests", "verdicts") if same and key in old}
         pinned = bool(self.key_suffix)
         anew = None if only is None else {self.key(case) for case in only}
         for part in ("not_measured", "cases"):
@@ -156,6 +158,8 @@ def measure_all(cases: Sequence[Case], results: Results, *, end: float) -> None:
             results.not_measured(case, "the time limit came first")
         elif case.headline or not results.record["quick"]:
             results.measure(case)
+            if results.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where a kernel went astray: nothing runs in this process any more
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -371,49 +372,81 @@ def test_the_cases_of_a_group_are_one_bar():
     ]
 
 
+def in_this_process(command, **options):
+    gpu.main(command[3:])
+    return subprocess.CompletedProcess(command, 0)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_the_gpu_run_without_pytest_keeps_everything_in_one_file(tmp_path: Path, monkeypatch, right: bool):
-    case = toy() if right else toy(double=lambda x: x)
-    monkeypatch.setattr(run, "cases_of", lambda ops, device: [case] if ops else [])
+    def cases(ops, device):
+        double = {} if right else {"double": lambda x: x}
+        return [replace(toy(**double), op=op) for op in ops if op in ("nms", "assign")]
+
+    monkeypatch.setattr(run, "cases_of", cases)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.subprocess, "run", in_this_process)
     out = tmp_path / "all.json"
     with pytest.raises(SystemExit) as exit:
         gpu.main(["--dry-run", "--out", str(out)])
     record = load(out)
     assert exit.value.code == (0 if right else 1)
     verdict = "right: relative error 0.0e+00" if right else "wrong: relative error 5.0e-01, allowed 1e-06"
-    assert record["verdicts"] == {"nms: doubling": verdict}
+    assert record["verdicts"] == {"assign: doubling": verdict, "nms: doubling": verdict}
+    assert set(record["cases"]) == {"assign: doubling", "nms: doubling"}
     assert record["cases"]["nms: doubling"]["contenders"]["slow"]["status"] == "timed"
     assert "samples" not in record["cases"]["nms: doubling"]
 
 
-def test_a_case_that_outlasts_the_time_is_given_up(tmp_path: Path):
-    cases = [toy("quick"), toy("endless", double=lambda x: time.sleep(600)), toy("third")]
-    results = run.Results(CPU, tmp_path / "all.json", ["nms"], quick=True)
-    run.measure_all(cases[:1], results, end=math.inf)
-    gpu.measure_until(time.monotonic() + 2, cases[1:], results)
-    record = load(tmp_path / "all.json")
-    assert list(record["cases"]) == ["nms: quick"]
-    assert record["not_measured"] == dict.fromkeys(("nms: endless", "nms: third"), "the time limit came first")
+def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch):
+    def process(command, timeout, **options):
+        op = command[-1]
+        assert timeout <= 60
+        if op == "assign":
+            gpu.main(command[3:])  # its second case is one too many
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, -11) if op == "nms" else in_this_process(command)
+
+    def cases(ops, device):
+        toys = [replace(toy(name), op=op) for op in ops for name in ("one", "two")]
+        return toys[:1] if measuring else toys
+
+    measuring = False
+    monkeypatch.setattr(run, "cases_of", cases)
+    monkeypatch.setattr(gpu.subprocess, "run", process)
+    part = gpu.measure_part
+
+    def first_case_only(*arguments, **options):
+        nonlocal measuring
+        measuring = True
+        part(*arguments, **options)
+        measuring = False
+
+    monkeypatch.setattr(gpu, "measure_part", first_case_only)
+    out = tmp_path / "all.json"
+    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], out, CPU, time.monotonic() + 60)
+    record = load(out)
+    died = "the process that measured nms ended with exit code -11"
+    assert set(record["cases"]) == {"assign: one", "bn_silu: one"}
+    assert record["not_measured"] == {
+        "assign: two": gpu.LATE,
+        "nms: one": died,
+        "nms: two": died,
+        "bn_silu: two": gpu.LATE,
+    }
+    assert not gpu.sound({"tests": {}, **record})
 
 
 def test_the_parity_tests_are_counted_and_cut_off(tmp_path: Path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    (tmp_path / "tests" / "test_slow.py").write_text("import time\ndef test_c(): pass\ndef test_d(): time.sleep(99)\n")
     monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
-    found = gpu.run_tests(300, ("toy",))
-    assert (found["exit_code"], found["passed"], found["failed"]) == (1, 1, ["tests/test_toy.py::test_b"])
-    assert not gpu.sound({"tests": found, "cases": {}})
-
-    def cut(command, **options):
-        raise subprocess.TimeoutExpired(
-            command, options["timeout"], output=b"tests/t.py::a PASSED [ 9%]\ntests/t.py::b[1 - 2] FAIL"
-        )
-
-    monkeypatch.setattr(gpu.subprocess, "run", cut)
-    found = gpu.run_tests(1, ("toy",))
-    assert (found["finished"], found["passed"], found["failed"]) == (False, 1, [])
-    assert gpu.sound({"tests": found, "cases": {}})
+    found = gpu.run_tests(12, ("slow", "toy"))
+    assert found["exit_codes"] == {"slow": None, "toy": 1}
+    assert (found["passed"], found["failed"]) == (2, ["tests/test_toy.py::test_b"])
+    assert not gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
+    assert gpu.sound({"tests": gpu.run_tests(3, ("slow",)), "cases": {}, "not_measured": {}})
 
 
 BARE = """
