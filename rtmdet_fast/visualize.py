@@ -52,7 +52,8 @@ def draw_detections(
     line_width: in pixels, by default by the size of the image
     masks: in pixels of `image`; each is filled so that the image shows through, within a solid contour
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
-    each other, the better score keeps its label and the other box goes without.
+    each other, the better score keeps its label and the other box goes without; so do the last boxes of a picture so
+    small, or so crowded, that labels would cover more than a quarter of it.
     """
     import cv2
 
@@ -88,13 +89,15 @@ def draw_detections(
             cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line, cv2.LINE_AA)
 
     taken = np.zeros((height, width), bool)
+    left = height * width / 4
     for i in order:
         text = str(names[labels_np[i]])
         if scores_np is not None:
             text += f" {scores_np[i]:.2f}"
         glyphs = _text(text, font_size)
         place = _free_place(corners[i].tolist(), glyphs.shape, line, taken)
-        if place is not None:
+        if place is not None and (left >= glyphs.size or not taken.any()):
+            left -= glyphs.size
             _put_label(canvas, glyphs, *place, class_color(int(labels_np[i])))
             taken[place[1] : place[1] + glyphs.shape[0], place[0] : place[0] + glyphs.shape[1]] = True
     return canvas

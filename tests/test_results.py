@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from rtmdet_fast import visualize
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.masks import PredictedMasks
 from rtmdet_fast.results import Results
@@ -208,3 +209,16 @@ def test_rotated_boxes_tell_their_corners():
 
 def test_upright_boxes_have_corners_too(street):
     assert street.corners()[0].tolist() == [[20, 30], [120, 30], [120, 200], [20, 200]]
+
+
+def test_labels_leave_most_of_a_small_picture_free(monkeypatch):
+    covered = []
+    monkeypatch.setattr(visualize, "_put_label", lambda canvas, glyphs, *place: covered.append(glyphs.size))
+    image = np.zeros((128, 128, 3), np.uint8)
+    corners = np.random.default_rng(0).uniform(0, 100, (40, 2))
+    boxes = np.concatenate([corners, corners + 20], 1)
+    visualize.draw_detections(image, boxes, np.zeros(40, int), np.linspace(0.9, 0.3, 40), ["rectangle"])
+    assert len(covered) > 1 and 0.15 < sum(covered) / 128**2 <= 0.25
+    covered.clear()
+    visualize.draw_detections(image[:30, :40], np.array([[2, 18, 30, 28]]), np.zeros(1, int), np.full(1, 0.5), ["a"])
+    assert len(covered) == 1  # the best has one, however small the picture
