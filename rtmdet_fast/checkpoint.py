@@ -223,5 +223,5 @@ def save_atomically(content: Any, path: str | Path) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # there no more where an interrupt came after the renaming
         raise

@@ -188,10 +188,13 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
     if config.format == "dota" and model.task != "rotated":
         raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
+    if config.format == "dota" and (wrong := [name for name in model.class_names if "/" in name]):
+        raise UserError(f"--format dota names a file after each class, which {wrong[0]!r} cannot be")
     source = iter_sources(config.source, skip_bad=config.skip_bad)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     found: list[tuple[str, Any, Any, Any]] = []
+    stems: dict[str, str] = {}
     video: VideoWriter | None = None
     video_path: str | None = None
     config.out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +211,10 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
             )
             if config.format == "dota":
                 fields = (results.boxes, results.scores, results.labels)
-                found.append((Path(frame.name).stem, *(field.numpy() for field in fields)))
+                stem = Path(frame.name).stem
+                if (twin := stems.setdefault(stem, frame.name)) != frame.name:
+                    raise UserError(f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them")
+                found.append((stem, *(field.numpy() for field in fields)))
             image_id = len(images) + 1
             height, width = results.shape
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})

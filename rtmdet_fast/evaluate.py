@@ -170,7 +170,9 @@ def _evaluate_rotated(
 
 
 def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
-    """The data set's category id of each class of the model."""
+    """The data set's category id of each class of the model; UserError where it lacks a class, or all images."""
+    if not len(dataset):
+        raise UserError(f"{dataset.annotation_path}: has no image to evaluate on")
     by_name = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     if all(name in by_name for name in model.class_names):
         return [by_name[name] for name in model.class_names]

@@ -212,6 +212,8 @@ class RTMDet(nn.Module):
             raise UserError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
         if patch_size and self.task == "ins":
             raise UserError(f"patch_size is {patch_size}, but masks cannot be merged over windows: leave it out")
+        if patch_size and patch_size < 32:
+            raise UserError(f"patch_size is {patch_size}; windows have 32 pixels or more, 0 is for none")
         size = check_image_size(image_size or self.image_size)
         single = not isinstance(images, (list, tuple))
         sources = [images] if single else list(images)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from rtmdet_fast.data.image import IMAGE_SUFFIXES
 from rtmdet_fast.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # What a drawn, coloured picture can be written as.
 WRITABLE_SUFFIXES = IMAGE_SUFFIXES - {".pgm"}
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})

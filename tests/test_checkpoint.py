@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import subprocess
 import zipfile
@@ -11,7 +12,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from rtmdet_fast import RTMDet, UserError
+from rtmdet_fast import RTMDet, UserError, checkpoint
 from rtmdet_fast import checkpoint as checkpoint_module
 from rtmdet_fast.checkpoint import PRETRAINED, read_checkpoint, resolve_weights, save_atomically
 
@@ -217,3 +218,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         save_atomically({"a": lambda: 0}, tmp_path / "w.pth")
     assert torch.load(tmp_path / "w.pth") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_an_interrupt_right_after_saving_stays_one(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"a": 1}, tmp_path / "w.pth")
+    assert os.listdir(tmp_path) == ["w.pth"]

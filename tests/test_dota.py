@@ -151,11 +151,16 @@ def test_sample(folder):
 def test_training_drops_images_without_boxes(folder):
     folder.add(f"{UPRIGHT} ship 0")
     folder.add("gsd:null\n", "b.png")
-    folder.add(f"{UPRIGHT} ship 1", "c.png")
+    folder.add(f"{UPRIGHT} ship 2", "c.png")
     folder.add(f"{UPRIGHT} ship", "d.png", (7, 40))
+    folder.add(f"{UPRIGHT} ship 1", "e.png")
     dataset = folder.dataset(training=True)
-    assert dataset.image_names == ("a",)
-    assert dataset.skipped == {"image without a box": ["b.png", "c.png"], "image below 8 pixels": ["d.png"]}
+    assert dataset.image_names == ("a", "e")  # difficult 1 is no difference, 2 is what a split cut
+    assert dataset.skipped == {
+        "box cut by a split, or to be ignored": ["annotation c.txt:1"],
+        "image without a box": ["b.png", "c.png"],
+        "image below 8 pixels": ["d.png"],
+    }
     with pytest.raises(RuntimeError, match="training"):
         dataset.ground_truth(0)
 
@@ -301,8 +306,31 @@ def test_json_forms(folder, annotation, training):
 
 @pytest.mark.parametrize("flag", ["difficult", "ignore", "iscrowd"])
 def test_json_difficult(folder, flag):
-    dataset = json_dataset(folder, {"bbox": QUAD, flag: 1}, {"bbox": QUAD})
-    assert len(dataset.load(0).boxes) == 1 and dataset.ground_truth(0).difficult.tolist() == [True, False]
+    dataset = json_dataset(folder, {"bbox": QUAD, flag: 1}, {"bbox": QUAD}, {"bbox": QUAD, "difficult": "0"})
+    assert len(dataset.load(0).boxes) == 2 and dataset.ground_truth(0).difficult.tolist() == [True, False, False]
+    training = json_dataset(folder, {"bbox": QUAD, flag: 1}, {"bbox": QUAD}, training=True)
+    assert len(training.load(0).boxes) == (2 if flag == "difficult" else 1)
+
+
+@pytest.mark.parametrize("polygon", [[5, 5] * 3, [5, 5] * 5])
+def test_a_polygon_that_is_one_point_has_no_area(folder, polygon):
+    dataset = json_dataset(folder, {"segmentation": [polygon]}, {"bbox": QUAD})
+    assert len(dataset.load(0).boxes) == 1 and dataset.skipped == {"box without area": ["annotation 1"]}
+
+
+def test_boxes_at_the_end_of_the_world(folder):
+    folder.add(f"{UPRIGHT} ship\n0 0 1e200 0 1e200 1e200 0 1e200 ship")
+    with pytest.raises(UserError, match=r"line 2: malformed line.*beyond 10,000,000 pixels"):
+        folder.dataset()
+    with pytest.raises(UserError, match="beyond 10,000,000 pixels"):
+        json_dataset(folder, {"bbox": [0, 0, 1e200, 5, 0]})
+
+
+def test_ids_of_classes_that_a_folder_lacks(folder):
+    folder.add(f"{UPRIGHT} ship 0\n{UPRIGHT} dinghy 0\n")
+    dataset = folder.dataset(class_names=("plane", "ship", "harbor"))
+    assert dataset.category_ids == (1, 2, 3)
+    assert dataset.ground_truth(0).labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,17 @@ def test_predict_writes_task_1_files(model, tmp_path, capsys):
     assert dataset.ground_truth(0).boxes == pytest.approx(expected.boxes.numpy(), abs=1e-3)
     assert cv2.imread(str(out / "P0001.png")).shape == image.shape
 
+    (tmp_path / "images/more").mkdir()
+    cv2.imwrite(str(tmp_path / "images/more/P0001.png"), image)
+    arguments[3] = tmp_path / "images" / "**" / "*.png"
+    assert run(*arguments, "--format", "dota") == 2
+    assert "would both be 'P0001' in DOTA's files" in capsys.readouterr().err
+    RTMDet("nano", "rotated", class_names=["a/b", "c"]).save(weights)
+    assert run(*arguments, "--format", "dota") == 2
+    assert "'a/b'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="patch_size is -5"):
+        model.predict(image, patch_size=-5)
+
     RTMDet("nano", class_names=["ship"]).save(weights)
     assert run(*arguments, "--format", "dota") == 2
     assert "--format dota" in capsys.readouterr().err

@@ -82,6 +82,13 @@ def test_windows_over_scales():
     assert scaled_windows(200, 200, several) == [(1.5, 0, 0)]  # where it is largest
 
 
+def test_a_label_file_without_an_image(source):
+    (source / "labelTxt/P9.txt").write_text("0 0 9 0 9 9 0 9 ship 0\n")
+    with pytest.raises(UserError, match=r"P9\.txt: there is no image of this name in .*images"):
+        split(source)
+    assert split(source, skip_bad=True).skipped["label file without an image"] == ["P9.txt"]
+
+
 def test_patches_and_boxes(source):
     summary = split(source)
     assert (summary.images, summary.patches, summary.written, summary.no_area) == (2, 7, 7, 1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rtmdet_fast.data.coco import CocoDataset, is_numbers, read_json
-from rtmdet_fast.data.image import read_size
+from rtmdet_fast.data.image import IMAGE_SUFFIXES, read_size
 from rtmdet_fast.data.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
 from rtmdet_fast.errors import UserError
 
@@ -32,7 +32,7 @@ DOTA_CLASSES = (  # version 1.0, in the official order
     "swimming-pool",
     "helicopter",
 )
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"})
+FARTHEST = 1e7  # pixels: float32 still tells neighbours apart there
 
 Report = Callable[[str, str, object], None]  # what, the reason it is bad, detail
 
@@ -61,7 +61,8 @@ class DotaDataset(CocoDataset):
 
     As CocoDataset, with boxes [n, 5] of the form le90 (see rotated.py), which are not clipped at the image's edges.
     Difficult boxes (`difficult` above 0 in the text; `difficult`, `ignore` or `iscrowd` in JSON) are no part of the
-    samples; `ground_truth` has them.
+    samples; `ground_truth` has them. In training, as in the published recipe, difficult 1 is no difference; what a
+    split cut off (2), `ignore` and `iscrowd` are left out.
 
     class_names: where not given, those of the text files in the order of DOTA-v1.0 if they are all among its 15
         classes, else by name; or the JSON's categories in its order
@@ -88,7 +89,7 @@ class DotaDataset(CocoDataset):
                 `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`; the header lines (imagesource, gsd) and the last field may
                 be missing. Or a JSON file, whose annotations have one of `rbox` (cx, cy, w, h, radians), `bbox` of
                 the same 5 or of 8 numbers (corners), or a polygon as `segmentation`, looked for in this order.
-            image_dir: the folder of the images (png, jpg, bmp, tif).
+            image_dir: the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
             skip_bad: leave out, and count in `skipped`, what is otherwise an error, malformed lines for instance.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             class_names: the classes and their order, of a model for instance; others of the files are left out.
@@ -167,9 +168,13 @@ class DotaDataset(CocoDataset):
         for rest in files.values():
             self._skip(rest[0].name, "image without a label file")
         names = {a["category_id"] for a in annotations}
-        order = (
-            [name for name in DOTA_CLASSES if name in names] if names <= set(DOTA_CLASSES) else sorted(names)
-        ) or list(self._wanted or ())
+        if self._wanted and (not names or names & set(self._wanted)):
+            # a small part of a data set may lack some classes: their ids are the same in all parts
+            order = [*self._wanted, *sorted(names - set(self._wanted))]
+        elif names <= set(DOTA_CLASSES):
+            order = [name for name in DOTA_CLASSES if name in names]
+        else:
+            order = sorted(names)
         ids = {name: i for i, name in enumerate(order, start=1)}
         for a in annotations:
             a["category_id"] = ids[a["category_id"]]
@@ -184,6 +189,8 @@ class DotaDataset(CocoDataset):
         if numbers is None:
             detail = {key: entry.get(key) for key in ("rbox", "bbox", "segmentation")}
             return "neither rbox, a bbox of 5 or 8 finite numbers nor a polygon", detail
+        if max(map(abs, numbers)) > FARTHEST:
+            return "coordinates beyond 10,000,000 pixels", numbers
         if len(numbers) == 5 and min(numbers[2:4]) < 0:
             return "box with a negative side", numbers
         if len(numbers) == 5 and abs(numbers[4]) > 2 * math.pi:
@@ -209,9 +216,13 @@ class DotaDataset(CocoDataset):
         around = np.concatenate([low, high - low], 1)
         made = []
         for a, box, bbox, quad in zip(annotations, boxes.tolist(), around.tolist(), quads.tolist(), strict=True):
-            difficult = bool(a.get("difficult") or a.get("ignore") or a.get("iscrowd"))
+            level = _difficulty(a)
+            difficult = level > (1 if self.training else 0)
             a = {**a, "rbox": box, "ignore": difficult, "bbox": bbox}
-            if not self.training:  # as to_coco needs them
+            if self.training:
+                if difficult:
+                    self._skip(f"annotation {a.get('id')}", "box cut by a split, or to be ignored")
+            else:  # as to_coco needs them
                 a |= {"iscrowd": int(difficult), "segmentation": [quad], "area": box[2] * box[3]}
             made.append(a)
         return made
@@ -230,6 +241,17 @@ class DotaDataset(CocoDataset):
 
     def _within(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         return boxes.copy(), np.ones(len(boxes), bool)
+
+
+def _difficulty(entry: dict[str, Any]) -> int:
+    """0, 1, or 2 where it is no object to train on."""
+    if entry.get("ignore") or entry.get("iscrowd"):
+        return 2
+    value = entry.get("difficult")
+    try:
+        return int(value or 0)
+    except (TypeError, ValueError):
+        return 1
 
 
 def find_images(folder: Path) -> dict[str, list[Path]]:
@@ -269,8 +291,8 @@ def read_labels(path: Path, bad: Report | None = None) -> list[Label]:
             except ValueError as error:
                 fault = str(error)
             else:
-                if not all(map(math.isfinite, quad)) or difficult < 0:
-                    fault = "a coordinate that is not finite, or difficult below 0"
+                if not all(abs(value) <= FARTHEST for value in quad) or difficult < 0:
+                    fault = "a coordinate that is not finite or beyond 10,000,000 pixels, or difficult below 0"
         if fault is None:
             labels.append(Label(number, quad, fields[8], difficult))
             continue
@@ -321,6 +343,8 @@ def _polygon_box(polygon: list[float]) -> np.ndarray:
     import cv2
 
     points = np.array(polygon, np.float64).reshape(-1, 2)
+    if (points == points[0]).all():
+        return min_area_boxes(points[None])[0]
     hull = cv2.convexHull((points - points.mean(0)).astype(np.float32), returnPoints=False)
     return min_area_boxes(points[hull[:, 0]][None])[0]
 

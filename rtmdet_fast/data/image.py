@@ -10,6 +10,7 @@ import numpy as np
 
 from rtmdet_fast.errors import UserError
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and height
 
 

@@ -200,6 +200,12 @@ def _jobs(
             skipped.setdefault("image without a label file", []).append(files[0].name)
         else:
             jobs.append(_Job(files[0], file, out, settings, skip_bad))
+    known = {job.image.stem for job in jobs}.union(*skipped.values()) if labels else set()
+    for file in sorted(labels.glob("*.txt")) if labels else ():
+        if file.stem not in known:
+            if not skip_bad:
+                raise UserError(f"{file}: there is no image of this name in {images}; --skip-bad leaves it out")
+            skipped.setdefault("label file without an image", []).append(file.name)
     return jobs, skipped
 
 
