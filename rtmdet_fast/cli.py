@@ -195,6 +195,7 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     found: list[tuple[str, Any, Any, Any]] = []
     stems: dict[str, str] = {}
+    inputs = {path.resolve() for path in source.paths}
     video: VideoWriter | None = None
     video_path: str | None = None
     config.out.mkdir(parents=True, exist_ok=True)
@@ -220,15 +221,17 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
             images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
             for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
                 annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
+            # the frames of a video are named after it and numbered
+            target = config.out / (f"{frame.name.rsplit('_', 1)[0]}.mp4" if frame.is_video else frame.name)
+            if target.resolve() in inputs:
+                raise UserError(f"{target} is one of the files to look at: --out is for a folder of its own")
             if not frame.is_video:
-                results.save(config.out / frame.name)
+                results.save(target)
                 continue
             if video is None or frame.path != video_path:
                 if video is not None:
                     video.close()
-                # Relative to what all sources have in common, so that videos of the same name stay apart.
-                folder, name = Path(frame.name).parent, Path(frame.path).stem if frame.path else "camera"
-                video, video_path = VideoWriter(config.out / folder / f"{name}.mp4", frame.fps), frame.path
+                video, video_path = VideoWriter(target, frame.fps), frame.path
             video.write(results.plot())
     finally:
         if video is not None:

@@ -96,7 +96,9 @@ def evaluate(
     data set is one made with masks=True, and masks are compared too. The data set's classes are matched with the
     model's by name; raises UserError where they cannot be.
     """
-    size = check_image_size(image_size or model.image_size)
+    size = check_image_size(model.image_size if image_size is None else image_size)
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch size {batch_size} and {num_workers} workers: at least 1 and 0 are needed")
     if model.task == "ins" and not dataset.has_masks:
         raise UserError(f"{dataset.annotation_path} was read without its masks: make the data set with masks=True")
     category_ids = match_categories(model, dataset)

@@ -97,6 +97,8 @@ class RTMDet(nn.Module):
     ):
         super().__init__()
         image_size = default_image_size(size, task)
+        if isinstance(class_names, str):
+            raise UserError(f"class_names is {class_names!r}; a list of names is expected")
         published = DOTA_CLASSES if task == "rotated" else COCO_CLASSES
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else len(published)
@@ -141,10 +143,13 @@ class RTMDet(nn.Module):
         """
         parameter = next(self.parameters())
         images = normalize(canvases.to(parameter.device)).to(parameter.dtype)
-        training = self.training
+        training = [module for module in self.modules() if module.training]  # parts may be frozen
         self.eval()
-        output = self(images)
-        self.train(training)
+        try:
+            output = self(images)
+        finally:
+            for module in training:
+                module.training = True
         head = self.bbox_head
         found = head.detect(output, (canvases.shape[2], canvases.shape[3]), settings or head.test_settings)
         return [
@@ -212,9 +217,13 @@ class RTMDet(nn.Module):
             raise UserError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
         if patch_size and self.task == "ins":
             raise UserError(f"patch_size is {patch_size}, but masks cannot be merged over windows: leave it out")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        if max_detections is not None and max_detections < 0:
+            raise UserError(f"max_detections is {max_detections}; it must be at least 0")
         if patch_size and patch_size < 32:
             raise UserError(f"patch_size is {patch_size}; windows have 32 pixels or more, 0 is for none")
-        size = check_image_size(image_size or self.image_size)
+        size = check_image_size(self.image_size if image_size is None else image_size)
         single = not isinstance(images, (list, tuple))
         sources = [images] if single else list(images)
         results: list[Results] = []
@@ -340,16 +349,25 @@ class RTMDet(nn.Module):
         other_head = task is not None and (task == "ins") != (self.task == "ins")
         if other_head:
             state = {key: value for key, value in state.items() if not key.startswith("bbox_head.")}
+        if task == "rotated" and self.task == "det":
+            state = {key: value for key, value in state.items() if not key.startswith("bbox_head.rtm_ang.")}
         fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
         other_shape = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
         unfit = [key for key in other_shape if not key.startswith("bbox_head.rtm_cls.")]
-        unfit += [k for k in own if k.startswith("backbone.") and k not in state]
+        # files of before PyTorch 0.4 do not count batches, and nothing here asks for the count
+        given = {own[key].data_ptr() for key in fitting}  # a tensor that several names share counts by any of them
+        missing = [
+            k
+            for k in own
+            if k not in state and not k.endswith(".num_batches_tracked") and own[k].data_ptr() not in given
+        ]
+        unfit += [k for k in missing if k.startswith("backbone.")]
         unknown = [k for k in state if k not in own]
         if unfit or (unknown and not checkpoint_is_backbone(checkpoint)):
             keys = sorted(unfit or unknown)
             raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {keys[0]})")
         self.load_state_dict(fitting, strict=False)
-        fresh = sorted({".".join(k.split(".")[: 1 if other_head else 2]) for k in own if k not in fitting})
+        fresh = sorted({".".join(k.split(".")[: 1 if other_head else 2]) for k in [*missing, *other_shape]})
         if fresh:
             classes = f" for {len(self.class_names)} classes" if other_shape else ""
             warnings.warn(
@@ -381,7 +399,10 @@ def check_image_size(size: int) -> int:
 def _inspect(checkpoint: Checkpoint) -> tuple[str, str | None, int | None]:
     """Size, task and number of classes of the weights; task and classes are None for a bare backbone."""
     state = checkpoint.state_dict
-    stem = state["backbone.stem.0.conv.weight"].shape[0]
+    weight = state.get("backbone.stem.0.conv.weight")
+    if weight is None or weight.ndim != 4:
+        raise UserError(f"{checkpoint.path} holds no weights of RTMDet: backbone.stem.0.conv.weight is missing, or odd")
+    stem = weight.shape[0]
     by_stem = {int(64 * architecture().widen // 2): size for size, architecture in SIZES.items()}
     if stem not in by_stem:
         raise UserError(f"{checkpoint.path} has a stem of {stem} channels, which no RTMDet of {', '.join(SIZES)} has")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,14 @@ class Source:
             return
         # Names are relative to what the files have in common, so that a/1.jpg and b/1.jpg stay apart.
         base = os.path.commonpath([path.parent.absolute() for path in self.paths])
+        names = [os.path.relpath(path.absolute(), base) for path in self.paths]
+        # So do clip.avi and clip.mp4.
+        stems = Counter(os.path.splitext(name)[0] for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
         self.unreadable = []
         index = 0
-        for path in self.paths:
-            frames = _file_frames(path, os.path.relpath(path.absolute(), base), index)
+        for path, name in zip(self.paths, names, strict=True):
+            stem = os.path.splitext(name)[0]
+            frames = _file_frames(path, name, stem if stems[stem] < 2 else name, index)
             while True:
                 try:
                     frame = next(frames, None)
@@ -155,9 +160,9 @@ class VideoWriter:
         self.close()
 
 
-def _file_frames(path: Path, name: str, first: int) -> Iterator[Frame]:
+def _file_frames(path: Path, name: str, stem: str, first: int) -> Iterator[Frame]:
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        yield from _video_frames(str(path), os.path.splitext(name)[0], str(path), first)
+        yield from _video_frames(str(path), stem, str(path), first)
     else:
         from rtmdet_fast.data.image import read_image
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import time
 from collections.abc import Callable
@@ -35,6 +36,22 @@ from rtmdet_fast.report import ReportSample, write_report
 from rtmdet_fast.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.schedule import ModelEMA, learning_rate_factor, parameter_groups
 
+STATE = frozenset(
+    {
+        "config",
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "samplers",
+        "torch_rng",
+        "epoch",
+        "iteration",
+        "best_epoch",
+        "best_metrics",
+    }
+)
+"""What a training state holds."""
 LOG_EVERY = 10
 # What may differ between a run and its continuation.
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
@@ -129,9 +146,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config = replace(config, epochs=36 if rotated else 300)
     if config.batch_size is None:
         config = replace(config, batch_size=8 if rotated else 32)
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
+    for name, least in (
+        *((name, 1) for name in ("epochs", "batch_size", "accumulate", "val_interval")),
+        *((name, 0) for name in ("num_workers", "warmup_iterations", "seed", "weight_decay", "ema_momentum")),
+    ):
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if config.seed >= 2**32:
+        raise UserError(f"--seed is {config.seed}; it must be below {2**32}")
+    if config.ema_momentum > 1:
+        raise UserError(f"--ema-momentum is {config.ema_momentum}; it must be at most 1")
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        raise UserError(f"--lr is {config.lr}; it must be above 0")
     if config.data is not None:
         if config.train or config.train_images or config.val or config.val_images:
             raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
@@ -168,7 +195,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         amp=amp,
         stage2_epochs=stage2,
         num_workers=workers,
-        image_size=check_image_size(config.image_size or default_image_size(config.size, config.task)),
+        image_size=check_image_size(
+            default_image_size(config.size, config.task) if config.image_size is None else config.image_size
+        ),
         lr=config.lr or base_lr * math.sqrt(config.batch_size * config.accumulate / base_batch),
     )
 
@@ -453,13 +482,23 @@ def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
     if not last.exists():
         raise UserError(f"there is nothing to resume: {last} does not exist")
-    state = torch.load(last, map_location="cpu", weights_only=True).get("training")
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True).get("training")
+    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, OSError) as error:
+        raise UserError(f"{last} cannot be read: it is damaged, or of something else") from error
     if state is None:
         raise UserError(f"{last} holds weights but no training state to resume from")
+    if not state.keys() >= STATE:
+        raise UserError(f"{last}: its training state lacks {sorted(STATE - state.keys())[0]!r}")
     for key, value in asdict(config).items():
         before = state["config"].get(key)
         if key not in RESUMABLE and before != (str(value) if isinstance(value, Path) else value):
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if len(state["samplers"]) != processes:
+        raise UserError(
+            f"the run in {last.parent} had {len(state['samplers'])} processes, and now there are {processes}"
+        )
     return state
 
 

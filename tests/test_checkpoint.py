@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import subprocess
+import warnings
 import zipfile
 from pathlib import Path
 from urllib.error import URLError
@@ -12,7 +13,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from rtmdet_fast import RTMDet, UserError, checkpoint
+from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast import checkpoint as checkpoint_module
 from rtmdet_fast.checkpoint import PRETRAINED, read_checkpoint, resolve_weights, save_atomically
 
@@ -46,7 +47,7 @@ def test_saved_model_comes_back_whole(nano, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name"]
+    "layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name", "bare"]
 )
 def test_layouts_of_other_tools(nano, tmp_path, layout):
     state = nano.state_dict()
@@ -64,6 +65,10 @@ def test_layouts_of_other_tools(nano, tmp_path, layout):
             torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
         case "compiled":
             torch.save({"state_dict": {f"_orig_mod.{key}": value for key, value in state.items()}}, path)
+        case "bare":  # every tensor once, and no counts of batches
+            seen = set()
+            bare = {k: v for k, v in state.items() if not (v.data_ptr() in seen or seen.add(v.data_ptr()))}
+            torch.save({k: v for k, v in bare.items() if not k.endswith("num_batches_tracked")}, path)
         case "legacy file":
             torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
         case "old meta":
@@ -71,7 +76,9 @@ def test_layouts_of_other_tools(nano, tmp_path, layout):
             torch.save({"state_dict": state, "meta": {"CLASSES": names}}, path)
         case "one name":  # a bare string that does not fit three classes
             torch.save({"state_dict": state, "meta": {"dataset_meta": {"classes": "cell"}}}, path)
-    model = RTMDet.from_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing
+        model = RTMDet.from_pretrained(path)
     assert same_weights(nano, model)
     assert model.class_names == (names or ("class 0", "class 1", "class 2"))
 
@@ -227,7 +234,16 @@ def test_an_interrupt_right_after_saving_stays_one(tmp_path, monkeypatch):
         replace(*paths)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(checkpoint_module.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_atomically({"a": 1}, tmp_path / "w.pth")
     assert os.listdir(tmp_path) == ["w.pth"]
+
+
+def test_weights_of_rotated_boxes_start_those_of_upright_ones(tmp_path):
+    rotated = RTMDet("nano", "rotated", class_names=("a", "b"))
+    rotated.save(tmp_path / "rotated.pth")
+    model = RTMDet("nano", class_names=("a", "b"))
+    model.load_weights(read_checkpoint(tmp_path / "rotated.pth"))
+    state = rotated.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

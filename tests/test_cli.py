@@ -92,6 +92,21 @@ def test_predict_on_a_video_writes_a_video(weights, tmp_path):
     assert len(json.loads((tmp_path / "p/predictions.json").read_text())["images"]) == 5
 
 
+def test_predict_never_writes_over_what_it_looks_at(weights, shapes, tmp_path, capsys):
+    images, videos = tmp_path / "images", tmp_path / "videos"
+    shutil.copytree(shapes.val_images, images)
+    videos.mkdir()
+    writer = cv2.VideoWriter(str(videos / "a.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for value in range(3):
+        writer.write(np.full((48, 64, 3), 40 * value, np.uint8))
+    writer.release()
+    for folder in (images, videos):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert run("predict", "--weights", weights, folder, "--out", folder) == 2
+        assert "--out" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_unreadable_images_stop_or_are_skipped(weights, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "good.png"), np.zeros((40, 40, 3), np.uint8))
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 not really")
@@ -133,6 +148,15 @@ def test_info(tmp_path, capsys):
         (["predict", "--weights", "WEIGHTS", "IMAGES", "--image-size", "63"], "multiple of 32"),
         (["predict", "--weights", "WEIGHTS", "IMAGES", "--score-threshold", "7"], "score_threshold"),
         (["train", "--epochs", "1"], "--train FILE"),
+        (["train", "--lr", "0"], "--lr"),
+        (["train", "--lr", "nan"], "--lr"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--seed", str(2**33)], "--seed"),
+        (["train", "--num-workers", "-1"], "--num-workers"),
+        (["train", "--val-interval", "0"], "--val-interval"),
+        (["train", "--ema-momentum", "2"], "--ema-momentum"),
+        (["train", "--weight-decay", "nan"], "--weight-decay"),
+        (["predict", "--weights", "WEIGHTS", "IMAGES", "--image-size", "0"], "multiple of 32"),
     ],
 )
 def test_every_mistake_is_one_sentence_and_exit_code_2(arguments, word, weights, shapes, tmp_path, monkeypatch, capsys):

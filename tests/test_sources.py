@@ -71,6 +71,14 @@ def test_video_there_and_back(tmp_path, suffix):
         assert abs(frame.image.mean() - 40 * i) < 6
 
 
+def test_videos_that_differ_by_their_suffix_stay_apart(tmp_path):
+    clip(tmp_path / "a.mp4", frames=1)
+    clip(tmp_path / "a.avi", frames=1)
+    clip(tmp_path / "b.mp4", frames=1)
+    names = [frame.name for frame in iter_sources(tmp_path)]
+    assert names == ["a.avi_000000.jpg", "a.mp4_000000.jpg", "b_000000.jpg"]
+
+
 def test_folder_of_images_and_videos(tmp_path):
     clip(tmp_path / "b.mp4", frames=2)
     picture(tmp_path / "a.jpg")

@@ -267,3 +267,38 @@ def test_what_is_wrong_with_the_validation_file_is_said_at_the_start_and_what_is
     with pytest.raises(UserError, match=f"class {missing['name']!r} is not in .*val.json"):
         train(replace(config, val=val, skip_bad=True, out=tmp_path / "other"))
     assert not (tmp_path / "other" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a list", "no state", "part of a state", "two processes"])
+def test_a_damaged_run_is_not_resumed(config, damage):
+    config.out.mkdir()
+    last = config.out / "last.pth"
+    state = dict.fromkeys(train_module.STATE) | {"config": {}, "samplers": [None, None]}
+    match damage:
+        case "truncated":
+            torch.save({"training": state, "more": torch.zeros(10**4)}, last)
+            last.write_bytes(last.read_bytes()[:9000])
+        case "empty":
+            last.write_bytes(b"")
+        case "a list":
+            torch.save([1], last)
+        case "no state":
+            torch.save({"state_dict": {}}, last)
+        case "part of a state":
+            torch.save({"training": {"config": {}}}, last)
+        case "two processes":
+            torch.save({"training": state | {"config": train_module.asdict(resolve(config))}}, last)
+    with pytest.raises(UserError, match=r"last\.pth|2 processes, and now there are 1"):
+        train(replace(config, resume=True))
+
+
+def test_prediction_leaves_frozen_parts_frozen(config):
+    model = RTMDet("nano", class_names=["a"])
+    model.train()
+    model.backbone.eval()
+    image = np.zeros((40, 40, 3), np.uint8)
+    model.predict(image)
+    assert model.training and model.neck.training and not any(m.training for m in model.backbone.modules())
+    for name in ("batch_size", "max_detections"):
+        with pytest.raises(UserError, match=f"{name} is -1"):
+            model.predict(image, **{name: -1})
