@@ -58,30 +58,38 @@ def main(argv: list[str] | None = None) -> None:
         results.record["tests"] = run_tests(SHARE_OF_TESTS * args.time_limit, names)
     results.write()
     parts = [[op] for op in args.ops if op in KERNELS] + [[op for op in args.ops if op not in KERNELS]]
-    measure_parts([part for part in parts if part], path, device, start + args.time_limit)
+    measure_parts([part for part in parts if part], results, start + args.time_limit)
     if args.out is None and not args.dry_run:
         table.write(run.FOLDER)
     print(f"{time.monotonic() - start:.0f} s, {path}")
-    sys.exit(0 if sound(json.loads(path.read_text())) else 1)
+    sys.exit(0 if sound(results.record) else 1)
 
 
-def measure_parts(parts: Sequence[Sequence[str]], path: Path, device: torch.device, end: float) -> None:
+def measure_parts(parts: Sequence[Sequence[str]], results: run.Results, end: float) -> None:
     """Measures each of the lists of ops in a process, which gets up to twice its share of the time until `end`."""
     for i, ops in enumerate(parts):
         left = max(end - time.monotonic(), 1)
         limit = min(left, 2 * left / (len(parts) - i))
-        command = [sys.executable, "-m", "benches.gpu", "--part", "--out", str(path), "--time-limit", str(limit)]
-        command += ["--dry-run"] * (device.type == "cpu") + ["--ops", *ops]
+        command = [
+            sys.executable,
+            "-m",
+            "benches.gpu",
+            "--part",
+            "--out",
+            str(results.path),
+            "--time-limit",
+            str(limit),
+        ]
+        command += ["--dry-run"] * (results.device.type == "cpu") + ["--ops", *ops]
         why = LATE
         try:
             if code := subprocess.run(command, cwd=run.FOLDER.parent, timeout=limit).returncode:
                 why = f"the process that measured {', '.join(ops)} ended with exit code {code}"
         except subprocess.TimeoutExpired:
             pass
-        # only what `path` says of other ops stays in `results`, which is read anew for that reason
-        results = run.Results(device, path, (), quick=device.type == "cpu")
+        results.record = json.loads(results.path.read_text())
         known = results.record["cases"].keys() | results.record["not_measured"].keys()
-        for case in run.cases_of(ops, device):
+        for case in run.cases_of(ops, results.device):
             if results.key(case) not in known and (case.headline or not results.record["quick"]):
                 results.not_measured(case, why)
 

@@ -77,10 +77,6 @@ class _LetterboxedImages(_Images):
         return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
 
 
-def _without_none(items: list[Any]) -> list[Any]:
-    return [item for item in items if item is not None]
-
-
 def evaluate(
     model: RTMDet,
     dataset: CocoDataset,
@@ -108,13 +104,14 @@ def evaluate(
         _LetterboxedImages(dataset, size),
         batch_size,
         num_workers=num_workers,
-        collate_fn=_without_none,
+        collate_fn=list,
     )
     detections: list[dict[str, Any]] = []
     image_ids = []
     with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
         for items in loader:
-            bar.update(batch_size if bar.n + batch_size <= len(dataset) else len(dataset) - bar.n)
+            bar.update(len(items))
+            items = [item for item in items if item is not None]
             if not items:
                 continue
             canvases, scales, shapes, indices = zip(*items, strict=True)

@@ -424,7 +424,9 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
 
     monkeypatch.setattr(gpu, "measure_part", first_case_only)
     out = tmp_path / "all.json"
-    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], out, CPU, time.monotonic() + 60)
+    results = run.Results(CPU, out, (), quick=True)
+    results.write()
+    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], results, time.monotonic() + 60)
     record = load(out)
     died = "the process that measured nms ended with exit code -11"
     assert set(record["cases"]) == {"assign: one", "bn_silu: one"}

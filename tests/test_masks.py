@@ -235,10 +235,10 @@ def test_masks_without_a_pixel():
     store = MaskStore([Segmentation([ring]) for ring in rings])
     empty = store.load(0, len(rings), W, H).render(H, W, pixels=False).areas == 0
     assert 100 < empty.sum() < 2900
-    assert np.array_equal(store.without_pixels(sizes), empty)
+    assert np.array_equal(store.without_pixels(sizes, store.self_crossing()), empty)
     pairs = MaskStore([Segmentation(rings[i : i + 2]) for i in range(0, 3000, 2)] + [Segmentation([])])
     expected = [*(empty[0:3000:2] & empty[1:3000:2]), False]  # without polygons: not theirs to say
-    assert np.array_equal(pairs.without_pixels(sizes[: len(expected)]), expected)
+    assert np.array_equal(pairs.without_pixels(sizes[: len(expected)], pairs.self_crossing()), expected)
 
 
 def test_rings_that_cross_themselves():

@@ -118,7 +118,7 @@ class CocoDataset:
     @property
     def resized_count(self) -> int:
         """Images loaded so far whose size was not the annotated one."""
-        return int(self._resized.sum())
+        return int((self._real_sizes[:, 0] > 0).sum())
 
     @property
     def longest_side(self) -> int:
@@ -145,11 +145,15 @@ class CocoDataset:
         images = self._content["images"]
         if self.has_masks:
             # masks are compared in pixels of the images as they are
-            real = {self.image_ids[i]: self._loaded_sizes[i].tolist() for i in self._resized.nonzero()[:, 0].tolist()}
-            images = [{**e, **dict(zip(("width", "height"), real.get(e["id"], ()), strict=False))} for e in images]
+            real = {
+                ident: {"width": width, "height": height}
+                for ident, (width, height) in zip(self.image_ids, self._real_sizes.tolist(), strict=True)
+                if width
+            }
+            images = [{**e, **real.get(e["id"], {})} for e in images]
             for a in annotations:
                 if a["image_id"] in real and isinstance(a["segmentation"], dict):
-                    a["segmentation"] = cropped_rle(a["segmentation"], *real[a["image_id"]])
+                    a["segmentation"] = cropped_rle(a["segmentation"], **real[a["image_id"]])
         coco = COCO()
         coco.dataset = {
             "info": self._content.get("info", {}),
@@ -173,14 +177,14 @@ class CocoDataset:
         except UserError as error:
             raise UserError(f"{error} (listed in {self.annotation_path})") from None
         h, w = image.shape[:2]
-        if width and (w, h) != (width, height) and not self._resized.any():
-            warnings.warn(
-                f"{path} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; the real size is used, "
-                "here and for any other image like it",
-                stacklevel=2,
-            )
-        self._resized[index] = bool(width) and (w, h) != (width, height)
-        self._loaded_sizes[index] = torch.tensor([w, h])
+        if width and (w, h) != (width, height):
+            if not self._real_sizes.any():
+                warnings.warn(
+                    f"{path} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; the real size is "
+                    "used, here and for any other image like it",
+                    stacklevel=2,
+                )
+            self._real_sizes[index] = torch.tensor([w, h])
         start, stop = self._starts[index : index + 2]
         boxes, kept = self._within(self._boxes[start:stop], w, h)
         masks = None if self._masks is None else self._masks.load(start, stop, w, h).take(kept)
@@ -309,7 +313,10 @@ class CocoDataset:
             kept.append(a)
             segmentations.append(segmentation)
         sizes = np.array([_size(images[a["image_id"]]) for a in kept]).reshape(-1, 2)
-        empty = MaskStore(segmentations).without_pixels(sizes).tolist()
+        store = MaskStore(segmentations)
+        crossing = store.self_crossing()
+        empty = store.without_pixels(sizes, crossing).tolist()
+        segmentations = [s._replace(crossing=c) for s, c in zip(segmentations, crossing.tolist(), strict=True)]
         for a, none in zip(kept, empty, strict=True):
             if none:
                 how = "" if self.training else " (kept: COCO counts it as missed)"
@@ -368,13 +375,13 @@ class CocoDataset:
         self._masks = None
         if segmentations is not None:
             self._masks = MaskStore([segmentations[i] for _, _, i in flat])
-            for k in self._masks.self_crossing().nonzero()[0].tolist():
-                what = f"annotation {annotations[flat[k][2]].get('id')}"
+            for i in (i for _, _, i in flat if segmentations[i].crossing):
+                what = f"annotation {annotations[i].get('id')}"
                 self._skip(what, "polygon that crosses itself (kept, filled by the even-odd rule)")
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
-        self._resized = torch.zeros(len(images), dtype=torch.bool).share_memory_()
-        self._loaded_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
+        # (width, height) of images loaded so far that have another than the annotated one
+        self._real_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
 
     def _trainable(
         self, images: dict[int, dict[str, Any]], boxes: dict[int, list[Any]], sizes: dict[int, Any], min_size: int

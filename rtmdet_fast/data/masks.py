@@ -175,6 +175,7 @@ class Segmentation(NamedTuple):
     rings: list[np.ndarray]
     runs: np.ndarray | None = None
     height: int = 0
+    crossing: bool = False  # see MaskStore.self_crossing
 
     def is_empty(self) -> bool:
         return not self.rings and (self.runs is None or not self.runs[1::2].any())
@@ -275,8 +276,11 @@ class MaskStore:
         windows = np.tile(np.array([0, 0, width, height], np.int32), (stop - start, 1))
         return Outlines(np.concatenate(edges), np.concatenate(parts), np.array(owners, np.int32), windows)
 
-    def without_pixels(self, sizes: np.ndarray) -> np.ndarray:
-        """[annotations] bool: those whose polygons hold no pixel's centre, in images of sizes [annotations, 2]."""
+    def without_pixels(self, sizes: np.ndarray, crossing: np.ndarray) -> np.ndarray:
+        """[annotations] bool: those whose polygons hold no pixel's centre, in images of sizes [annotations, 2].
+
+        crossing: what `self_crossing` tells, whose areas say nothing.
+        """
         owner = np.repeat(np.arange(len(sizes)), np.diff(self._rings_of))
         starts = self._ring_starts[:-1]
         if not len(starts):
@@ -290,7 +294,7 @@ class MaskStore:
         sure = (area > 0.75 * length) & (least >= 0).all(1) & (greatest <= sizes[owner]).all(1)
         doubtful = np.bincount(owner, minlength=len(sizes)) > 0
         doubtful[owner[sure]] = False
-        doubtful |= self.self_crossing()
+        doubtful |= crossing
         empty = np.zeros(len(sizes), bool)
         for i in doubtful.nonzero()[0].tolist():
             width, height = sizes[i].tolist()
