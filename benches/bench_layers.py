@@ -14,7 +14,7 @@ from benches.harness import Case, Contender, relative_error
 from benches.models import plain
 from rtmdet_fast import accelerate
 from rtmdet_fast.kernels import _dispatch
-from rtmdet_fast.layers import CSPLayer, DepthwiseSeparableConv, SPPBottleneck
+from rtmdet_fast.models.rtmdet.layers import CSPLayer, DepthwiseSeparableConv, SPPBottleneck
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 NORM, ACT = dict(type="BN"), dict(type="SiLU", inplace=True)

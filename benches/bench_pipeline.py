@@ -41,9 +41,10 @@ def _case(size: str) -> Case:
 
 def ours(size: str, seed: int = 0) -> Callable[[], Any]:
     paths = drawn(200, 512)
-    from rtmdet_fast.data.augment import Augmenter, collate, recipe_for
+    from rtmdet_fast.data.augment import Augmenter, collate
     from rtmdet_fast.data.coco import CocoDataset
     from rtmdet_fast.data.plan import PlanSampler
+    from rtmdet_fast.data.recipes import recipe_for
 
     data, recipe = CocoDataset(paths.train_ann, paths.train_images, training=True), recipe_for(size, SIDE)
     sampler, augmenter = PlanSampler(len(data), IMAGES, recipe, seed, 0), Augmenter(data, recipe)

@@ -12,7 +12,13 @@ from torch import Tensor
 from benches.bench_nms import eager as eager_nms
 from benches.harness import Case, Contender, few_differ
 from benches.models import mmdet_model, objects, plain
-from rtmdet_fast.heads import DetectionHead, HeadOutput, distances_to_boxes, flatten_levels, grid_priors
+from rtmdet_fast.models.rtmdet.detection_head import (
+    DetectionHead,
+    HeadOutput,
+    distances_to_boxes,
+    flatten_levels,
+    grid_priors,
+)
 
 CLASSES, SIDE = 80, 640
 SETTINGS = DetectionHead.test_settings

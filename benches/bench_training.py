@@ -28,9 +28,9 @@ from benches.models import (
     resized,
 )
 from rtmdet_fast import accelerate
-from rtmdet_fast.heads import Targets
-from rtmdet_fast.preprocess import normalize
-from rtmdet_fast.schedule import ModelEMA, parameter_groups
+from rtmdet_fast.inference.preprocess import normalize
+from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.training.schedule import ModelEMA, parameter_groups
 
 CLASSES, DRAWN_CLASSES = 80, 5
 # Of the losses, and of all gradients together: rounding may turn a match. Through some sixty layers of random weights
@@ -277,9 +277,10 @@ def compare(result: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Any], 
 
 def our_batches(size: str, batch: int, side: int) -> Iterator[tuple[Tensor, ...]]:
     paths = drawn(200, side)
-    from rtmdet_fast.data.augment import Augmenter, collate, recipe_for
+    from rtmdet_fast.data.augment import Augmenter, collate
     from rtmdet_fast.data.coco import CocoDataset
     from rtmdet_fast.data.plan import PlanSampler
+    from rtmdet_fast.data.recipes import recipe_for
 
     data, recipe = CocoDataset(paths.train_ann, paths.train_images, training=True), recipe_for(size, side)
     sampler = PlanSampler(len(data), batch, recipe, 0, 0)

@@ -112,7 +112,7 @@ def run_tests(seconds: float, names: tuple[str, ...]) -> dict[str, Any]:
     codes: dict[str, int | None] = {}
     tail = []
     for i, name in enumerate(names):
-        command = [sys.executable, "-u", "-m", "pytest", f"tests/test_{name}.py", "-v", "--tb=short"]
+        command = [sys.executable, "-u", "-m", "pytest", f"tests/kernels/test_{name}.py", "-v", "--tb=short"]
         # what only compiles is the same on every machine, and would take most of the time
         command += ["-p", "no:cacheprovider", "-k", "not (lowering or traces or exports)"]
         left = max(seconds - (time.monotonic() - start), 1)

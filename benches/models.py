@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from benches import bench_assign
 from benches.harness import Absent
-from rtmdet_fast import RTMDet, heads
+from rtmdet_fast import RTMDet
 from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtmdet import detection_head
 
 LEARNING_RATE, WEIGHT_DECAY, EMA_MOMENTUM = 1e-4, 0.05, 2e-4
 
@@ -98,14 +100,14 @@ def plain(function: Callable[..., Any], *, per_image: bool = False) -> Callable[
         return gt, iou, labels
 
     def run(*inputs: Any) -> Any:
-        backend, assigner = _dispatch.BACKEND, heads.dynamic_soft_label_assign
+        backend, assigner = _dispatch.BACKEND, detection_head.dynamic_soft_label_assign
         _dispatch.BACKEND = "torch"
         if per_image:
-            heads.dynamic_soft_label_assign = assign
+            detection_head.dynamic_soft_label_assign = assign
         try:
             return function(*inputs)
         finally:
-            _dispatch.BACKEND, heads.dynamic_soft_label_assign = backend, assigner
+            _dispatch.BACKEND, detection_head.dynamic_soft_label_assign = backend, assigner
 
     return run
 
@@ -119,14 +121,14 @@ def pictures(batch: int, side: int, device: torch.device, seed: int) -> Tensor:
     return (255 * smooth + 10 * noise).clamp(0, 255).byte()
 
 
-def objects(batch: int, count: int, classes: int, side: int, device: torch.device, seed: int) -> heads.Targets:
+def objects(batch: int, count: int, classes: int, side: int, device: torch.device, seed: int) -> Targets:
     """Boxes of 8 to half of `side` pixels, at random places."""
     g = torch.Generator(device).manual_seed(seed)
     rand = partial(torch.rand, generator=g, device=device)
     center, half = rand(batch, count, 2) * side, 4 * (side / 16) ** rand(batch, count, 2)
     boxes = torch.cat([center - half, center + half], -1).clamp(0, side)
     labels = torch.randint(classes, (batch, count), generator=g, device=device)
-    return heads.Targets(boxes, labels, torch.full((batch,), count, device=device))
+    return Targets(boxes, labels, torch.full((batch,), count, device=device))
 
 
 def gradients(model: nn.Module) -> Tensor:

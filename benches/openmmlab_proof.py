@@ -282,7 +282,7 @@ def _crowded(args: argparse.Namespace, out: Path) -> dict:
 def _checkpoint(args: argparse.Namespace, out: Path) -> dict:
     from rtmdet_fast import RTMDet
     from rtmdet_fast.data.coco import CocoDataset
-    from rtmdet_fast.evaluate import evaluate
+    from rtmdet_fast.evaluation.evaluate import evaluate
 
     data = args.data / "bccd"
     theirs = evaluate_with_mmdet(args.weights, data, out)

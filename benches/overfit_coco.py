@@ -17,8 +17,10 @@ import numpy as np
 
 from rtmdet_fast import RTMDet
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.train import TrainConfig, train
-from rtmdet_fast.visualize import draw_detections, write_image
+from rtmdet_fast.images import write_image
+from rtmdet_fast.inference.drawing import draw_detections
+from rtmdet_fast.training.config import TrainConfig
+from rtmdet_fast.training.train import train
 
 IMAGES = 16
 LEAST_OBJECT = 12  # pixels, at the network's size

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from rtmdet_fast.layers import ConvModule, fused_bn_silu
+from rtmdet_fast.models.rtmdet.layers import ConvModule, fused_bn_silu
 
 DEPTHWISE = "depth-wise convolution + BatchNorm + SiLU"
 EPILOGUE = "BatchNorm + SiLU"

@@ -86,7 +86,7 @@ def check_same(found: nn.Module, original: nn.Module, x: torch.Tensor, steps: in
 @pytest.fixture
 def fused_calls(monkeypatch):
     """Names of the fused ops in the order in which they are called."""
-    import rtmdet_fast.layers
+    import rtmdet_fast.models.rtmdet.layers
 
     calls: list[str] = []
 

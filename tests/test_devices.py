@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rtmdet_fast.devices import pick_device
 from rtmdet_fast.kernels import assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
 from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, wrap_triton
-from rtmdet_fast.train import pick_device
 
 
 def twice(x: Tensor, times: int) -> Tensor:

@@ -10,7 +10,7 @@ for name in ("cv2", "pycocotools", "matplotlib", "PIL", "tyro", "tqdm", "tensorb
 import torch
 import rtmdet_fast.ops
 from rtmdet_fast import RTMDet
-from rtmdet_fast.heads import Targets
+from rtmdet_fast.models.rtmdet.detection_head import Targets
 model = RTMDet("nano", num_classes=2)
 targets = Targets(torch.tensor([[[4.0, 4, 30, 40]]]), torch.tensor([[1]]), torch.tensor([1]))
 losses = model(torch.randn(1, 3, 64, 64), targets)

@@ -20,55 +20,10 @@ from torch.utils.data import Dataset
 from rtmdet_fast.data.coco import Sample
 from rtmdet_fast.data.masks import Outlines, concatenate
 from rtmdet_fast.data.plan import SamplePlan
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.data.recipes import AugmentRecipe
 
 MAX_DRAWS = 50  # of another image when a crop holds no box
 MAX_PARTNER_DRAWS = 15  # of another mixup partner when one holds no box, as in the reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentRecipe:
-    """The training augmentation; the defaults are those of m, l and x."""
-
-    image_size: int
-    """Side of the square output in pixels; the mosaic canvas has twice that."""
-    resize_range: tuple[float, float] = (0.1, 2.0)
-    """Uniform scale, relative to the mosaic canvas in stage 1 and to `image_size` in stage 2."""
-    mosaic_cache: int = 40
-    """Images a loader worker draws mosaic tiles from."""
-    mixup_cache: int = 20
-    """Augmented images a loader worker draws mixup partners from."""
-    random_pop: bool = True
-    """A full cache loses a random element, else its oldest."""
-    mixup_prob: float = 1.0
-    mosaic_center_range: tuple[float, float] = (0.5, 1.5)
-    """Where the four tiles meet, in units of `image_size`."""
-    hsv_gains: tuple[int, int, int] = (5, 30, 30)
-    """Greatest shift of hue (of 180), saturation and value (of 255)."""
-    flip_prob: float = 0.5
-    pad_value: int = 114
-    negative_crops: bool = False
-    """Keep a crop without any object, which is otherwise drawn again from another image."""
-
-
-def recipe_for(size: str, image_size: int, *, masks: bool = False) -> AugmentRecipe:
-    """The published recipe of a model size ("nano", "tiny", "s", "m", "l", "x") at `image_size` pixels."""
-    if image_size < 32:
-        raise UserError(f"image size {image_size} is below 32 pixels, the stride of the coarsest level")
-    if size in ("nano", "tiny"):
-        return AugmentRecipe(
-            image_size=image_size,
-            resize_range=(0.5, 2.0),
-            mosaic_cache=20,
-            mixup_cache=10,
-            random_pop=False,
-            mixup_prob=0.5,
-        )
-    if size == "s":
-        return AugmentRecipe(image_size=image_size, resize_range=(0.5, 2.0), negative_crops=masks)
-    if size in ("m", "l", "x"):
-        return AugmentRecipe(image_size=image_size, negative_crops=masks)
-    raise UserError(f"no such model size: {size!r}; choose nano, tiny, s, m, l or x")
 
 
 @dataclass(slots=True)

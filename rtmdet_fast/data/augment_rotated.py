@@ -7,8 +7,6 @@ resized, flipped and rotated by one interpolation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -18,33 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rtmdet_fast.data.plan import SamplePlan
-from rtmdet_fast.data.rotated import regularize
-
-# Round from above, so that their boxes are upright by convention: the published recipe keeps them so.
-UPRIGHT_CLASSES = ("storage-tank", "roundabout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotatedRecipe:
-    """The training augmentation for rotated boxes; the defaults are the published ones."""
-
-    image_size: int
-    """Side of the square output in pixels, which the image is resized to fit."""
-    flip_prob: float = 0.75
-    """Of a flip: left to right, upside down or both, equally likely."""
-    rotate_prob: float = 0.5
-    """Of a rotation about the centre of the image, by any angle."""
-    upright_labels: tuple[int, ...] = ()
-    """An image with one of these is rotated by 90, 180 or 270 degrees only (180 as often as the other two together)."""
-    border_value: int = 0
-    """Grey level of the corners that a rotation lays open; beyond the image it is `pad_value`."""
-    pad_value: int = 114
-
-
-def rotated_recipe(image_size: int, class_names: Sequence[str]) -> RotatedRecipe:
-    """The published recipe at `image_size` pixels; its upright classes are found by their names in DOTA."""
-    upright = tuple(i for i, name in enumerate(class_names) if name in UPRIGHT_CLASSES)
-    return RotatedRecipe(image_size=image_size, upright_labels=upright)
+from rtmdet_fast.data.recipes import RotatedRecipe
+from rtmdet_fast.geometry.rotated import regularize
 
 
 class RotatedAugmenter(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -16,10 +16,10 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from rtmdet_fast.data.image import read_image
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.masks import cropped_rle
+from rtmdet_fast.geometry.masks import cropped_rle
+from rtmdet_fast.images import read_image
 
 
 @dataclass(slots=True)

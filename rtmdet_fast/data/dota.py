@@ -10,28 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rtmdet_fast.class_names import DOTA_CLASSES
 from rtmdet_fast.data.coco import CocoDataset, is_numbers, read_json
-from rtmdet_fast.data.image import IMAGE_SUFFIXES, read_size
-from rtmdet_fast.data.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
+from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
 
-DOTA_CLASSES = (  # version 1.0, in the official order
-    "plane",
-    "baseball-diamond",
-    "bridge",
-    "ground-track-field",
-    "small-vehicle",
-    "large-vehicle",
-    "ship",
-    "tennis-court",
-    "basketball-court",
-    "storage-tank",
-    "soccer-ball-field",
-    "roundabout",
-    "harbor",
-    "swimming-pool",
-    "helicopter",
-)
 FARTHEST = 1e7  # pixels: float32 still tells neighbours apart there
 
 Report = Callable[[str, str, object], None]  # what, the reason it is bad, detail

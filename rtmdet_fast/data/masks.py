@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rtmdet_fast.masks import Region
+from rtmdet_fast.geometry.masks import Region
 
 MASK_STRIDE = 4
 """The loss compares masks at the pixels [2::4, 2::4]."""

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from rtmdet_fast.data.augment import AugmentRecipe
+    from rtmdet_fast.data.recipes import AugmentRecipe
 
 
 @dataclass(frozen=True, slots=True)

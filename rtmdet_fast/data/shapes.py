@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.masks import Region, outline
+from rtmdet_fast.geometry.masks import Region, outline
 
 CLASSES = ("circle", "rectangle", "triangle", "star", "ellipse")
 

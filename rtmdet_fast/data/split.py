@@ -18,11 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from rtmdet_fast.data.dota import Label, find_images, read_labels
-from rtmdet_fast.data.image import read_image, read_size
-from rtmdet_fast.data.rotated import boxes_to_quads, edges_cross, quads_to_boxes
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.tiling import crop, windows
-from rtmdet_fast.visualize import write_image
+from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, quads_to_boxes
+from rtmdet_fast.geometry.windows import crop, windows
+from rtmdet_fast.images import read_image, read_size, write_image
 
 MARKER = "split.json"
 # A patch has to hold at least this share of image, where any does; a small image at a small scale adds nothing else.

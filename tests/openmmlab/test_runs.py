@@ -39,7 +39,7 @@ def test_a_reference_checkpoint_in_mmdet_and_here(bccd, shared, tmp_path):
     """On 16 images, to save time: the whole validation set is `python -m benches.openmmlab_proof checkpoint`."""
     from rtmdet_fast import RTMDet
     from rtmdet_fast.data.coco import CocoDataset
-    from rtmdet_fast.evaluate import evaluate
+    from rtmdet_fast.evaluation.evaluate import evaluate
 
     weights = shared / "reference/mmdet_checkpoint_bccd_rtmdet_tiny.pth"
     truth = json.loads((bccd / "val.json").read_text())

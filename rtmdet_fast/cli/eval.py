@@ -1,0 +1,85 @@
+"""rtmdet-fast eval."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtmdet_fast.cli.output import print_skipped, write_json
+from rtmdet_fast.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate weights on a COCO-format (rotated: or DOTA) data set with the published test settings."""
+
+    weights: str
+    """Weights file, or a published name such as rtmdet-tiny."""
+    data: Path | None = None
+    """Folder laid out like COCO (rotated: or DOTA), in place of --ann and --images."""
+    ann: Path | None = None
+    """Annotation file (COCO JSON; rotated: or a folder of DOTA text files)."""
+    images: Path | None = None
+    """Folder of the images."""
+    image_size: int | None = None
+    """Side of the network input in pixels; the model's own where not given."""
+    batch_size: int = 8
+    """Images per step."""
+    num_workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    skip_bad: bool = False
+    """Go on over unreadable images and invalid annotations, and count them."""
+    detections: Path | None = None
+    """Write the detections in COCO results form to this file."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+def run_eval(config: EvalConfig) -> dict[str, Any]:
+    from rtmdet_fast.data.tasks import find_task_split, open_dataset
+    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.evaluation.evaluate import evaluate
+    from rtmdet_fast.models.rtmdet.model import RTMDet
+
+    annotations, images = config.ann, config.images
+    if config.data is not None:
+        if annotations or images:
+            raise UserError("--data stands in place of --ann and --images")
+    elif annotations is None or images is None:
+        raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
+    model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    if config.data is not None:
+        annotations, images = find_task_split(model.task, config.data, "val")
+    assert annotations and images
+    # text files hold no list of classes: a part of a data set may lack some
+    names = model.class_names if model.task == "rotated" else None
+    dataset = open_dataset(model.task, annotations, images, skip_bad=config.skip_bad, class_names=names)
+    started = time.perf_counter()
+    evaluation = evaluate(
+        model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
+    )
+    seconds = time.perf_counter() - started
+    for name, value in evaluation.metrics.items():
+        print(f"{name:10} {value:6.3f}")
+    width = max(len(name) for name in evaluation.per_class)
+    columns = next(iter(evaluation.per_class.values()))
+    print(f"\n{'class':{width}} " + " ".join(f"{column:>9}" for column in columns))
+    for name, figures in evaluation.per_class.items():
+        print(f"{name:{width}} " + " ".join(f"{value:9.3f}" for value in figures.values()))
+    print()
+    print_skipped({reason: len(what) for reason, what in dataset.skipped.items()})
+    unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""
+    print(f"{len(dataset)} images in {seconds:.1f} s{unreadable}")
+    if config.detections is not None:
+        write_json(config.detections, evaluation.detections)
+    return {
+        **evaluation.metrics,
+        "per_class": evaluation.per_class,
+        "images": len(dataset),
+        "skipped": evaluation.skipped,
+        "seconds": seconds,
+    }

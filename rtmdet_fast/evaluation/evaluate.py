@@ -1,0 +1,164 @@
+"""Evaluation of a model on a data set with the published test settings: COCO's, by pycocotools, or DOTA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.dota import DotaDataset
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation.coco import Evaluation, score_detections
+from rtmdet_fast.evaluation.dota import rotated_map
+from rtmdet_fast.inference.preprocess import letterbox
+from rtmdet_fast.inference.results import Results
+from rtmdet_fast.models.rtmdet.model import RTMDet, check_image_size
+
+
+class _Images(Dataset):
+    """Images of a data set: [H, W, 3] uint8 BGR and their index; None for one that is left out."""
+
+    def __init__(self, dataset: CocoDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int] | None:
+        try:
+            return self.dataset.load(index).image, index
+        except UserError:
+            if not self.dataset.skip_bad:
+                raise
+            return None
+
+
+class _LetterboxedImages(_Images):
+    """Network inputs of a data set: canvas [3, S, S] uint8, scale (x, y), (height, width), index."""
+
+    def __init__(self, dataset: CocoDataset, image_size: int):
+        super().__init__(dataset)
+        self.image_size = image_size
+
+    def __getitem__(  # type: ignore[override]
+        self, index: int
+    ) -> tuple[Tensor, tuple[float, float], tuple[int, int], int] | None:
+        loaded = super().__getitem__(index)
+        if loaded is None:
+            return None
+        image, _ = loaded
+        canvas, scale = letterbox(image, self.image_size)
+        return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
+
+
+def evaluate(
+    model: RTMDet,
+    dataset: CocoDataset,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Detect on every image of `dataset` with the task's published test settings, and compare with its ground truth.
+
+    Images larger than the `patch_size` of a model of rotated boxes are cut into windows. For a model with masks the
+    data set is one made with masks=True, and masks are compared too. The data set's classes are matched with the
+    model's by name; raises UserError where they cannot be.
+    """
+    size = check_image_size(model.image_size if image_size is None else image_size)
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch size {batch_size} and {num_workers} workers: at least 1 and 0 are needed")
+    if model.task == "ins" and not dataset.has_masks:
+        raise UserError(f"{dataset.annotation_path} was read without its masks: make the data set with masks=True")
+    category_ids = match_categories(model, dataset)
+    if isinstance(dataset, DotaDataset):
+        return _evaluate_rotated(model, dataset, category_ids, size, batch_size, num_workers, progress)
+    loader: DataLoader = DataLoader(
+        _LetterboxedImages(dataset, size),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    detections: list[dict[str, Any]] = []
+    image_ids = []
+    with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
+        for items in loader:
+            bar.update(len(items))
+            items = [item for item in items if item is not None]
+            if not items:
+                continue
+            canvases, scales, shapes, indices = zip(*items, strict=True)
+            for index, found in zip(indices, model.detect(torch.stack(canvases), scales, shapes), strict=True):
+                image_ids.append(dataset.image_ids[index])
+                results = Results(
+                    None,
+                    found.boxes.float().cpu(),
+                    found.scores.float().cpu(),
+                    found.labels.cpu(),
+                    model.class_names,
+                    predicted_masks=found.masks,
+                )
+                detections += results.to_coco(image_ids[-1], category_ids)
+    skipped = len(dataset) - len(image_ids)
+    evaluation = score_detections(dataset, detections, image_ids, skipped)
+    if model.task != "ins":
+        return evaluation
+    # without `bbox` pycocotools takes the areas of the masks
+    masks = [{key: value for key, value in d.items() if key != "bbox"} for d in detections]
+    of_masks = score_detections(dataset, masks, image_ids, skipped, iou_type="segm")
+    for name, figures in of_masks.per_class.items():
+        evaluation.per_class[name].update((f"segm_{key}", value) for key, value in figures.items())
+    evaluation.metrics.update((f"segm_{key}", value) for key, value in of_masks.metrics.items())
+    return evaluation
+
+
+def _evaluate_rotated(
+    model: RTMDet,
+    dataset: DotaDataset,
+    category_ids: list[int],
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    progress: bool,
+) -> Evaluation:
+    loader: DataLoader = DataLoader(_Images(dataset), batch_size, num_workers=num_workers, collate_fn=list)
+    label_of = np.array([dataset.category_ids.index(category) for category in category_ids])
+    truth, found, entries = [], [], []
+    with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
+        for items in loader:
+            bar.update(len(items))
+            items = [item for item in items if item is not None]
+            images = [image for image, _ in items]
+            all_found = model.detect_images(images, image_size, batch_size=batch_size)
+            for (_, index), detections in zip(items, all_found, strict=True):
+                boxes, scores, labels = (field.cpu() for field in detections[:3])
+                truth.append(dataset.ground_truth(index))
+                found.append((boxes.numpy(), scores.numpy(), label_of[labels.numpy()]))
+                results = Results(None, boxes, scores, labels, model.class_names)
+                entries += results.to_coco(dataset.image_ids[index], category_ids)
+    figures = rotated_map(truth, found, dataset.class_names)
+    metrics = {key.removeprefix("m"): value for key, value in figures.metrics.items()}
+    return Evaluation(metrics, figures.per_class, figures.pr_curves, entries, len(dataset) - len(truth))
+
+
+def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
+    """The data set's category id of each class of the model; UserError where it lacks a class, or all images."""
+    if not len(dataset):
+        raise UserError(f"{dataset.annotation_path}: has no image to evaluate on")
+    by_name = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if all(name in by_name for name in model.class_names):
+        return [by_name[name] for name in model.class_names]
+    # Names may differ ("class 0", another language) where the classes are the same ones in the same order.
+    if len(model.class_names) == len(dataset.class_names) and not set(by_name) & set(model.class_names):
+        return list(dataset.category_ids)
+    missing = next(name for name in model.class_names if name not in by_name)
+    raise UserError(
+        f"the model's class {missing!r} is not in {dataset.annotation_path}, whose classes are "
+        f"{', '.join(dataset.class_names[:8])}{', …' if len(dataset.class_names) > 8 else ''}"
+    )

@@ -1,0 +1,1 @@
+"""Rotated boxes, masks as pixels and windows over images: NumPy, without models or files."""

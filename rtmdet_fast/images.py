@@ -1,0 +1,126 @@
+"""Images of every kind that a file or a caller may hold, as [H, W, 3] uint8 BGR."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtmdet_fast.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and height
+
+
+def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes an image file to [H, W, 3] uint8 BGR.
+
+    Grey becomes three equal channels, 16 bits lose the lower 8, transparency is dropped. The EXIF orientation is
+    applied, unless `expected_size` (width, height), which an annotation was made for, is that of the pixels as stored.
+    Raises UserError where the file is missing, empty, truncated or not an image.
+    """
+    import cv2
+
+    try:
+        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this image: {error.strerror}") from None
+    if not len(data):
+        raise UserError(f"{path}: this image file is empty")
+    # From memory OpenCV refuses truncated data; its imread would fill the missing part with grey.
+    image = _decode(data, cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"{path}: cannot decode this image: it is truncated, damaged or not an image")
+    if image.shape[:2] == expected_size:  # height and width exchanged
+        stored = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if stored is not None and stored.shape[1::-1] == expected_size:
+            return stored
+    return image
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image as its header tells it, or (0, 0) where it does not."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # aerial images are large, and nothing is decoded here
+            with Image.open(path) as file:
+                width, height = file.size
+                # a PNG would be decoded to look for it
+                turned = file.format in ("JPEG", "MPO", "TIFF") and file.getexif().get(ORIENTATION, 1) >= 5
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0
+    return (height, width) if turned else (width, height)
+
+
+def as_bgr(image: Any) -> np.ndarray:
+    """[H, W, 3] uint8 BGR from an array or a PIL image.
+
+    Arrays are [H, W] grey, [H, W, 1] grey, [H, W, 3] BGR or [H, W, 4] BGRA, of uint8 or uint16 (the upper 8 bits are
+    kept). PIL images may have any mode but "F"; their EXIF orientation is applied. UserError for anything else.
+    """
+    if hasattr(image, "convert") and hasattr(image, "mode"):  # PIL, which is not a dependency
+        return _from_pil(image)
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"an image is an array or a PIL image, not {type(image).__name__}")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"an image array has dtype uint8 or uint16, not {image.dtype}; scale it to 0..255 first")
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))) or image.size == 0:
+        raise UserError(f"an image array has shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], not {list(image.shape)}")
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    if image.ndim == 2 or image.shape[2] == 1:
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return np.ascontiguousarray(image[:, :, :3])
+
+
+def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
+    import cv2
+
+    try:
+        return cv2.imdecode(data, flags)
+    except cv2.error:  # for instance more pixels than OpenCV is willing to hold
+        return None
+
+
+def _from_pil(image: Any) -> np.ndarray:
+    if image.mode == "F":
+        raise UserError('a PIL image of mode "F" has no fixed range; scale it to 0..255 first')
+    if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
+        pixels = np.asarray(image)
+        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+            raise UserError(f'a PIL image of mode "{image.mode}" must keep to 0..65535')
+        bgr = as_bgr(pixels.astype(np.uint16))
+    else:
+        bgr = as_bgr(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    orientation = image.getexif().get(ORIENTATION, 1) if hasattr(image, "getexif") else 1
+    if orientation in (5, 6, 7, 8):
+        bgr = bgr.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        bgr = bgr[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        bgr = bgr[::-1]
+    return np.ascontiguousarray(bgr)
+
+
+def write_image(path: str | Path, image: np.ndarray) -> Path:
+    """Writes a [H, W, 3] uint8 BGR picture in the format of the suffix, making its folder.
+
+    Raises UserError where OpenCV has no encoder for the suffix or the file cannot be written.
+    """
+    import cv2
+
+    path = Path(path)
+    known = path.suffix and cv2.haveImageWriter(path.name)
+    done, encoded = cv2.imencode(path.suffix, image) if known else (False, np.empty(0))
+    if not done:
+        raise UserError(f"cannot write an image to {path}: use a name that ends in .jpg or .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path

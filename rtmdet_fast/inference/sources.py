@@ -1,0 +1,218 @@
+"""Where `predict` reads from: a file, folder, glob pattern, video, camera or stream; and a video writer."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.images import IMAGE_SUFFIXES
+
+# What a drawn, coloured picture can be written as.
+WRITABLE_SUFFIXES = IMAGE_SUFFIXES - {".pgm"}
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+
+# Cameras and some containers tell no frame rate, and the writer needs one.
+DEFAULT_FPS = 25.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Frame:
+    """One picture of a source.
+
+    name: a relative file name, unique in its source, to write the answer under
+    image: [H, W, 3] uint8 BGR
+    path: the image or video file, None for a camera; index: runs from 0 over the whole source
+    is_video: True for frames of videos and cameras; fps: of the video, 0.0 for images
+    """
+
+    name: str
+    image: np.ndarray
+    path: str | None
+    index: int
+    is_video: bool
+    fps: float = 0.0
+
+
+class Source:
+    """Iterates over the frames of files, or of one camera; `iter_sources` makes it.
+
+    total: the number of frames as the files tell it (a video's header may be wrong), None where unknown
+    skipped: entries of the folder, or matches of the pattern, that are neither image nor video
+    unreadable: files that the last iteration passed over with `skip_bad`
+    """
+
+    def __init__(
+        self, paths: list[Path], *, skipped: int = 0, camera: str | None = None, skip_bad: bool = False
+    ) -> None:
+        self.paths = paths
+        self.skipped = skipped
+        self.camera = camera
+        self.skip_bad = skip_bad
+        self.unreadable: list[str] = []
+        self.total = None if camera is not None else _count_frames(paths)
+
+    def __iter__(self) -> Iterator[Frame]:
+        if self.camera is not None:
+            yield from _video_frames(self.camera, "camera", None, 0)
+            return
+        # Names are relative to what the files have in common, so that a/1.jpg and b/1.jpg stay apart.
+        base = os.path.commonpath([path.parent.absolute() for path in self.paths])
+        names = [os.path.relpath(path.absolute(), base) for path in self.paths]
+        # So do clip.avi and clip.mp4.
+        stems = Counter(os.path.splitext(name)[0] for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+        self.unreadable = []
+        index = 0
+        for path, name in zip(self.paths, names, strict=True):
+            stem = os.path.splitext(name)[0]
+            frames = _file_frames(path, name, stem if stems[stem] < 2 else name, index)
+            while True:
+                try:
+                    frame = next(frames, None)
+                except UserError as error:
+                    if not self.skip_bad:
+                        raise
+                    log.warning("%s", error)
+                    self.unreadable.append(str(path))
+                    break
+                if frame is None:
+                    break
+                yield frame
+                index += 1
+
+
+def iter_sources(source: str | Path, *, skip_bad: bool = False) -> Source:
+    """The frames of `source`: an image, a video, a folder (without its sub-folders), a glob pattern such as
+    "photos/**/*.jpg", a camera's number ("0") or the address of a stream ("rtsp://...").
+
+    Raises UserError at once where there is nothing to read, and in the iteration, naming the file, where one
+    cannot be decoded; with `skip_bad` the iteration goes on and counts it as `unreadable`.
+    """
+    text = str(source)
+    if "://" in text or (text.isdecimal() and not Path(text).exists()):
+        return Source([], camera=text)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return Source([path], skip_bad=skip_bad)
+    if path.is_dir():
+        found = sorted(path.iterdir())
+    elif glob.has_magic(text):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(f"no file matches {text}")
+    else:
+        raise UserError(f"{text} does not exist: give an image, folder, glob pattern, video or camera number")
+    wanted = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and p.is_file()]
+    if not wanted:
+        raise UserError(f"{text} holds no image or video ({len(found)} other entries)")
+    skipped = len(found) - len(wanted)
+    if skipped:
+        log.warning("%s: %d of %d entries are neither image nor video and are skipped", text, skipped, len(found))
+    return Source(wanted, skipped=skipped, skip_bad=skip_bad)
+
+
+class VideoWriter:
+    """`with VideoWriter("out.mp4", fps) as video: video.write(image)`; the first image sets the size.
+
+    Raises UserError where OpenCV has no encoder for the suffix (.mp4 and .avi are always there).
+    """
+
+    def __init__(self, path: str | Path, fps: float = DEFAULT_FPS) -> None:
+        self.path = Path(path)
+        self.fps = fps
+        self._writer: Any = None
+        self._size = (0, 0)
+
+    def write(self, image: np.ndarray) -> None:
+        """image: [H, W, 3] uint8 BGR, of the same size each time."""
+        import cv2
+
+        size = (image.shape[1], image.shape[0])
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            codec = "MJPG" if self.path.suffix.lower() == ".avi" else "mp4v"
+            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self.fps, size)
+            self._size = size
+            if not self._writer.isOpened():
+                raise UserError(f"cannot write a video to {self.path}: take a name that ends in .mp4 or .avi")
+        if size != self._size:
+            raise ValueError(f"image is {size[0]}x{size[1]}, the frames before it {self._size[0]}x{self._size[1]}")
+        self._writer.write(image)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _file_frames(path: Path, name: str, stem: str, first: int) -> Iterator[Frame]:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        yield from _video_frames(str(path), stem, str(path), first)
+    else:
+        from rtmdet_fast.images import read_image
+
+        if path.suffix.lower() not in WRITABLE_SUFFIXES:
+            name += ".png"
+        yield Frame(name, read_image(path), str(path), first, is_video=False)
+
+
+def _video_frames(address: str, stem: str, path: str | None, first: int) -> Iterator[Frame]:
+    import cv2
+
+    capture = _open_video(address)
+    try:
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        number = 0
+        while True:
+            ok, image = capture.read()
+            if not ok:
+                break
+            yield Frame(f"{stem}_{number:06d}.jpg", image, path, first + number, is_video=True, fps=fps)
+            number += 1
+        if number == 0:
+            raise UserError(f"no frame can be read from {address}: it is damaged or of a codec OpenCV does not know")
+    finally:
+        capture.release()
+
+
+def _open_video(address: str) -> Any:
+    import cv2
+
+    capture = cv2.VideoCapture(int(address) if address.isdecimal() else address)
+    if not capture.isOpened():
+        kind = "camera" if address.isdecimal() else "video"
+        raise UserError(f"cannot open the {kind} {address}: it is missing, in use, damaged or of an unknown format")
+    return capture
+
+
+def _count_frames(paths: list[Path]) -> int | None:
+    import cv2
+
+    total = 0
+    for path in paths:
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
+            total += 1
+            continue
+        capture = cv2.VideoCapture(str(path))
+        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        capture.release()
+        if frames <= 0:
+            return None
+        total += frames
+    return total

@@ -1,0 +1,1 @@
+"""Detectors: what all share, weight files, and a folder for each family."""

@@ -1,0 +1,251 @@
+"""Heads of RTMDet: from neck features to logits and boxes, to losses, and to detections.
+
+Legend: B images, N priors (all levels, stride 8 first), C classes, M ground truths, D detections.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
+from rtmdet_fast.kernels.nms import batched_nms_padded
+from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtmdet.layers import conv3x3
+from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
+
+STRIDES = (8, 16, 32)
+
+
+class HeadOutput(NamedTuple):
+    """What the convolutions give, per level: class logits [B, C, H, W] and box distances [B, 4, H, W] in pixels."""
+
+    logits: tuple[Tensor, ...]
+    distances: tuple[Tensor, ...]
+
+
+class Assignment(NamedTuple):
+    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and their IoU."""
+
+    gt: Tensor
+    quality: Tensor
+    labels: Tensor
+
+
+def grid_priors(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Priors [N, 4] (x, y, stride, stride) in pixels of feature maps of the given (height, width), offset 0."""
+    levels = []
+    for (height, width), stride in zip(sizes, STRIDES, strict=True):
+        y, x = torch.meshgrid(
+            torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
+        )
+        levels.append(torch.stack((x, y, torch.full_like(x, stride), torch.full_like(x, stride)), -1).view(-1, 4))
+    return torch.cat(levels).float()
+
+
+def flatten_levels(levels: tuple[Tensor, ...]) -> Tensor:
+    """Feature maps [B, K, H, W] per level → [B, N, K]."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
+
+
+def distances_to_boxes(priors: Tensor, distances: Tensor) -> Tensor:
+    """Distances [B, N, 4] to left, top, right, bottom of the prior points → xyxy pixels [B, N, 4]."""
+    points = priors[:, :2]
+    return torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a scalar over the distributed processes; the value itself without torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value
+
+
+def towers(channels: int, *, separable: bool = False, shared: bool = True) -> nn.ModuleList:
+    """Two 3×3 convolutions for each level; `shared` ones (dense only) have one weight and BatchNorms of their own."""
+    levels = [[conv3x3(channels, channels, separable=separable) for _ in range(2)] for _ in STRIDES]
+    if shared and not separable:
+        for level in levels[1:]:
+            for layer, first in zip(level, levels[0], strict=True):
+                layer.conv = first.conv
+    return nn.ModuleList(nn.Sequential(*level) for level in levels)
+
+
+def predictors(channels: int, outputs: int) -> nn.ModuleList:
+    """One 1×1 convolution for each level."""
+    return nn.ModuleList(nn.Conv2d(channels, outputs, 1) for _ in STRIDES)
+
+
+class DetectionHead(nn.Module):
+    """Two 3×3 convolutions per branch, shared over the levels with a BatchNorm of their own for each level.
+
+    `exponential` decodes distances as exp(x)·stride (m, l, x) instead of x·stride. `separable` (nano) builds
+    depth-wise separable towers, which are not shared.
+    """
+
+    test_settings: ClassVar = DetectSettings(
+        score_threshold=0.001, iou_threshold=0.65, nms_pre=30000, max_detections=300
+    )
+    """The published ones."""
+    image_size: ClassVar[int | None] = None
+    """Side of the network input in pixels that the task calls for; None where the model's size does."""
+
+    def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
+        super().__init__()
+        self.num_classes = num_classes
+        self.exponential = exponential
+        self.cls_convs, self.reg_convs = (towers(channels, separable=separable) for _ in range(2))
+        self.rtm_cls, self.rtm_reg = predictors(channels, num_classes), predictors(channels, 4)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial weights of the published recipe."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.01)
+            elif name.startswith("rtm_"):
+                # a first score of 0.01 for every class, a first distance of 0
+                nn.init.constant_(parameter, -math.log(99) if name.startswith("rtm_cls") else 0.0)
+
+    def forward(self, features: tuple[Tensor, ...]) -> HeadOutput:
+        logits, distances = [], []
+        for level, x in enumerate(features):
+            logits.append(self.rtm_cls[level](self.cls_convs[level](x)))
+            distance = self.rtm_reg[level](self.reg_convs[level](x)).float()
+            distances.append((distance.exp() if self.exponential else distance) * STRIDES[level])
+        return HeadOutput(tuple(logits), tuple(distances))
+
+    @staticmethod
+    def priors(output: Any) -> Tensor:
+        """The priors [N, 4] of a head's output."""
+        return grid_priors([(level.shape[2], level.shape[3]) for level in output.logits], output.logits[0].device)
+
+    def decode(self, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, N, C], boxes [B, N, 4] xyxy pixels of the network input, and priors [N, 4]."""
+        priors = self.priors(output)
+        boxes = distances_to_boxes(priors, flatten_levels(output.distances))
+        return flatten_levels(output.logits), boxes, priors
+
+    def loss(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
+        """`loss_cls` (quality focal, weight 1) and `loss_bbox` (GIoU weighted by the soft label, weight 2).
+
+        Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1.
+        """
+        logits, boxes, priors = self.decode(output)
+        assignment = self.assign(logits, boxes, priors, targets)
+        return self.box_losses(logits, boxes, targets, assignment)
+
+    def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
+        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if any."""
+        return Assignment(
+            *dynamic_soft_label_assign(
+                boxes.detach(),
+                logits.detach(),
+                priors,
+                targets.boxes,
+                targets.labels,
+                targets.counts,
+                targets.centers,
+            )
+        )
+
+    def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
+        """`loss_cls` and `loss_bbox`."""
+        normaliser = mean_over_processes(assignment.quality.sum()).clamp(min=1)
+        return {
+            "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
+            "loss_bbox": 2 * self.box_loss(boxes, targets, assignment) / normaliser,
+        }
+
+    def box_loss(self, boxes: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
+        """Sum over the positives of quality * `aligned_loss`."""
+        positive = assignment.gt >= 0
+        # Background keeps its place with weight 0 and its own box as target: dense work costs less than the
+        # synchronisation that picking the positives needs.
+        matched = boxes.detach()
+        if targets.boxes.shape[1]:
+            index = assignment.gt.clamp(min=0)[..., None].expand(-1, -1, boxes.shape[-1])
+            matched = torch.where(positive[..., None], targets.boxes.to(boxes.dtype).gather(1, index), matched)
+        return torch.where(positive, self.aligned_loss(boxes, matched) * assignment.quality, 0.0).sum()
+
+    @staticmethod
+    def aligned_loss(boxes: Tensor, matched: Tensor) -> Tensor:
+        """Loss [B, N] of aligned boxes [B, N, 4] xyxy."""
+        return giou_loss(boxes, matched)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        output: HeadOutput,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+    ) -> list[Detections]:
+        """Detections of each image: threshold, the first `nms_pre` of each level, class-aware NMS.
+
+        `input_size` is the (height, width) of the network input, to which boxes are clipped.
+        """
+        logits, boxes, _ = self.decode(output)
+        boxes = self.clip(boxes, input_size)
+        scores = logits.float().sigmoid()
+        lengths = [level.shape[2] * level.shape[3] for level in output.logits]
+        candidates = [
+            self._candidates(image_boxes, image_scores, lengths, settings)
+            for image_boxes, image_scores in zip(boxes, scores, strict=True)
+        ]
+        if not any(len(c.scores) for c in candidates):
+            return candidates
+        boxes, scores, labels = (
+            # NMS drops rows whose score is not finite: the padding.
+            nn.utils.rnn.pad_sequence([c[:3][i] for c in candidates], batch_first=True, padding_value=padding)
+            for i, padding in enumerate((0, -math.inf, 0))
+        )
+        keep, kept = batched_nms_padded(boxes, scores, labels, settings.iou_threshold, settings.max_detections)
+        return [
+            candidate.take(indices[:count])
+            for candidate, indices, count in zip(candidates, keep, kept.tolist(), strict=True)
+        ]
+
+    @staticmethod
+    def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes [..., 4] clipped to an image of (height, width) `size`."""
+        return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([size[1], size[0]] * 2))
+
+    @staticmethod
+    def is_solid(boxes: Tensor) -> Tensor:
+        """False [...] for boxes [..., 4] without an area."""
+        return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+    def to_image(
+        self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
+    ) -> Detections:
+        """Detections in pixels of the original image, whose (height, width) is `shape`.
+
+        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
+        """
+        found = found._replace(boxes=found.boxes / found.boxes.new_tensor([*scale, *scale]))
+        if not clip:
+            return found
+        found = found._replace(boxes=self.clip(found.boxes, shape))
+        return found.take(self.is_solid(found.boxes))
+
+    def _candidates(self, boxes: Tensor, scores: Tensor, lengths: list[int], settings: DetectSettings) -> Detections:
+        """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""
+        picked = []
+        start = 0
+        for length in lengths:
+            level = scores[start : start + length]
+            prior, label = (level > settings.score_threshold).nonzero(as_tuple=True)
+            score = level[prior, label]
+            if len(score) > settings.nms_pre:
+                score, order = score.topk(settings.nms_pre)
+                prior, label = prior[order], label[order]
+            picked.append((prior + start, score, label))
+            start += length
+        prior, score, label = (torch.cat(parts) for parts in zip(*picked, strict=True))
+        box = boxes[prior]
+        return Detections(box, score, label, prior).take(self.is_solid(box))

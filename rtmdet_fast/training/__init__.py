@@ -1,0 +1,1 @@
+"""Training runs: settings, loop, schedule, state and log."""

@@ -1,0 +1,160 @@
+"""The settings of a training run, and every default worked out."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rtmdet_fast.data.tasks import find_task_split
+from rtmdet_fast.devices import pick_device
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.models.rtmdet.model import TASKS, check_image_size, default_image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a detector on a COCO-format data set."""
+
+    data: Path | None = None
+    """Folder laid out like COCO (rotated: or DOTA), in place of the four paths below."""
+    train: Path | None = None
+    """Annotation file of the training images (COCO JSON; rotated: or a folder of DOTA text files)."""
+    train_images: Path | None = None
+    """Folder of the training images."""
+    val: Path | None = None
+    """Annotation file of the validation images; without it there is no validation."""
+    val_images: Path | None = None
+    """Folder of the validation images."""
+    out: Path = Path("runs/train")
+    """Where checkpoints, metrics.csv, TensorBoard logs and report.html go."""
+    size: str = "tiny"
+    """nano, tiny, s, m, l or x."""
+    task: str = "det"
+    """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
+    init: str | None = None
+    """Weights to start from: a file, or a published name such as rtmdet-tiny or cspnext-tiny (ImageNet backbone)."""
+    epochs: int | None = None
+    """Passes over the training images; 300 (rotated: 36) where not given."""
+    stage2_epochs: int | None = None
+    """Last epochs without mosaic and mixup, which rotated never has; 20 of 300 in proportion where not given."""
+    batch_size: int | None = None
+    """Images per step and process; 32 (rotated: 8) where not given."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before the optimiser steps."""
+    image_size: int | None = None
+    """Side of the training images in pixels, a multiple of 32; 640 (nano: 320, rotated: 1024) where not given."""
+    lr: float | None = None
+    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step, rotated 2.5e-4 at 8, times the square root of the
+    batch's share of it."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW on convolution weights."""
+    warmup_iterations: int | None = None
+    """Steps of linear warm-up; 1000, but at most a tenth of the run, where not given."""
+    ema_momentum: float = 2e-4
+    """Share of the new weights in the moving average, after its own warm-up."""
+    amp: str = "auto"
+    """Mixed precision: none, bf16 or fp16; auto is bf16 on a GPU that has it and none elsewhere."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    num_workers: int | None = None
+    """Loader processes; one less than the cores, at most 8, where not given. 0 loads in the main process."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    val_interval: int | None = None
+    """Epochs between validations; a thirtieth of the run, and every one of stage 2, where not given."""
+    skip_bad: bool = False
+    """Go on over unreadable images and invalid annotations, and count them."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+    overwrite: bool = False
+    """Start anew in an `out` that holds a run already."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    report: bool = True
+    """Write report.html at the end."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave: figures of its best epoch (empty without validation), and where things lie."""
+
+    metrics: dict[str, float]
+    best_epoch: int | None
+    seconds: float
+    seconds_per_iteration: float
+    last: Path
+    best: Path
+    report: Path | None
+    skipped: dict[str, int]
+    """Images and annotations left out of training, and of validation, or else notable, by reason."""
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with every default worked out. Raises UserError for values that cannot be."""
+    if config.task not in TASKS:
+        raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
+    rotated = config.task == "rotated"
+    if config.epochs is None:
+        config = replace(config, epochs=36 if rotated else 300)
+    if config.batch_size is None:
+        config = replace(config, batch_size=8 if rotated else 32)
+    for name, least in (
+        *((name, 1) for name in ("epochs", "batch_size", "accumulate", "val_interval")),
+        *((name, 0) for name in ("num_workers", "warmup_iterations", "seed", "weight_decay", "ema_momentum")),
+    ):
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if config.seed >= 2**32:
+        raise UserError(f"--seed is {config.seed}; it must be below {2**32}")
+    if config.ema_momentum > 1:
+        raise UserError(f"--ema-momentum is {config.ema_momentum}; it must be at most 1")
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        raise UserError(f"--lr is {config.lr}; it must be above 0")
+    if config.data is not None:
+        if config.train or config.train_images or config.val or config.val_images:
+            raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
+        train_file, train_images = find_task_split(config.task, config.data, "train")
+        val_file, val_images = find_task_split(config.task, config.data, "val")
+        config = replace(
+            config, data=None, train=train_file, train_images=train_images, val=val_file, val_images=val_images
+        )
+    if config.train is None or config.train_images is None:
+        raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
+    if (config.val is None) != (config.val_images is None):
+        raise UserError("--val and --val-images go together")
+    if config.amp not in ("auto", "none", "bf16", "fp16"):
+        raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
+    assert config.epochs and config.batch_size
+    device = pick_device(config.device)
+    amp = config.amp
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; a CPU takes bf16 or none")
+    base_lr, base_batch = (2.5e-4, 8) if rotated else (2e-3 if config.size == "x" else 4e-3, 256)
+    stage2 = 0 if rotated else config.stage2_epochs
+    if stage2 is None:
+        stage2 = max(round(config.epochs * 20 / 300), 1) if config.epochs > 1 else 0
+    if not 0 <= stage2 <= config.epochs:
+        raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {config.epochs}")
+    workers = config.num_workers
+    if workers is None:
+        workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
+    return replace(
+        config,
+        device=str(device),
+        amp=amp,
+        stage2_epochs=stage2,
+        num_workers=workers,
+        image_size=check_image_size(
+            default_image_size(config.size, config.task) if config.image_size is None else config.image_size
+        ),
+        lr=config.lr or base_lr * math.sqrt(config.batch_size * config.accumulate / base_batch),
+    )

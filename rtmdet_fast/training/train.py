@@ -1,0 +1,322 @@
+"""Training: the published two-stage recipe in one loop that reads from top to bottom."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from rtmdet_fast.data.augment import Augmenter, Batch, collate, init_worker
+from rtmdet_fast.data.augment_rotated import RotatedAugmenter
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.recipes import recipe_for, rotated_recipe
+from rtmdet_fast.data.tasks import open_dataset
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
+from rtmdet_fast.evaluation.report import ReportSample, write_report
+from rtmdet_fast.inference.preprocess import normalize
+from rtmdet_fast.models.checkpoint import read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtmdet.layers import enable_sync_bn
+from rtmdet_fast.models.rtmdet.model import RTMDet
+from rtmdet_fast.training.config import TrainConfig, TrainResult, resolve
+from rtmdet_fast.training.distributed import gather, join_processes
+from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
+from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
+from rtmdet_fast.training.state import read_training_state
+
+LOG_EVERY = 10
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
+    config = resolve(config)
+    rank, world_size = join_processes(config)
+    if rank > 0:
+        config = replace(config, progress=False, report=False)
+    assert (
+        config.train
+        and config.train_images
+        and config.lr
+        and config.image_size
+        and config.num_workers is not None
+        and config.stage2_epochs is not None
+        and config.epochs
+        and config.batch_size
+    )
+    device = torch.device(config.device)
+    out = config.out
+    last, best = out / "last.pth", out / "best.pth"
+    if last.exists() and not (config.resume or config.overwrite):
+        raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+
+    rotated = config.task == "rotated"
+    # The figure by which an epoch is the best; DOTA's mAP is at 0.5.
+    criterion = {"det": "AP", "ins": "segm_AP", "rotated": "AP50"}[config.task]
+    dataset = open_dataset(config.task, config.train, config.train_images, skip_bad=config.skip_bad, training=True)
+    val_dataset = None
+    if config.val is not None and config.val_images is not None:
+        # text files hold no list of classes: a small part of a data set may lack some
+        names = dataset.class_names if rotated else None
+        val_dataset = open_dataset(
+            config.task, config.val, config.val_images, skip_bad=config.skip_bad, class_names=names
+        )
+    recipe = recipe_for(config.size, config.image_size, masks=config.task == "ins")
+    sampler = PlanSampler(
+        len(dataset),
+        config.batch_size,
+        recipe,
+        config.seed,
+        config.num_workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader = DataLoader(
+        RotatedAugmenter(dataset, rotated_recipe(config.image_size, dataset.class_names))
+        if rotated
+        else Augmenter(dataset, recipe),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        worker_init_fn=init_worker,
+        pin_memory=device.type == "cuda",
+        persistent_workers=config.num_workers > 0,
+    )
+
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    model = RTMDet(config.size, config.task, class_names=dataset.class_names)
+    if config.init is not None:
+        model.load_weights(read_checkpoint(resolve_weights(config.init)))
+    if val_dataset is not None:
+        match_categories(model, val_dataset)  # which cannot be seen too early
+    model.image_size = config.image_size
+    if rotated:
+        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = ModelEMA(model, config.ema_momentum)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.lr, fused=device.type == "cuda"
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    amp_dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    step_model: Callable[..., Any] = model
+    if world_size > 1:
+        enable_sync_bn(model)
+        step_model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if config.compile:
+        step_model = torch.compile(step_model)
+
+    steps_per_epoch = math.ceil(len(sampler) / config.accumulate)
+    total = steps_per_epoch * config.epochs
+    warmup = config.warmup_iterations
+    if warmup is None:
+        warmup = min(1000, total // 10)
+    iteration = start_epoch = 0
+    best_epoch, best_metrics = None, {}
+    if config.resume:
+        state = read_training_state(last, config)
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        ema.step = iteration = state["iteration"]
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = device.type == "cuda"  # where the run goes on, not where it began
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        sampler.load_state_dict(state["samplers"][rank])
+        torch.set_rng_state(state["torch_rng"])
+        start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    log = RunLog(out, iteration) if rank == 0 else None
+    if log is not None:
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
+    meter = Meter()
+    previous: tuple[Callable[[], float], Batch] | None = None
+    started, first_iteration = time.perf_counter(), iteration
+    validating = 0.0
+
+    for epoch in range(start_epoch, config.epochs):
+        sampler.set_stage2(rotated or epoch >= config.epochs - config.stage2_epochs)
+        model.train()
+        batches = timed(iter(loader), meter)
+        bar = tqdm(
+            range(steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", disable=not config.progress, leave=False
+        )
+        for step in bar:
+            lr = config.lr * learning_rate_factor(iteration, total, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            parts = min(config.accumulate, len(sampler) - step * config.accumulate)
+            for batch in itertools.islice(batches, parts):
+                batch = batch.to(device, non_blocking=True)
+                targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
+                with torch.autocast(device.type, amp_dtype, enabled=config.amp != "none"):
+                    losses = step_model(normalize(batch.images), targets)
+                loss = sum(losses.values()) / parts
+                scaler.scale(loss).backward()
+                meter.add(losses, len(batch.images))
+                # Looking at the loss one batch late keeps the host one batch ahead of the device.
+                stop_on_nan(previous, out, iteration)
+                previous = (on_its_way(loss.detach()), batch)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model)
+            iteration += 1
+            meter.step()
+            if iteration % LOG_EVERY == 0 or iteration == total:
+                row = {"epoch": epoch + 1, "iteration": iteration, "lr": lr, **meter.read()}
+                if log is not None:
+                    log.write(row)
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.3f}, lr {lr:.1e}, {row['images_per_second']:.0f} img/s, "
+                    f"data {row['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
+                )
+        stop_on_nan(previous, out, iteration)
+        previous = None
+
+        samplers = gather(sampler.state_dict(), world_size)
+        if log is None:  # the first process alone validates and writes
+            continue
+        if val_dataset is not None and due(epoch + 1, config):
+            validation_started = time.perf_counter()
+            evaluation = evaluate(
+                ema.model,
+                val_dataset,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                progress=config.progress,
+            )
+            validating += time.perf_counter() - validation_started
+            log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
+            if config.progress:
+                tqdm.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in evaluation.metrics.items()))
+            if best_epoch is None or evaluation.metrics[criterion] > best_metrics[criterion]:
+                best_epoch, best_metrics = epoch + 1, evaluation.metrics
+                ema.model.save(best)
+            meter.restart()
+        ema.model.save(
+            last,
+            training={
+                "config": settings,
+                "model": model.state_dict(),
+                "ema": ema.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "samplers": samplers,
+                "torch_rng": torch.get_rng_state(),
+                "epoch": epoch + 1,
+                "iteration": iteration,
+                "best_epoch": best_epoch,
+                "best_metrics": best_metrics,
+            },
+        )
+        if val_dataset is None:
+            ema.model.save(best)
+
+    if log is not None:
+        log.close()
+    seconds = time.perf_counter() - started
+    pace = (seconds - validating) / max(iteration - first_iteration, 1)
+    report = None
+    if config.report:
+        report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
+    skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
+    if val_dataset is not None:
+        skipped |= {f"{reason}, of validation": len(what) for reason, what in val_dataset.skipped.items()}
+    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
+
+
+def due(epoch: int, config: TrainConfig) -> bool:
+    """Whether the epoch, counted from 1, ends with a validation."""
+    assert config.epochs is not None and config.stage2_epochs is not None
+    if epoch == config.epochs:
+        return True
+    if config.val_interval is not None:
+        return epoch % config.val_interval == 0
+    return epoch % max(config.epochs // 30, 1) == 0 or epoch > config.epochs - config.stage2_epochs
+
+
+def on_its_way(value: torch.Tensor) -> Callable[[], float]:
+    """Sends a scalar to the host; what is returned waits for it, but, unlike `item`, for no work queued later."""
+    if not value.is_cuda:
+        return value.item
+    host, arrived = value.to("cpu", non_blocking=True), torch.cuda.Event()  # into page-locked memory
+    arrived.record()
+
+    def wait() -> float:
+        arrived.synchronize()
+        return host.item()
+
+    return wait
+
+
+def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, iteration: int) -> None:
+    """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
+    if previous is None or math.isfinite(value := previous[0]()):
+        return
+    path = out / "nan_batch.pt"
+    batch = {k: v.cpu() for k, v in asdict(previous[1]).items() if v is not None}
+    save_atomically({"iteration": iteration, **batch}, path)
+    raise UserError(
+        f"the loss is {value} near iteration {iteration}; the batch is in {path}, the last good weights "
+        f"in last.pth (a lower --lr or --amp none may help)"
+    )
+
+
+def report_run(
+    config: TrainConfig,
+    settings: dict[str, Any],
+    dataset: CocoDataset,
+    val_dataset: CocoDataset | None,
+    best_epoch: int | None,
+    seconds: float,
+    pace: float,
+) -> Path:
+    """Evaluate the best weights once more, for curves and pictures, and write report.html."""
+    model = RTMDet.from_pretrained(config.out / "best.pth").to(config.device)
+    metrics: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    samples = []
+    if val_dataset is not None:
+        evaluation = evaluate(model, val_dataset, batch_size=config.batch_size or 8, progress=config.progress)
+        metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
+        curves = evaluation.pr_curves
+        (config.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (config.out / "detections.json").write_text(json.dumps(evaluation.detections))
+        for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
+            sample = val_dataset.load(int(index))
+            samples.append(ReportSample(model.predict(sample.image), sample.boxes, sample.labels, sample.masks))
+    return write_report(
+        config.out / "report.html",
+        title=f"RTMDet-{config.size} on {dataset.annotation_path.name}",
+        history=read_metrics(config.out / "metrics.csv"),
+        evaluation=metrics,
+        pr_curves=curves,
+        samples=samples,
+        settings={**settings, "training images": len(dataset), "seconds per iteration": round(pace, 4)},
+        parameters=sum(p.numel() for p in model.parameters()),
+        seconds=seconds,
+    )
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 of 3723 seconds."""
+    return str(timedelta(seconds=round(seconds)))

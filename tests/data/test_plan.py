@@ -1,0 +1,128 @@
+"""Sampling plans: epochs, caches, and resuming to the bit."""
+
+import io
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.recipes import recipe_for
+from rtmdet_fast.errors import UserError
+
+TINY, LARGE = recipe_for("tiny", 64), recipe_for("l", 64)
+
+
+def epochs(sampler, n):
+    return [list(sampler) for _ in range(n)]
+
+
+def test_an_epoch_is_a_permutation():
+    sampler = PlanSampler(50, 8, TINY, seed=0, num_workers=0, drop_last=False)
+    first, second = epochs(sampler, 2)
+    orders = [[p.index for batch in epoch for p in batch] for epoch in (first, second)]
+    assert len(first) == len(sampler) == 7 and [len(b) for b in first] == [8] * 6 + [2]
+    assert all(sorted(order) == list(range(50)) for order in orders) and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("length", "drop_last", "sizes"),
+    [(16, True, [8, 8]), (17, True, [8, 8]), (17, False, [8, 8, 1]), (5, True, [5]), (5, False, [5]), (1, True, [1])],
+)
+def test_drop_last(length, drop_last, sizes):
+    sampler = PlanSampler(length, 8, TINY, 0, 0, drop_last)
+    assert len(sampler) == len(sizes) and [len(b) for b in sampler] == sizes
+
+
+def test_nothing_to_sample():
+    for length, batch_size in [(0, 8), (8, 0)]:
+        with pytest.raises(UserError):
+            PlanSampler(length, batch_size, TINY, 0, 0)
+
+
+def test_seeds():
+    plans = [p for seed in (0, 0, 1) for batch in PlanSampler(40, 8, LARGE, seed, 0) for p in batch]
+    assert plans[:40] == plans[40:80] != plans[80:]
+    assert len({p.seed for p in plans}) == 80
+
+
+def test_fifo_caches():
+    plans = [p for epoch in epochs(PlanSampler(30, 4, TINY, 0, 0), 3) for batch in epoch for p in batch]
+    for t, plan in enumerate(plans):
+        assert plan.mosaic_cache == tuple(p.index for p in plans[max(t - 19, 0) : t + 1])
+        assert [p.seed for p in plan.mixup_cache] == [p.seed for p in plans[max(t - 9, 0) : t + 1]]
+
+
+def test_random_pop_caches():
+    plans = [p for epoch in epochs(PlanSampler(100, 4, LARGE, 0, 0), 20) for batch in epoch for p in batch]
+    when = {p.seed: t for t, p in enumerate(plans)}
+    for before, after in itertools.pairwise(plans):
+        assert len(after.mosaic_cache) == min(len(before.mosaic_cache) + 1, 40)
+        lost = Counter((*before.mosaic_cache, after.index)) - Counter(after.mosaic_cache)
+        assert lost.total() == (len(before.mosaic_cache) == 40)
+        kept = {p.seed for p in before.mixup_cache}
+        assert after.mosaic_cache[-1] == after.index and after.mixup_cache[-1].seed == after.seed
+        assert {p.seed for p in after.mixup_cache[:-1]} <= kept
+    # all but the newest survive a push with probability 19/20: the mean age in a full cache is 19 pushes
+    ages = [t - when[p.seed] for t, plan in enumerate(plans) if t > 300 for p in plan.mixup_cache]
+    assert sum(ages) / len(ages) == pytest.approx(19, rel=0.1)
+
+
+def test_cached_plans_are_the_earlier_ones_without_their_own_cache():
+    plans = {}
+    for batch in PlanSampler(60, 6, LARGE, 3, 2):
+        for plan in batch:
+            plans[plan.seed] = plan
+            for cached in plan.mixup_cache:
+                original = plans[cached.seed]
+                assert cached.mixup_cache == ()
+                assert (cached.index, cached.mosaic_cache) == (original.index, original.mosaic_cache)
+
+
+def test_every_worker_has_its_own_caches():
+    for t, batch in enumerate(PlanSampler(64, 4, LARGE, 0, num_workers=3)):
+        assert len(batch[0].mosaic_cache) == min(4 * (t // 3) + 1, 40)
+    assert PlanSampler(64, 4, LARGE, 0, 0).state_dict() == PlanSampler(64, 4, LARGE, 0, 1).state_dict()
+
+
+@pytest.mark.parametrize("recipe", [TINY, LARGE], ids=["fifo", "random pop"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_resume_to_the_bit(recipe, workers):
+    def make():
+        return PlanSampler(37, 4, recipe, 7, workers)
+
+    unbroken = make()
+    epochs(unbroken, 3)
+    state = json.loads(json.dumps(unbroken.state_dict()))
+    expected = epochs(unbroken, 2)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert epochs(resumed, 2) == expected
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    again = PlanSampler(37, 4, recipe, 99, workers)  # the seed, too, is in the state
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert epochs(again, 2) == expected
+
+
+def test_resume_refuses_another_run():
+    state = PlanSampler(37, 4, TINY, 7, 2).state_dict()
+    with pytest.raises(UserError, match="37 training images"):
+        PlanSampler(38, 4, TINY, 7, 2).load_state_dict(state)
+    with pytest.raises(UserError, match="workers"):
+        PlanSampler(37, 4, TINY, 7, 3).load_state_dict(state)
+
+
+def test_stage2():
+    sampler = PlanSampler(40, 4, TINY, 0, 2)
+    epochs(sampler, 1)
+    sampler.set_stage2(True)
+    assert all(p.mosaic_cache == p.mixup_cache == () for batch in sampler for p in batch)
+    resumed = PlanSampler(40, 4, TINY, 0, 2)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == list(sampler)
+    sampler.set_stage2(False)
+    assert [len(p.mosaic_cache) for p in next(iter(sampler))] == [1, 2, 3, 4]

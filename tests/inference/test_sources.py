@@ -1,0 +1,132 @@
+import logging
+
+import cv2
+import numpy as np
+import pytest
+
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.inference.sources import VideoWriter, iter_sources
+
+
+def picture(path, value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.full((24, 32, 3), value, np.uint8))
+    return path
+
+
+def clip(path, frames=5, fps=10.0):
+    with VideoWriter(path, fps) as video:
+        for i in range(frames):
+            video.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    return path
+
+
+def test_one_image(tmp_path):
+    path = picture(tmp_path / "a [1].png", 7)
+    source = iter_sources(str(path))
+    (frame,) = source
+    assert source.total == 1
+    assert (frame.name, frame.path, frame.index, frame.is_video) == ("a [1].png", str(path), 0, False)
+    assert frame.image.shape == (24, 32, 3) and (frame.image == 7).all()
+    assert len(list(source)) == 1  # a second time
+
+
+def test_names_can_be_written_under(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.pgm"), np.zeros((24, 32), np.uint8))
+    picture(tmp_path / "b.jpg").rename(tmp_path / "b")
+    assert [f.name for f in iter_sources(tmp_path / "a.pgm")] == ["a.pgm.png"]
+    assert [f.name for f in iter_sources(tmp_path / "b")] == ["b.png"]
+
+
+def test_folder_is_sorted_flat_and_counts_what_it_skips(tmp_path, caplog):
+    for name in ("b.jpg", "a.PNG", "c.bmp", "sub/d.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "labels.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        source = iter_sources(tmp_path)
+    assert [f.name for f in source] == ["a.PNG", "b.jpg", "c.bmp"]
+    assert (source.total, source.skipped) == (3, 2)
+    assert "2 of 5" in caplog.text
+
+
+def test_glob_keeps_equal_names_apart(tmp_path):
+    for name in ("x/1.jpg", "y/1.jpg", "y/z/1.jpg", "y/note.txt"):
+        picture(tmp_path / name) if name.endswith("jpg") else (tmp_path / name).write_text("")
+    source = iter_sources(f"{tmp_path}/**/*.*")
+    assert [f.name for f in source] == ["x/1.jpg", "y/1.jpg", "y/z/1.jpg"]
+    assert [f.index for f in source] == [0, 1, 2]
+    assert source.skipped == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_video_there_and_back(tmp_path, suffix):
+    path = clip(tmp_path / "new" / f"clip{suffix}")
+    source = iter_sources(path)
+    frames = list(source)
+    assert source.total == len(frames) == 5
+    assert [f.name for f in frames] == [f"clip_{i:06d}.jpg" for i in range(5)]
+    assert all(f.is_video and f.path == str(path) and f.fps == pytest.approx(10) for f in frames)
+    assert frames[0].image.shape == (48, 64, 3)
+    for i, frame in enumerate(frames):
+        assert abs(frame.image.mean() - 40 * i) < 6
+
+
+def test_videos_that_differ_by_their_suffix_stay_apart(tmp_path):
+    clip(tmp_path / "a.mp4", frames=1)
+    clip(tmp_path / "a.avi", frames=1)
+    clip(tmp_path / "b.mp4", frames=1)
+    names = [frame.name for frame in iter_sources(tmp_path)]
+    assert names == ["a.avi_000000.jpg", "a.mp4_000000.jpg", "b_000000.jpg"]
+
+
+def test_folder_of_images_and_videos(tmp_path):
+    clip(tmp_path / "b.mp4", frames=2)
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "c.jpg")
+    source = iter_sources(tmp_path)
+    assert source.total == 4
+    assert [(f.name, f.index) for f in source] == [
+        ("a.jpg", 0),
+        ("b_000000.jpg", 1),
+        ("b_000001.jpg", 2),
+        ("c.jpg", 3),
+    ]
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        iter_sources(tmp_path / "missing.jpg")
+    with pytest.raises(UserError, match=r"\*\.jpg"):
+        iter_sources(f"{tmp_path}/*.jpg")
+    with pytest.raises(UserError, match="no image or video"):
+        iter_sources(tmp_path)
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    with pytest.raises(UserError, match=r"bad\.mp4"):
+        list(iter_sources(tmp_path / "bad.mp4"))
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"bad\.jpg"):
+        list(iter_sources(tmp_path / "bad.jpg"))
+    with pytest.raises(UserError, match="camera 97"):
+        list(iter_sources("97"))
+
+
+def test_skip_bad_goes_on_and_tells(tmp_path):
+    for name in ("a.jpg", "c.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    (tmp_path / "d.mp4").write_bytes(b"not a video")
+    source = iter_sources(tmp_path, skip_bad=True)
+    for _ in range(2):
+        assert [(f.name, f.index) for f in source] == [("a.jpg", 0), ("c.jpg", 1)]
+        assert source.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.mp4")]
+    with pytest.raises(UserError, match=r"b\.jpg"):
+        list(iter_sources(tmp_path))
+
+
+def test_writer_refuses_other_sizes_and_unknown_suffixes(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4") as video:
+        video.write(np.zeros((48, 64, 3), np.uint8))
+        with pytest.raises(ValueError, match="64x48"):
+            video.write(np.zeros((64, 48, 3), np.uint8))
+    with pytest.raises(UserError, match=r"a\.xyz"), VideoWriter(tmp_path / "a.xyz") as video:
+        video.write(np.zeros((48, 64, 3), np.uint8))

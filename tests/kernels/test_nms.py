@@ -1,0 +1,377 @@
+"""NMS, padded and list-style, axis-aligned and rotated: against a plain greedy loop in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+
+import lowering
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowering import TARGETS, needs_lowering, record_launches
+from polygons import exact_iou
+from torch.library import opcheck
+
+from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels import nms as m
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
+needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # all decide exactly, on the rounded boxes
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fills torch.empty with NaN and the greatest integer, so that an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(m, "use_triton", lambda x: request.param == "triton")
+    if INTERPRETED:  # a step of the interpreter costs the same for 1 row as for 32
+        monkeypatch.setitem(m.WORDS_CONFIG, True, {"ROWS": 32, "SPLIT": 2, "num_warps": 1})
+    return request.param
+
+
+def axis_iou(a, b):
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def greedy(boxes, scores, labels, iou_threshold):
+    """Indices kept of boxes [N, 4 or 5], in Python floats, which are float64."""
+    boxes, scores, labels = boxes.tolist(), scores.tolist(), labels.tolist()
+    kept: list[int] = []
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i) if scores[i] == scores[i] else (math.inf, i)):
+        box = boxes[i]
+        w, h = box[2:4] if len(box) == 5 else (box[2] - box[0], box[3] - box[1])
+        if not (math.isfinite(scores[i]) and all(map(math.isfinite, box)) and w > 0 and h > 0 and labels[i] >= 0):
+            continue
+        iou = exact_iou if len(box) == 5 else axis_iou
+        if all(labels[i] != labels[k] or iou(boxes[k], box) <= iou_threshold for k in kept):
+            kept.append(i)
+    return kept
+
+
+def problem(*shape, rotated=False, classes=3, seed=0, size=100.0, dtype=torch.float32):
+    """Boxes, scores (with ties) and labels [*shape]."""
+    generator = torch.Generator().manual_seed(seed)
+    xy, wh = (torch.rand(*shape, 2, generator=generator) for _ in range(2))
+    wh = wh * 40 + 5
+    angle = torch.rand(*shape, 1, generator=generator) * 6 - 3
+    boxes = torch.cat([xy * size, wh, angle] if rotated else [xy * size, xy * size + wh], -1)
+    scores = (torch.rand(*shape, generator=generator) * 50).round() / 50
+    labels = torch.randint(0, classes, shape, generator=generator)
+    return boxes.to(dtype).to(DEVICE), scores.to(dtype).to(DEVICE), labels.to(DEVICE)
+
+
+def check(boxes, scores, labels, iou_threshold, max_keep):
+    keep, counts = m.batched_nms_padded(boxes, scores, labels, iou_threshold, max_keep)
+    assert keep.shape == (len(boxes), max_keep) and keep.dtype == counts.dtype == torch.int64
+    for b in range(len(boxes)):
+        expected = greedy(boxes[b], scores[b], labels[b], iou_threshold)[:max_keep]
+        assert counts[b] == len(expected)
+        assert keep[b].tolist() == expected + [-1] * (max_keep - len(expected))
+    return counts
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, N, classes", [(1, 0, 1), (0, 4, 1), (2, 1, 1), (3, 63, 2), (1, 123, 1), (2, 130, 90)])
+def test_parity(backend, rotated, dtype, B, N, classes):
+    boxes, scores, labels = problem(B, N, rotated=rotated, classes=classes, dtype=dtype)
+    counts = check(boxes, scores, labels, 0.3, N + 3)
+    assert N < 63 or classes > 2 or (counts < N).all()
+    check(boxes, scores, labels, 0.3, min(N, 7))
+
+
+@pytest.mark.parametrize("iou_threshold", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+def test_thresholds(backend, rotated, iou_threshold):
+    check(*problem(1, 40, rotated=rotated, classes=2, size=40), iou_threshold, 40)
+
+
+@pytest.mark.parametrize("classes", [1, 5, 40])
+def test_reference_over_many_rounds(classes, monkeypatch):
+    monkeypatch.setattr(m, "use_triton", lambda x: False)
+    problems = problem(2, 900, classes=classes, size=250)
+    for max_keep in (900, 100, 0):
+        check(*problems, 0.5, max_keep)
+
+
+def test_reference_stops_early_but_not_too_early():
+    boxes, scores, labels = problem(1, 600, classes=1, size=250)
+    expected = greedy(boxes[0], scores[0], labels[0], 0.5)
+    for max_keep in range(len(expected) + 2):
+        keep, _ = m.batched_nms_padded_reference(boxes, scores, labels, 0.5, max_keep)
+        assert keep[0].tolist() == [*expected, -1, -1][:max_keep]
+
+
+def test_columns_in_blocks(backend, monkeypatch):
+    monkeypatch.setattr(m, "WORDS", 1)  # one tile of columns at a time; classes straddle the blocks
+    check(*problem(2, 200, classes=2), 0.3, 200)
+
+
+@pytest.mark.parametrize("size", [70, 300])
+def test_adversarial(backend, size):
+    one = torch.tensor([10.0, 10, 20, 20])
+    falling = torch.linspace(1, 0.1, size)
+    chain = one + torch.arange(size)[:, None] * torch.tensor([3.0, 0, 3, 0])  # each suppresses only the next
+    identical = one.expand(size, 4)
+    nested = torch.stack([one + torch.tensor([0.0, 0, i, i]) * 0.01 for i in range(size)])
+    boxes = torch.stack([chain, identical, nested, chain.flip(0)]).to(DEVICE)
+    scores = torch.stack([falling, torch.full((size,), 0.5), falling, falling.flip(0)]).to(DEVICE)
+    counts = check(boxes, scores, torch.zeros(4, size, dtype=torch.int64, device=DEVICE), 0.5, size)
+    assert counts.tolist()[:2] == [(size + 1) // 2, 1]
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+def test_at_the_threshold_a_box_stays(backend, rotated):
+    """IoU exactly 1/3 and 1/2; float32 alone rounds 1/3 up, and would suppress."""
+    boxes = [[1.0, 0.5, 2, 1, 0], [2.0, 0.5, 2, 1, 0]] if rotated else [[0.0, 0, 2, 1], [1.0, 0, 3, 1]]
+    boxes = torch.tensor([boxes], device=DEVICE)
+    args = torch.tensor([[0.9, 0.8]], device=DEVICE), torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    assert m.batched_nms_padded(boxes, *args, 1 / 3, 2)[1].item() == 2
+    assert m.batched_nms_padded(boxes, *args, math.nextafter(1 / 3, 0), 2)[1].item() == 1
+
+
+inf, nan = math.inf, math.nan
+BAD = [  # box, score, label
+    *(
+        (box, 0.9, 0)
+        for box in (
+            [0, 0, 0, 9],
+            [0, 0, 9, 0],
+            [9, 0, 0, 9],
+            [9, 9, 0, 0],
+            [nan, 0, 9, 9],
+            [0, 0, inf, 9],
+            [-inf, 0, 9, 9],
+            [0, 0, 1e30, 1e30],
+            [0, 0, 1e-25, 1e-25],
+            [0, 0, 1e-19, 1e-20],
+        )
+    ),
+    *(([0, 0, 9, 9], score, 0) for score in (nan, inf, -inf)),
+    ([0, 0, 9, 9], 0.9, -1),
+]
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+def test_unusable_rows_are_dropped_and_harm_nobody(backend, rotated):
+    rows = [*BAD, *(([0, 0, 9, 9], score, 0) for score in (0.5, 0.4))]
+    if rotated:
+        rows = [
+            ([*(0 if math.isfinite(v) else v for v in box[:2]), box[2] - box[0], box[3] - box[1], 0.5], s, c)
+            for box, s, c in rows
+        ] + [([0, 0, 9, 9, nan], 0.9, 0), ([0, 0, 9, 9, inf], 0.9, 0)]
+    boxes, scores, labels = (torch.tensor(x, device=DEVICE)[None] for x in zip(*rows, strict=True))
+    keep, counts = m.batched_nms_padded(boxes.float(), scores, labels, 0.5, 4)
+    assert keep.tolist() == [[len(BAD), -1, -1, -1]] and counts.tolist() == [1]
+    only_bad = (x[:, : len(BAD)] for x in (boxes.float(), scores, labels))
+    keep, counts = m.batched_nms_padded(*only_bad, 0.5, 4)
+    assert keep.tolist() == [[-1] * 4] and counts.tolist() == [0]
+
+
+number = st.one_of(st.integers(0, 6).map(float), st.sampled_from([nan, inf, -inf, 1e-3, 1e6]))
+a_box = st.tuples(number, number, number, number)
+a_row = st.tuples(a_box, st.sampled_from([0.1, 0.5, 0.5, nan, inf]), st.integers(-1, 2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(a_row, max_size=40), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 0.65, 1.0]))
+def test_any_rows(rows, iou_threshold):
+    """Small integers: many identical boxes, and IoUs at the threshold."""
+    boxes = torch.tensor([row[0] for row in rows]).view(-1, 4)
+    scores, labels = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows], dtype=torch.int64)
+    keep, counts = m.batched_nms_padded_reference(boxes[None], scores[None], labels[None], iou_threshold, len(rows))
+    assert keep[0, : counts[0]].tolist() == greedy(boxes, scores, labels, iou_threshold)
+
+
+def test_far_boxes_and_labels_lose_no_precision(backend):
+    """With coordinate offsets, label 10,000 would move these boxes to where float32 has steps of 8 px."""
+    boxes, scores, _ = problem(1, 60, classes=1)
+    labels = torch.full((1, 60), 10_000, device=DEVICE)
+    check(boxes + 20_000, scores, labels, 0.5, 60)
+
+
+def test_non_contiguous(backend):
+    boxes, scores, labels = problem(2, 50)
+    expected = m.batched_nms_padded(boxes, scores, labels, 0.3, 50)
+    strided = boxes.permute(2, 1, 0).contiguous().permute(2, 1, 0), scores.T.contiguous().T, labels.T.contiguous().T
+    assert not any(x.is_contiguous() for x in strided)
+    for a, b in zip(m.batched_nms_padded(*strided, 0.3, 50), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_needs_no_gradient(backend):
+    boxes, scores, labels = problem(1, 20)
+    keep, _ = m.batched_nms_padded(boxes.requires_grad_(), scores.requires_grad_(), labels, 0.3, 20)
+    assert not keep.requires_grad
+
+
+def test_mmcv_forms(backend):
+    boxes, scores, labels = (x[0] for x in problem(1, 60))
+    everything = torch.zeros_like(labels)
+    dets, keep = m.nms(boxes, scores, 0.3)
+    assert keep.tolist() == greedy(boxes, scores, everything, 0.3)
+    assert torch.equal(dets, torch.cat([boxes[keep], scores[keep, None]], 1))
+    assert m.nms(boxes, scores, 0.3, max_num=5)[1].tolist() == keep.tolist()[:5]
+    above = scores.masked_fill(scores <= 0.5, -math.inf)
+    assert m.nms(boxes, scores, 0.3, score_threshold=0.5)[1].tolist() == greedy(boxes, above, everything, 0.3)
+    inclusive = boxes + torch.tensor([0, 0, 1, 1], device=DEVICE)
+    assert m.nms(boxes, scores, 0.3, offset=1)[1].tolist() == greedy(inclusive, scores, everything, 0.3)
+
+    cfg = {"type": "nms", "iou_threshold": 0.3, "split_thr": 10}
+    dets, keep = m.batched_nms(boxes, scores, labels - 5, cfg)
+    assert keep.tolist() == greedy(boxes, scores, labels, 0.3) and dets.shape == (len(keep), 5)
+    assert m.batched_nms(boxes, scores, labels, cfg | {"max_num": 4})[1].tolist() == keep.tolist()[:4]
+    agnostic = greedy(boxes, scores, everything, 0.3)
+    assert m.batched_nms(boxes, scores, labels, cfg, class_agnostic=True)[1].tolist() == agnostic
+    assert m.batched_nms(boxes, scores, labels, cfg | {"class_agnostic": True})[1].tolist() == agnostic
+    dets, keep = m.batched_nms(boxes, scores, labels, None)
+    assert torch.equal(dets[:, 4], scores.sort(descending=True).values) and len(keep) == 60
+
+    boxes, scores, labels = (x[0] for x in problem(1, 60, rotated=True))
+    dets, keep = m.nms_rotated(boxes, scores, 0.3)
+    assert keep.tolist() == greedy(boxes, scores, everything, 0.3) and dets.shape == (len(keep), 6)
+    assert m.nms_rotated(boxes, scores, 0.3, labels)[1].tolist() == greedy(boxes, scores, labels, 0.3)
+    flip = torch.tensor([1.0, 1, 1, 1, -1], device=DEVICE)
+    dets, keep = m.nms_rotated(boxes, scores, 0.3, clockwise=False)
+    assert keep.tolist() == greedy(boxes * flip, scores, everything, 0.3) and torch.equal(dets[:, :5], boxes[keep])
+    assert m.batched_nms(boxes, scores, labels, cfg | {"type": "nms_rotated"})[1].tolist() == greedy(
+        boxes, scores, labels, 0.3
+    )
+    for empty in (
+        m.nms(boxes[:0, :4], scores[:0], 0.5),
+        m.nms_rotated(boxes[:0], scores[:0], 0.5),
+        m.batched_nms(boxes[:0, :4], scores[:0], labels[:0], cfg),
+    ):
+        assert len(empty[0]) == len(empty[1]) == 0
+
+
+def test_torchvision_forms(backend):
+    boxes, scores, labels = (x[0] for x in problem(1, 60))
+    assert m.torchvision_nms(boxes, scores, 0.3).tolist() == greedy(boxes, scores, torch.zeros_like(labels), 0.3)
+    assert m.torchvision_batched_nms(boxes, scores, labels, 0.3).tolist() == greedy(boxes, scores, labels, 0.3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"boxes": torch.zeros(4, 4)}, "boxes have shape"),
+        ({"boxes": torch.zeros(1, 4, 6)}, "boxes have shape"),
+        ({"scores": torch.zeros(1, 3)}, "scores have shape"),
+        ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "labels have shape"),
+        ({"labels": torch.zeros(1, 4)}, "labels are torch.float32"),
+        ({"boxes": torch.zeros(1, 4, 4).long()}, "boxes are torch.int64"),
+        ({"scores": torch.zeros(1, 4).long()}, "scores are torch.int64"),
+        ({"scores": torch.zeros(1, 4, device="meta")}, "scores are on meta"),
+        ({"iou_threshold": 1.5}, "iou_threshold="),
+        ({"iou_threshold": nan}, "iou_threshold="),
+        ({"max_keep": -1}, "max_keep="),
+    ],
+)
+def test_bad_input_names_the_argument(change, message):
+    args = {
+        "boxes": torch.zeros(1, 4, 4),
+        "scores": torch.zeros(1, 4),
+        "labels": torch.zeros(1, 4, dtype=torch.int64),
+        "iou_threshold": 0.5,
+        "max_keep": 4,
+    } | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        m.batched_nms_padded(**args)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda b, s: m.nms(b, s, 0.5, offset=2), "offset="),
+        (lambda b, s: m.nms(b[:, :3], s, 0.5), "boxes have shape"),
+        (lambda b, s: m.nms(b, s[:2], 0.5), "scores have shape"),
+        (lambda b, s: m.nms_rotated(b, s, 0.5), "dets have shape"),
+        (lambda b, s: m.batched_nms(b, s, s.long(), {"type": "soft_nms", "iou_threshold": 0.5}), "nms_cfg has type"),
+        (lambda b, s: m.batched_nms(b, s, s.long(), {"type": "nms"}), "nms_cfg lacks iou_threshold"),
+        (lambda b, s: m.batched_nms(b, s, s.long(), {"iou_thr": 0.5, "iou_threshold": 0.5}), "nms_cfg has"),
+        (lambda b, s: m.batched_nms(b, s, s.long()[:2], {"iou_threshold": 0.5}), "idxs have shape"),
+        (lambda b, s: m.torchvision_batched_nms(b, s, s, 0.5), "idxs are torch.float32"),
+    ],
+)
+def test_bad_lists_name_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(torch.zeros(4, 4), torch.zeros(4))
+
+
+@needs_triton
+def test_opcheck():
+    tests = ["test_schema", "test_autograd_registration"] + ["test_faketensor"] * (not INTERPRETED)
+    opcheck(m._batched_nms, (*problem(2, 9), 0.3, 5), test_utils=tests)
+
+
+def test_opcheck_of_the_reference():
+    opcheck(m.batched_nms_padded_reference, (*problem(2, 9), 0.3, 5))
+
+
+@not_interpreted
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=has_triton)], ids=["reference", "triton"])
+def test_compiles_and_exports_without_graph_break(triton, monkeypatch):
+    monkeypatch.setattr(m, "use_triton", lambda x: triton)
+
+    class Nms(torch.nn.Module):
+        def forward(self, boxes, scores, labels):
+            return m.batched_nms_padded(boxes * 2, scores, labels, 0.3, 20)
+
+    args = problem(2, 50)
+    exported = torch.export.export(Nms(), args)
+    assert ("rtmdet_fast.batched_nms.default" in str(exported)) == triton
+    if triton and DEVICE != "cuda":
+        return
+    expected = Nms()(*args)
+    compiler = "inductor" if DEVICE == "cuda" else "aot_eager"  # the C++ compiler takes its time
+    compiled = torch.compile(Nms(), fullgraph=True, backend=compiler)(*args)
+    for a, b, c in zip(expected, compiled, exported.module()(*args), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+@pytest.mark.parametrize("B, N, classes", [(32, 1000, 80), (8, 5000, 80), (1, 30_000, 80), (2, 5000, 1)])
+def test_real_shapes_equal_the_reference_twice_and_in_a_cuda_graph(rotated, B, N, classes):
+    args = problem(B, N, rotated=rotated, classes=classes, size=640)
+    run = lambda: m._batched_nms(*args, 0.65, 300)  # noqa: E731 - captured below
+    expected = m.batched_nms_padded_reference(*args, 0.65, 300)
+    for _ in range(2):
+        assert all(map(torch.equal, run(), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+@needs_lowering
+@pytest.mark.parametrize("target", TARGETS)
+def test_lowering(target, monkeypatch):
+    monkeypatch.setitem(lowering._TYPES, torch.float64, "fp64")
+    launches = record_launches(monkeypatch, m)
+    for dtype, rotated in itertools.product((torch.float32, torch.float64), (False, True)):
+        m._batched_nms(*problem(2, 96, rotated=rotated, dtype=dtype), 0.5, 96)
+    used = {launch: launch.lower(target) for launch in dict.fromkeys(launches)}
+    assert len(used) == 5  # the scan has no variants
+    for launch, resources in used.items():
+        assert resources.spills == 0
+        assert resources.registers <= (64 if launch.kernel is m._scan_kernel else 144)

@@ -1,0 +1,249 @@
+"""Reading weights: files of the reference, of this project, hostile ones, and the ones that do not fit."""
+
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import warnings
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+
+from rtmdet_fast import RTMDet, UserError
+from rtmdet_fast.models import checkpoint as checkpoint_module
+from rtmdet_fast.models.checkpoint import PRETRAINED, read_checkpoint, resolve_weights, save_atomically
+
+
+@pytest.fixture(scope="module")
+def nano():
+    torch.manual_seed(0)
+    return RTMDet("nano", class_names=("cat", "dog", "owl")).eval()
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_mmengine_training_checkpoint(shared):
+    model = RTMDet.from_pretrained(shared / "reference/mmdet_checkpoint_bccd_rtmdet_tiny.pth")
+    assert (model.size, model.task, model.class_names) == ("tiny", "det", ("RBC", "WBC", "Platelets"))
+    assert not model.training
+
+
+def test_saved_model_comes_back_whole(nano, tmp_path):
+    nano.image_size = 192
+    nano.save(tmp_path / "deep/er/nano.pth")
+    again = RTMDet.from_pretrained(tmp_path / "deep/er/nano.pth")
+    assert same_weights(nano, again)
+    assert (again.size, again.class_names, again.image_size) == ("nano", ("cat", "dog", "owl"), 192)
+    # What mmengine's loader reads, without this project's reader.
+    content = torch.load(tmp_path / "deep/er/nano.pth", weights_only=True)
+    assert content["meta"]["dataset_meta"]["classes"] == ("cat", "dog", "owl")
+    nano.image_size = 320
+
+
+@pytest.mark.parametrize(
+    "layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name", "bare"]
+)
+def test_layouts_of_other_tools(nano, tmp_path, layout):
+    state = nano.state_dict()
+    path = tmp_path / "weights.pth"
+    names = None
+    match layout:
+        case "plain":
+            torch.save(state, path)
+        case "model":
+            torch.save({"model": state, "epoch": 3}, path)
+        case "ema":
+            averaged = {f"module.{key}": value for key, value in state.items()}
+            torch.save({"ema_state_dict": {"steps": torch.tensor(9), **averaged}}, path)
+        case "module":
+            torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+        case "compiled":
+            torch.save({"state_dict": {f"_orig_mod.{key}": value for key, value in state.items()}}, path)
+        case "bare":  # every tensor once, and no counts of batches
+            seen = set()
+            bare = {k: v for k, v in state.items() if not (v.data_ptr() in seen or seen.add(v.data_ptr()))}
+            torch.save({k: v for k, v in bare.items() if not k.endswith("num_batches_tracked")}, path)
+        case "legacy file":
+            torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
+        case "old meta":
+            names = ("a", "b", "c")
+            torch.save({"state_dict": state, "meta": {"CLASSES": names}}, path)
+        case "one name":  # a bare string that does not fit three classes
+            torch.save({"state_dict": state, "meta": {"dataset_meta": {"classes": "cell"}}}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing
+        model = RTMDet.from_pretrained(path)
+    assert same_weights(nano, model)
+    assert model.class_names == (names or ("class 0", "class 1", "class 2"))
+
+
+def test_averaged_weights_win_over_raw_ones_beside_them(nano, tmp_path):
+    raw = {f"module.{key}": torch.zeros_like(value) for key, value in nano.state_dict().items()}
+    torch.save({"state_dict": nano.state_dict(), "ema_state_dict": raw}, tmp_path / "w.pth")
+    assert same_weights(nano, RTMDet.from_pretrained(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_imagenet_backbone(nano, tmp_path, prefix):
+    state = {f"{prefix}{key}": value for key, value in nano.backbone.state_dict().items()}
+    torch.save({"state_dict": {**state, "head.fc.weight": torch.zeros(1000, 8)}}, tmp_path / "cspnext.pth")
+    with pytest.warns(UserWarning, match=r"freshly initialised.*bbox_head.*neck"):
+        model = RTMDet.from_pretrained(tmp_path / "cspnext.pth", num_classes=5)
+    assert same_weights(model.backbone, nano.backbone)
+    assert len(model.class_names) == 5 and model.size == "nano"
+
+
+def test_other_number_of_classes_starts_the_classifier_anew(nano, tmp_path):
+    nano.save(tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="freshly initialised for 7 classes"):
+        model = RTMDet.from_pretrained(tmp_path / "w.pth", num_classes=7)
+    assert model.bbox_head.rtm_cls[0].weight.shape[0] == 7
+    assert torch.equal(model.bbox_head.rtm_reg[0].weight, nano.bbox_head.rtm_reg[0].weight)
+    assert same_weights(model.neck, nano.neck)
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return subprocess.check_call, (["touch", str(self.path)],)
+
+
+class Code:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return eval, (f"open({str(self.path)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_file_is_executed(nano, tmp_path, legacy):
+    canary = tmp_path / "executed"
+    content = {"state_dict": nano.state_dict(), "meta": {"log": Bomb(canary), "more": Code(canary), "path": Path("x")}}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    assert same_weights(nano, RTMDet.from_pretrained(tmp_path / "w.pth"))
+    assert not canary.exists()
+
+
+def test_a_file_cannot_reach_torchs_own_functions(nano, tmp_path):
+    """BUILD on an allowed global sets attributes on a copy."""
+    torch.save({"state_dict": nano.state_dict()}, tmp_path / "w.pth")
+    function = torch._utils._rebuild_tensor_v2
+    payload = pickle.PROTO + b"\x02ctorch._utils\n_rebuild_tensor_v2\n}U\x04evilK\x01sb" + pickle.STOP
+    (tmp_path / "evil.pth").write_bytes(payload)
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not hasattr(function, "evil")
+    checkpoint_module._INERT_PICKLE.load(io.BytesIO(payload))
+    assert not hasattr(function, "evil")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "cannot be read"), (b"not a checkpoint at all", "cannot be read"), (None, "does not exist")],
+)
+def test_files_that_are_no_checkpoint(tmp_path, content, word):
+    path = tmp_path / "w.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=word):
+        read_checkpoint(path)
+
+
+def test_truncated_file(nano, tmp_path):
+    nano.save(tmp_path / "w.pth")
+    whole = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_weights_of_another_model(nano, tmp_path):
+    torch.save({"state_dict": {"layer1.0.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match=r"no RTMDet or CSPNeXt"):
+        RTMDet.from_pretrained(tmp_path / "resnet.pth")
+    nano.save(tmp_path / "nano.pth")
+    with pytest.raises(UserError, match="size 'nano', not 's'"):
+        RTMDet.from_pretrained(tmp_path / "nano.pth", size="s")
+    state = nano.state_dict()
+    state.pop("neck.out_convs.0.depthwise_conv.conv.weight")
+    state["neck.unheard_of.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"neck\.unheard_of\.weight"):
+        RTMDet.from_pretrained(tmp_path / "odd.pth")
+
+
+def test_torchscript_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(UserError, match="TorchScript"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"rtmdet-tiny.*rotated-rtmdet-l"):
+        resolve_weights("rtmdet-huge")
+
+
+def test_known_name_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(url, target, digest, **_):
+        assert url == PRETRAINED["rtmdet-tiny"] and digest == "78e30dcc"
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match=r"put that file at .*checkpoints/rtmdet_tiny.*78e30dcc\.pth"):
+        resolve_weights("RTMDet_tiny")
+
+
+def test_cached_download_is_checked_against_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    monkeypatch.setitem(PRETRAINED, "rtmdet-tiny", f"https://example.org/tiny-{digest}.pth")
+    path = tmp_path / f"checkpoints/tiny-{digest}.pth"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert resolve_weights("rtmdet-tiny") == path
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        resolve_weights("rtmdet-tiny")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    save_atomically({"a": 1}, tmp_path / "w.pth")
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        save_atomically({"a": lambda: 0}, tmp_path / "w.pth")
+    assert torch.load(tmp_path / "w.pth") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_an_interrupt_right_after_saving_stays_one(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"a": 1}, tmp_path / "w.pth")
+    assert os.listdir(tmp_path) == ["w.pth"]
+
+
+def test_weights_of_rotated_boxes_start_those_of_upright_ones(tmp_path):
+    rotated = RTMDet("nano", "rotated", class_names=("a", "b"))
+    rotated.save(tmp_path / "rotated.pth")
+    model = RTMDet("nano", class_names=("a", "b"))
+    model.load_weights(read_checkpoint(tmp_path / "rotated.pth"))
+    state = rotated.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -1,0 +1,180 @@
+"""Decoding of every kind of image, and of none."""
+
+import cv2
+import numpy as np
+import pytest
+
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.images import as_bgr, read_image
+
+Image = pytest.importorskip("PIL.Image", reason="writes its odd images with Pillow")
+
+# what EXIF orientation k does to stored pixels, as a function to the upright image
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.fixture
+def pixels():
+    """[20, 32, 3] BGR, smooth, so that JPEG keeps it, and different in every corner and channel."""
+    y, x = np.mgrid[:20, :32]
+    return np.stack([4 * x, 10 * y, 250 - 3 * x - 6 * y], -1).clip(0, 255).astype(np.uint8)
+
+
+def write(path, array, *args):
+    path.write_bytes(cv2.imencode(path.suffix, array, *args)[1].tobytes())
+    return path
+
+
+def exif_jpeg(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels[:, :, ::-1]).save(path, quality=98, subsampling=0, exif=exif)
+    return path
+
+
+def close(a, b, tolerance=6):
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= tolerance
+
+
+def test_colour(tmp_path, pixels):
+    for suffix in (".png", ".bmp", ".ppm", ".tiff"):
+        image = read_image(write(tmp_path / f"a{suffix}", pixels))
+        assert image.dtype == np.uint8 and np.array_equal(image, pixels)
+    assert close(read_image(write(tmp_path / "a.jpg", pixels)), pixels, 30)
+
+
+def test_unicode_path(tmp_path, pixels):
+    path = tmp_path / "фото 写真.png"
+    assert np.array_equal(read_image(write(path, pixels)), pixels)
+    assert np.array_equal(read_image(str(path)), pixels)
+
+
+def test_grey(tmp_path, pixels):
+    image = read_image(write(tmp_path / "a.png", pixels[:, :, 0]))
+    assert np.array_equal(image, np.repeat(pixels[:, :, :1], 3, 2))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit(tmp_path, pixels, suffix, channels):
+    deep = (pixels.astype(np.uint16) * 256 + 200)[:, :, :channels].squeeze()
+    expected = np.repeat(pixels[:, :, :1], 3, 2) if channels == 1 else pixels
+    assert close(read_image(write(tmp_path / f"a{suffix}", deep)), expected, 1)  # some decoders round
+
+
+def test_rgba_and_palette(tmp_path, pixels):
+    alpha = np.dstack([pixels, np.arange(20 * 32, dtype=np.uint8).reshape(20, 32)])
+    assert np.array_equal(read_image(write(tmp_path / "a.png", alpha)), pixels)
+    palette = Image.fromarray(pixels[:, :, ::-1]).quantize(16)
+    palette.save(tmp_path / "p.png")
+    assert np.array_equal(read_image(tmp_path / "p.png"), np.asarray(palette.convert("RGB"))[:, :, ::-1])
+    Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "b.png")
+    assert np.array_equal(read_image(tmp_path / "b.png")[:, :, 0], np.eye(9, dtype=np.uint8) * 255)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, pixels, orientation):
+    path = exif_jpeg(tmp_path / "a.jpg", pixels, orientation)
+    upright = UPRIGHT[orientation](pixels)
+    assert close(read_image(path), upright)
+    assert close(as_bgr(Image.open(path)), upright)
+    assert close(read_image(path, upright.shape[1::-1]), upright)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_exif_is_ignored_where_the_annotated_size_says_so(tmp_path, pixels, orientation):
+    path = exif_jpeg(tmp_path / "a.jpg", pixels, orientation)
+    assert close(read_image(path, (32, 20)), pixels)
+    assert read_image(path, (99, 98)).shape == (32, 20, 3)  # neither: the upright one
+
+
+def test_exchanged_size_without_exif_is_no_reason_to_turn(tmp_path, pixels):
+    assert np.array_equal(read_image(write(tmp_path / "a.png", pixels), (20, 32)), pixels)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
+@pytest.mark.parametrize("kept", [0.999, 0.9, 0.5, 0.1])
+def test_truncated(tmp_path, suffix, kept):
+    noise = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (200, 240, 3), np.uint8), (0, 0), 2)
+    path = write(tmp_path / f"cut{suffix}", noise)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(UserError, match=rf"cut\{suffix}.*truncated"):
+        read_image(path)
+
+
+def test_truncated_progressive_jpeg(tmp_path, pixels):
+    path = write(tmp_path / "cut.jpg", np.tile(pixels, (9, 9, 1)), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    data = path.read_bytes()
+    for missing in (1, 2, 10, len(data) // 3):
+        path.write_bytes(data[:-missing])
+        with pytest.raises(UserError, match=r"cut\.jpg"):
+            read_image(path)
+
+
+def test_not_an_image(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("<html>404</html>")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, message in [
+        ("missing.jpg", "No such file"),
+        ("empty.jpg", "empty"),
+        ("text.jpg", "not an image"),
+        ("folder.jpg", "directory"),
+    ]:
+        with pytest.raises(UserError, match=rf"{name}.*{message}"):
+            read_image(tmp_path / name)
+
+
+def test_arrays(pixels):
+    assert np.shares_memory(as_bgr(pixels), pixels)  # no copy that is not needed
+    grey = np.repeat(pixels[:, :, :1], 3, 2)
+    assert np.array_equal(as_bgr(pixels[:, :, 0]), grey)
+    assert np.array_equal(as_bgr(pixels[:, :, :1]), grey)
+    assert np.array_equal(as_bgr(np.dstack([pixels, pixels[:, :, 0]])), pixels)
+    assert np.array_equal(as_bgr(pixels.astype(np.uint16) * 256 + 255), pixels)
+    assert as_bgr(pixels[::2, ::-1]).flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4), bool), "bool"),
+        (np.zeros((3, 8, 8), np.uint8), r"\[3, 8, 8\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"\[1, 8, 8, 3\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"\[0, 8, 3\]"),
+        ([[1, 2], [3, 4]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_refused(image, message):
+    with pytest.raises(UserError, match=message):
+        as_bgr(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_pil_modes(pixels, mode):
+    image = Image.fromarray(pixels[:, :, ::-1]).convert(mode)
+    assert np.array_equal(as_bgr(image), np.asarray(image.convert("RGB"))[:, :, ::-1])
+
+
+def test_pil_deep_modes(pixels):
+    grey = pixels[:, :, 0]
+    expected = np.repeat(grey[:, :, None], 3, 2)
+    assert np.array_equal(as_bgr(Image.fromarray(grey.astype(np.uint16) * 256 + 9)), expected)
+    assert np.array_equal(as_bgr(Image.fromarray(grey.astype(np.int32) * 256 + 9)), expected)
+    with pytest.raises(UserError, match="65535"):
+        as_bgr(Image.fromarray(np.array([[70000]], np.int32)))
+    with pytest.raises(UserError, match="F"):
+        as_bgr(Image.fromarray(grey.astype(np.float32)))

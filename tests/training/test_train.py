@@ -1,0 +1,305 @@
+"""The trainer on drawn scenes: what it writes, that a resumed run equals an unbroken one, how it fails."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rtmdet_fast import RTMDet, UserError
+from rtmdet_fast.training import train as train_module
+from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.inference.preprocess import normalize
+from rtmdet_fast.kernels import nms as nms_kernels
+from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.training.config import TrainConfig, resolve
+from rtmdet_fast.training.schedule import parameter_groups
+from rtmdet_fast.training.train import train
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), num_train=18, num_val=4, image_size=96)
+
+
+@pytest.fixture
+def config(shapes, tmp_path):
+    return TrainConfig(
+        train=shapes.train_ann,
+        train_images=shapes.train_images,
+        val=shapes.val_ann,
+        val_images=shapes.val_images,
+        out=tmp_path / "run",
+        size="nano",
+        epochs=3,
+        stage2_epochs=1,
+        batch_size=4,
+        image_size=64,
+        num_workers=0,
+        device="cpu",
+        val_interval=1,
+        progress=False,
+        report=False,
+    )
+
+
+def weights(path, *keys):
+    content = torch.load(path, weights_only=True)
+    for key in keys:
+        content = content[key]
+    return content
+
+
+def test_a_run_writes_what_it_promises(config):
+    result = train(replace(config, report=True))
+    out = config.out
+    assert result.report == out / "report.html"
+    html = result.report.read_text()
+    assert "AP50" in html and "<svg" in html and 'src="data:image' in html
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    steps = [row for row in rows if row["loss"]]
+    assert int(steps[-1]["iteration"]) == 3 * (18 // 4)
+    assert all(float(row["loss"]) > 0 and 0 <= float(row["data_wait"]) <= 1 for row in steps)
+    assert [row["epoch"] for row in rows if row["AP"]] == ["1", "2", "3"]
+    assert json.loads((out / "config.json").read_text())["size"] == "nano"
+    assert set(json.loads((out / "metrics.json").read_text())) >= {"AP", "AP50", "per_class"}
+    assert any(path.name.startswith("events.out.tfevents") for path in out.iterdir())
+    model = RTMDet.from_pretrained(result.best)
+    assert model.image_size == 64 and len(model.class_names) == len(json.loads(config.train.read_text())["categories"])
+
+
+@pytest.mark.parametrize(("num_workers", "task"), [(0, "det"), (2, "det"), (0, "ins")])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, tmp_path, monkeypatch, num_workers, task):
+    config = replace(config, num_workers=num_workers, task=task, epochs=4, stage2_epochs=1)
+    unbroken = train(config)
+    broken = replace(config, out=tmp_path / "broken")
+    evaluate = train_module.evaluate
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # in epoch 3, whose steps are lost
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken)
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    torch.manual_seed(12345)
+    resumed = train(replace(broken, resume=True))
+    for part in ("model", "ema"):
+        a, b = weights(unbroken.last, "training", part), weights(resumed.last, "training", part)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = weights(unbroken.last, "training", "optimizer"), weights(resumed.last, "training", "optimizer")
+    assert all(torch.equal(a["state"][i]["exp_avg"], b["state"][i]["exp_avg"]) for i in a["state"])
+    assert resumed.metrics == unbroken.metrics
+    drop = {"images_per_second", "data_wait"}
+    logs = [
+        [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader((out / "metrics.csv").open())]
+        for out in (config.out, broken.out)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_the_seed_decides_the_run(config, tmp_path):
+    a = train(replace(config, epochs=1, stage2_epochs=0))
+    b = train(replace(config, epochs=1, stage2_epochs=0, out=tmp_path / "b"))
+    c = train(replace(config, epochs=1, stage2_epochs=0, out=tmp_path / "c", seed=1))
+    key = "bbox_head.rtm_reg.0.weight"
+    first, same, other = (weights(r.last, "state_dict", key) for r in (a, b, c))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """torchrun on the CPU: each takes its half of every epoch, the weights stay the same, and the run resumes."""
+    options = ["--train", config.train, "--train-images", config.train_images, "--val", config.val]
+    options += ["--val-images", config.val_images, "--size", "nano", "--epochs", 2, "--stage2-epochs", 1]
+    options += ["--batch-size", 4, "--image-size", 64, "--num-workers", 0, "--device", "cpu", "--out", config.out]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rtmdet_fast", "train", *map(str, options), "--no-progress"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    state = weights(config.out / "last.pth", "training")
+    assert state["iteration"] == 2 * (18 // 2 // 4) and len(state["samplers"]) == 2
+    assert (config.out / "report.html").exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_accumulated_batches_make_one_step(config):
+    result = train(replace(config, epochs=1, stage2_epochs=0, accumulate=3, val_interval=1))
+    assert weights(result.last, "training", "iteration") == 2  # 4 batches: 3 + 1
+
+
+def test_masks_are_trained_validated_and_reported(config):
+    config = replace(config, task="ins", report=True, epochs=2)
+    result = train(config)
+    assert {"AP", "AP50", "segm_AP", "segm_AP50"} <= result.metrics.keys()
+    rows = list(csv.DictReader((config.out / "metrics.csv").open()))
+    assert any(row["loss_mask"] for row in rows) and any(row["segm_AP"] for row in rows)
+    assert "mask AP" in result.report.read_text()
+    model = RTMDet.from_pretrained(result.best)
+    assert model.task == "ins"
+    image = np.full((50, 80, 3), 90, np.uint8)
+    found = model.predict(image, score_threshold=0.0, max_detections=4)
+    assert found.masks.shape == (len(found), 50, 80)
+
+
+@pytest.mark.parametrize("task", ["det", "ins"])
+def test_bf16_and_gradients_stay_finite(config, task):
+    result = train(replace(config, task=task, epochs=1, stage2_epochs=0, amp="bf16"))
+    assert all(value.isfinite().all() for value in weights(result.last, "state_dict").values())
+
+
+def test_training_starts_from_other_weights(config, tmp_path):
+    torch.manual_seed(7)
+    RTMDet("nano", num_classes=9).save(tmp_path / "other.pth")
+    with pytest.warns(UserWarning, match="freshly initialised for"):
+        train(replace(config, epochs=1, stage2_epochs=0, init=str(tmp_path / "other.pth")))
+
+
+def test_nan_stops_the_run_and_keeps_the_batch(config, monkeypatch):
+    normalize = train_module.normalize
+    count = []
+
+    def poisoned(images):
+        count.append(1)
+        return normalize(images) * (float("nan") if len(count) == 6 else 1.0)
+
+    monkeypatch.setattr(train_module, "normalize", poisoned)
+    with pytest.raises(UserError, match=r"loss is nan.*nan_batch\.pt"):
+        train(config)
+    batch = torch.load(config.out / "nan_batch.pt", weights_only=True)
+    assert batch["images"].shape == (4, 3, 64, 64) and batch["gt_boxes"].shape[0] == 4
+    assert all(v.isfinite().all() for v in weights(config.out / "last.pth", "state_dict").values())
+
+
+def test_a_model_learns_one_image_by_heart():
+    """Assigner, losses, decoding, averaging and prediction pull the same way: three squares are found again."""
+    torch.manual_seed(0)
+    image = np.full((96, 96, 3), 60, np.uint8)
+    boxes = torch.tensor([[8.0, 10, 40, 42], [50, 12, 86, 44], [30, 52, 70, 90]])
+    colours = ((250, 40, 40), (40, 250, 40), (250, 40, 40))
+    for (x1, y1, x2, y2), colour in zip(boxes.int().tolist(), colours, strict=True):
+        image[y1:y2, x1:x2] = colour
+    labels = torch.tensor([0, 1, 0])
+    model = RTMDet("nano", class_names=("blue", "green")).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=4e-3)
+    targets = Targets(boxes.expand(4, -1, -1), labels.expand(4, -1), torch.full((4,), 3))
+    batch = normalize(torch.from_numpy(image).permute(2, 0, 1).expand(4, -1, -1, -1))
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 4e-3 * (1 - step / 100)
+        losses = model(batch + 0.1 * torch.randn_like(batch), targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = model.predict(image, image_size=96, score_threshold=0.3)
+    assert sorted(found.labels[:3].tolist()) == [0, 0, 1]
+    for box, label in zip(boxes, labels, strict=True):
+        error = (found.boxes[:3] - box).abs().amax(1)[found.labels[:3] == label]
+        assert error.min() < 4
+
+
+def test_recipe_defaults():
+    at = resolve(TrainConfig(train="a", train_images="b", epochs=300, batch_size=256, device="cpu"))
+    assert (at.lr, at.stage2_epochs, at.image_size, at.amp) == (4e-3, 20, 640, "none")
+    at = resolve(TrainConfig(train="a", train_images="b", epochs=30, size="x", batch_size=64, device="cpu"))
+    assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 2
+    assert resolve(TrainConfig(train="a", train_images="b", size="nano", device="cpu")).image_size == 320
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (dict(epochs=0), "--epochs"),
+        (dict(batch_size=0), "--batch-size"),
+        (dict(image_size=100), "multiple of 32"),
+        (dict(amp="int8"), "--amp"),
+        (dict(amp="fp16"), "needs a GPU"),
+        (dict(device="tpu0"), "--device"),
+        (dict(val=None), "go together"),
+        (dict(train=None), "--train FILE"),
+        (dict(stage2_epochs=9), "--stage2-epochs"),
+        (dict(size="huge"), "huge"),
+        (dict(resume=True), "nothing to resume"),
+        (dict(init="nowhere.pth"), r"nowhere\.pth"),
+    ],
+)
+def test_bad_settings_are_named(config, change, word):
+    with pytest.raises(UserError, match=word):
+        train(replace(config, **change))
+
+
+def test_a_finished_run_is_not_overwritten_and_another_one_not_resumed(config):
+    config = replace(config, epochs=1, stage2_epochs=0, val=None, val_images=None)
+    train(config)
+    with pytest.raises(UserError, match="--resume"):
+        train(config)
+    with pytest.raises(UserError, match=r"--batch-size is 2, but the run in .* has 4"):
+        train(replace(config, resume=True, batch_size=2))
+    train(replace(config, resume=True))
+
+
+def test_the_hot_paths_are_called_through_the_kernels(config, monkeypatch):
+    """Evaluation goes through kernels.nms: the head holds no NMS of its own."""
+    import rtmdet_fast.models.rtmdet.detection_head as heads
+
+    assert heads.batched_nms_padded is nms_kernels.batched_nms_padded
+
+
+def test_what_is_wrong_with_the_validation_file_is_said_at_the_start_and_what_is_left_out_at_the_end(config, tmp_path):
+    content = json.loads(config.val.read_text())
+    val = tmp_path / "val.json"
+    content["annotations"].append({**content["annotations"][0], "id": 10**6, "bbox": [0, 0, "x", 1]})
+    val.write_text(json.dumps(content))
+    result = train(replace(config, val=val, epochs=1, stage2_epochs=0, skip_bad=True))
+    assert result.skipped["bbox is not four finite numbers x, y, w, h, of validation"] == 1
+
+    missing = content["categories"].pop(0)
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != missing["id"]]
+    val.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"class {missing['name']!r} is not in .*val.json"):
+        train(replace(config, val=val, skip_bad=True, out=tmp_path / "other"))
+    assert not (tmp_path / "other" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a list", "no state", "part of a state", "two processes"])
+def test_a_damaged_run_is_not_resumed(config, damage):
+    config.out.mkdir()
+    last = config.out / "last.pth"
+    state = dict.fromkeys(train_module.STATE) | {"config": {}, "samplers": [None, None]}
+    match damage:
+        case "truncated":
+            torch.save({"training": state, "more": torch.zeros(10**4)}, last)
+            last.write_bytes(last.read_bytes()[:9000])
+        case "empty":
+            last.write_bytes(b"")
+        case "a list":
+            torch.save([1], last)
+        case "no state":
+            torch.save({"state_dict": {}}, last)
+        case "part of a state":
+            torch.save({"training": {"config": {}}}, last)
+        case "two processes":
+            torch.save({"training": state | {"config": train_module.asdict(resolve(config))}}, last)
+    with pytest.raises(UserError, match=r"last\.pth|2 processes, and now there are 1"):
+        train(replace(config, resume=True))
+
+
+def test_prediction_leaves_frozen_parts_frozen(config):
+    model = RTMDet("nano", class_names=["a"])
+    model.train()
+    model.backbone.eval()
+    image = np.zeros((40, 40, 3), np.uint8)
+    model.predict(image)
+    assert model.training and model.neck.training and not any(m.training for m in model.backbone.modules())
+    for name in ("batch_size", "max_detections"):
+        with pytest.raises(UserError, match=f"{name} is -1"):
+            model.predict(image, **{name: -1})
