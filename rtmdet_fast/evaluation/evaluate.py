@@ -17,7 +17,8 @@ from rtmdet_fast.evaluation.coco import Evaluation, score_detections
 from rtmdet_fast.evaluation.dota import rotated_map
 from rtmdet_fast.inference.preprocess import letterbox
 from rtmdet_fast.inference.results import Results
-from rtmdet_fast.models.rtmdet.model import RTMDet, check_image_size
+from rtmdet_fast.models.detector import check_image_size
+from rtmdet_fast.models.rtmdet.model import RTMDet
 
 
 class _Images(Dataset):

@@ -12,7 +12,8 @@ import torch
 from rtmdet_fast.data.tasks import find_task_split
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.rtmdet.model import TASKS, check_image_size, default_image_size
+from rtmdet_fast.models.detector import check_image_size
+from rtmdet_fast.models.rtmdet.model import TASKS, default_image_size
 
 
 @dataclass(frozen=True, kw_only=True)

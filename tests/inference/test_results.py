@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rtmdet_fast.inference import drawing
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.inference import drawing
 from rtmdet_fast.inference.drawing import class_color, draw_detections
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.inference.results import Results

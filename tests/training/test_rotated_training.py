@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from rtmdet_fast import RTMDet, UserError
-from rtmdet_fast.training import train as train_module
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.dota import DotaDataset
 from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.evaluation.evaluate import evaluate
 from rtmdet_fast.geometry.rotated import boxes_to_quads
 from rtmdet_fast.inference.detections import Detections
+from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig, resolve
 from rtmdet_fast.training.train import train
 

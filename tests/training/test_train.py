@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from rtmdet_fast import RTMDet, UserError
-from rtmdet_fast.training import train as train_module
 from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.kernels import nms as nms_kernels
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig, resolve
 from rtmdet_fast.training.schedule import parameter_groups
 from rtmdet_fast.training.train import train

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
@@ -92,6 +93,10 @@ class DetectionHead(nn.Module):
         score_threshold=0.001, iou_threshold=0.65, nms_pre=30000, max_detections=300
     )
     """The published ones."""
+    published_classes: ClassVar = COCO_CLASSES
+    has_masks: ClassVar = False
+    in_windows: ClassVar = False
+    """Whether `predict` cuts images larger than those of training into windows."""
     image_size: ClassVar[int | None] = None
     """Side of the network input in pixels that the task calls for; None where the model's size does."""
 

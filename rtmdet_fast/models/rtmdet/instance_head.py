@@ -67,6 +67,7 @@ class InstanceHead(DetectionHead):
     """
 
     test_settings: ClassVar = DetectSettings(score_threshold=0.05, iou_threshold=0.6, nms_pre=1000, max_detections=100)
+    has_masks: ClassVar = True
 
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
         super().__init__(channels, num_classes, separable=separable)

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rtmdet_fast.class_names import DOTA_CLASSES
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.kernels.rotated_iou import rotated_iou_loss
 from rtmdet_fast.models.detector import Targets
@@ -94,6 +95,8 @@ class RotatedHead(DetectionHead):
     """The detection head with one more 1×1 convolution per level on the regression branch, for the angle."""
 
     test_settings: ClassVar = DetectSettings(score_threshold=0.05, iou_threshold=0.1, nms_pre=2000, max_detections=2000)
+    published_classes: ClassVar = DOTA_CLASSES
+    in_windows: ClassVar = True
     image_size: ClassVar = 1024
 
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):

@@ -19,7 +19,7 @@ from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import read_checkpoint
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.rtmdet.model import SIZES, _inspect
+from rtmdet_fast.models.rtmdet.model import SIZES
 from rtmdet_fast.training.schedule import parameter_groups
 
 
@@ -213,7 +213,7 @@ def test_boxes_alone_do_not_train_masks():
 
 def test_a_file_says_that_it_holds_masks(model, tmp_path):
     model.save(tmp_path / "ins.pth")
-    assert _inspect(read_checkpoint(tmp_path / "ins.pth")) == ("tiny", "ins", 80)
+    assert RTMDet.inspect(read_checkpoint(tmp_path / "ins.pth")) == ("tiny", "ins", 80)
     again = RTMDet.from_pretrained(tmp_path / "ins.pth")
     assert again.task == "ins"
     for key, value in again.state_dict().items():
