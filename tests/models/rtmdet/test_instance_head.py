@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.data.masks import MaskStore, read_segmentation
@@ -107,9 +108,12 @@ def test_predictions(model, reference):
     ours, theirs = PredictedMasks(logits, (1.0, 1.0), (416, 416)).to_bool(), unpacked(expected["masks"]).bool()
     union = (ours | theirs).sum((1, 2))
     assert (union > 0).sum() > 80  # the random weights leave some masks empty
-    # IoU 0.999; of a mask below 1000 pixels one may flip, with the last bit of the features and the number of threads
-    assert ((ours ^ theirs).sum((1, 2)) <= (0.001 * union).clamp(min=1)).all()
-    assert (ours ^ theirs).sum() <= 1e-4 * union.sum()
+    # Only a pixel whose logit is next to nothing may flip: by the last bits of the features, which depend on the
+    # processor and the number of threads.
+    exact = F.interpolate(logits[None].double(), size=(416, 416), mode="bilinear")[0]
+    small = exact.abs() < 1e-4 * logits.abs().amax((1, 2), keepdim=True)
+    assert not ((ours ^ theirs) & ~small).any()
+    assert (ours ^ theirs).sum() <= 1e-3 * union.sum()
 
 
 @torch.no_grad()
@@ -275,9 +279,9 @@ def test_a_model_learns_the_masks_of_one_image_by_heart():
     batch = normalize(torch.from_numpy(canvas).permute(2, 0, 1).expand(4, -1, -1, -1))
     model = RTMDet("nano", "ins", class_names=("blue", "green")).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=4e-3)
-    for step in range(100):
+    for step in range(200):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * (1 - step / 100)
+            group["lr"] = 4e-3 * (1 - step / 200)
         losses = model(batch + 0.1 * torch.randn_like(batch), targets)
         sum(losses.values()).backward()
         optimizer.step()
