@@ -9,9 +9,6 @@ Dropped, neither kept nor suppressing others: boxes with a non-finite score or c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,111 +36,6 @@ def batched_nms_padded(
     return op(boxes.detach(), scores.detach(), labels, float(iou_threshold), max_keep)
 
 
-def nms(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    offset: int = 0,
-    score_threshold: float = 0,
-    max_num: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.nms`: boxes [N, 4] xyxy, scores [N] -> (dets [K, 5] with the score last, keep [K] int64).
-
-    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0. Arrays are
-    taken too, and answered with arrays.
-    """
-    if not isinstance(boxes, Tensor):
-        dets, keep = nms(
-            torch.as_tensor(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num
-        )
-        return dets.numpy(), keep.numpy()  # type: ignore[return-value]
-    keep = _keep(boxes, scores, None, iou_threshold, offset, score_threshold, max_num)
-    return _dets(boxes, scores, keep), keep
-
-
-def nms_rotated(
-    dets: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None, clockwise: bool = True
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.nms_rotated`: dets [N, 5] (cx, cy, w, h, radians), scores [N] -> (dets [K, 6], keep [K]).
-
-    `labels` [N] confine suppression to equal labels; `clockwise` False takes angles from x towards -y.
-    """
-    turned = dets if clockwise else torch.cat([dets[:, :4], -dets[:, 4:]], 1)
-    keep = _keep(turned, scores, labels, iou_threshold, box_dim=5, names=("dets", "labels"))
-    return _dets(dets, scores, keep), keep
-
-
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: Mapping[str, Any] | None, class_agnostic: bool = False
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.batched_nms`: boxes [N, 4 or 5], scores [N], idxs [N] -> (dets [K, 5 or 6], keep [K]).
-
-    `nms_cfg` holds `iou_threshold`, and may hold `type` ("nms", "nms_rotated"), `class_agnostic`, `max_num`,
-    `score_threshold`, `offset`, and `split_thr`, which changes nothing here. None only sorts by score.
-    """
-    if nms_cfg is None:
-        keep = scores.sort(descending=True, stable=True).indices
-        return _dets(boxes, scores, keep), keep
-    cfg = dict(nms_cfg)
-    kind = cfg.pop("type", "nms")
-    if kind not in ("nms", "nms_rotated"):
-        raise ValueError(f"nms_cfg has type={kind!r}: expected 'nms' or 'nms_rotated'")
-    cfg.pop("split_thr", None)
-    class_agnostic = cfg.pop("class_agnostic", class_agnostic)
-    if "iou_threshold" not in cfg:
-        raise ValueError("nms_cfg lacks iou_threshold")
-    if unknown := cfg.keys() - {"iou_threshold", "max_num", "score_threshold", "offset"}:
-        raise ValueError(f"nms_cfg has unknown keys: {', '.join(sorted(unknown))}")
-    keep = _keep(boxes, scores, None if class_agnostic else idxs, box_dim=5 if kind == "nms_rotated" else 4, **cfg)
-    return _dets(boxes, scores, keep), keep
-
-
-def torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """As `torchvision.ops.nms`: boxes [N, 4] xyxy, scores [N] -> keep [K] int64 by falling score."""
-    return _keep(boxes, scores, None, iou_threshold)
-
-
-def torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """As `torchvision.ops.batched_nms`: suppression only between equal `idxs` [N] -> keep [K] int64."""
-    return _keep(boxes, scores, idxs, iou_threshold)
-
-
-def _keep(
-    boxes: Tensor,
-    scores: Tensor,
-    idxs: Tensor | None,
-    iou_threshold: float,
-    offset: int = 0,
-    score_threshold: float = 0,
-    max_num: int = -1,
-    box_dim: int = 4,
-    names: tuple[str, str] = ("boxes", "idxs"),
-) -> Tensor:
-    if offset not in (0, 1):
-        raise ValueError(f"offset={offset!r}: expected 0 or 1")
-    if boxes.ndim != 2 or boxes.shape[1] != box_dim:
-        raise ValueError(f"{names[0]} have shape {tuple(boxes.shape)}: expected [N, {box_dim}]")
-    for name, x in (("scores", scores), (names[1], idxs)):
-        if x is not None and x.shape != boxes.shape[:1]:
-            raise ValueError(f"{name} have shape {tuple(x.shape)}: expected [{len(boxes)}] as {names[0]} have")
-    if idxs is None:
-        idxs = torch.zeros_like(scores, dtype=torch.int64)
-    _check_integer(names[1], idxs)
-    if len(idxs):
-        idxs = idxs - idxs.amin()  # here any integer is a class, below 0 too
-    if offset:
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
-    if score_threshold > 0:
-        scores = scores.masked_fill(~(scores > score_threshold), -torch.inf)
-    max_keep = min(max_num, len(boxes)) if max_num > 0 else len(boxes)
-    keep, counts = batched_nms_padded(boxes[None], scores[None], idxs[None], iou_threshold, max_keep)
-    return keep[0, : int(counts)]
-
-
-def _dets(boxes: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
-    return torch.cat([boxes[keep], scores[keep, None]], dim=1)
-
-
 def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int) -> None:
     if boxes.ndim != 3 or boxes.shape[2] not in (4, 5):
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected [B, N, 4] or [B, N, 5]")
@@ -155,16 +47,12 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, 
     for name, x in (("boxes", boxes), ("scores", scores)):
         if not x.is_floating_point():
             raise TypeError(f"{name} are {x.dtype}: expected a floating dtype")
-    _check_integer("labels", labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}: expected integers")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold={iou_threshold!r}: expected a number in [0, 1]")
     if max_keep < 0:
         raise ValueError(f"max_keep={max_keep!r}: expected at least 0")
-
-
-def _check_integer(name: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} are {x.dtype}: expected integers")
 
 
 def usable(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
