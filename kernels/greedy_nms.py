@@ -8,15 +8,17 @@ originals' rounding is the compiler's, float64 decides such a pair.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from rtmdet_fast.kernels._dispatch import use_triton
-from rtmdet_fast.kernels.nms import batched_nms_padded, usable
+from rtmdet_fast.kernels.nms import batched_nms_padded, in_rounds, usable
 
 BLOCK = 128  # boxes that are settled among themselves at once
-BUNDLE = 512  # boxes, of whole groups, that are taken together
+FEW, FEW_GROUPED = 2000, 600  # boxes up to which NumPy, whose calls cost less, is ahead of PyTorch
 PAIRS = 2**16  # at once: the temporaries stay in the cache
 
 
@@ -44,25 +46,58 @@ def settled(boxes: Tensor, iou_threshold: float, groups: Tensor | None = None, o
     groups = groups if groups is None else torch.unique(groups, return_inverse=True)[1]
     if boxes.shape[1] == 5 or ((boxes.is_cuda or use_triton(boxes)) and not iou_threshold < 0):
         return _by_kernels(boxes, groups, float(iou_threshold), offset)
-    kept = _on_cpu(boxes.cpu(), groups if groups is None else groups.cpu(), float(iou_threshold), offset)
-    return torch.from_numpy(kept).to(boxes.device)
+    groups = groups if groups is None else groups.cpu()
+    return _on_cpu(boxes.cpu(), groups, float(iou_threshold), offset).to(boxes.device)
+
+
+def kept_within(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, offset: int = 0, stable: bool = False
+) -> Tensor:
+    """Which boxes [N] are kept where the originals go from one of `idxs` [N] to the next, sorting each by itself."""
+    members = [(idxs == idx).nonzero()[:, 0] for idx in idxs.unique()]
+    best_first = (part[scores[part].sort(descending=True, stable=stable).indices] for part in members)
+    order = torch.cat([idxs.new_zeros(0, dtype=torch.int64), *best_first])
+    kept = torch.zeros_like(idxs, dtype=torch.bool)
+    kept[order[settled(boxes[order], iou_threshold, idxs[order], offset)]] = True
+    return kept
 
 
 def move_apart(boxes: Tensor, idxs: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor | None]:
     """The originals' way to suppress within classes: `boxes` [N, 4 or 5] of class idx moved by idx x (maximum + 1).
 
-    Also returns the classes [N] as `groups` for `greedy_nms`, where that saves pairs: None for a list so short that it
-    does not, and where boxes of two classes might meet all the same.
+    Also returns `groups` [N] for `greedy_nms`, which save pairs: classes that might meet all the same (coordinates
+    below 0 reach into the class before) are one group. None where there is nothing to save.
     """
     rotated = boxes.shape[1] == 5
     reach = boxes[:, :2].max() + boxes[:, 2:4].max() if rotated else boxes.max()
     idxs = idxs.to(boxes)
     offset = (idxs * (reach + 1))[:, None]
     moved = torch.cat([boxes[:, :2] + offset, boxes[:, 2:]], 1) if rotated else boxes + offset
-    if iou_threshold < 0 or not (rotated or boxes.is_cuda or len(boxes) > BUNDLE):
+    if iou_threshold < 0 or not (rotated or boxes.is_cuda or len(boxes) > FEW_GROUPED):
         return moved, None
-    apart = ((boxes[:, :4] >= 0).all(1) & (idxs == idxs.round())).all()
-    return moved, idxs if apart else None
+    low, high = moved.detach()[:, :2], moved.detach()[:, 2:4]
+    if rotated:
+        radius = torch.hypot(*high.unbind(1))[:, None] / 2
+        low, high = low - radius, low + radius
+    return moved, _meeting(low, high, idxs)
+
+
+def _meeting(low: Tensor, high: Tensor, idxs: Tensor) -> Tensor | None:
+    """Groups [N] of neighbouring classes with boxes from `low` to `high` [N, 2] that may meet; None: beyond those."""
+    classes, member = torch.unique(idxs, return_inverse=True)
+    index = member[:, None].expand(-1, 2)
+    first = low.new_full((len(classes) + 1, 2), torch.inf).scatter_reduce_(0, index, low, "amin")
+    last = low.new_full((len(classes) + 1, 2), -torch.inf).scatter_reduce_(0, index, high, "amax")
+    later = first[:-1].flip(0).cummin(0).values.flip(0)
+    if not (low.isfinite() & high.isfinite()).all() or (last[:-1].cummax(0).values[:-2] > later[2:]).any():
+        return None
+    into_next, into_last = (high > first[member + 1]).all(1), (low < last[member - 1]).all(1)  # [-1] is empty
+    sends, receives = (
+        torch.zeros_like(classes).index_add_(0, member, x.to(classes)) > 0 for x in (into_next, into_last)
+    )
+    joined = torch.zeros_like(sends)
+    joined[1:] = sends[:-1] & receives[1:]
+    return (~joined).cumsum(0)[member]
 
 
 def _by_kernels(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offset: int) -> Tensor:
@@ -89,21 +124,38 @@ def _by_kernels(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offs
     return kept
 
 
-def _on_cpu(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offset: int) -> np.ndarray:
-    """Slots [K] of the kept among boxes [N, 4], the best first."""
-    columns = (boxes if boxes.dtype == torch.float64 else boxes.float()).numpy().T
-    group = np.zeros(len(boxes), np.int64) if groups is None else groups.numpy()
-    threshold = columns.dtype.type(iou_threshold)
-    with np.errstate(all="ignore"):
-        w, h = columns[2:] - columns[:2] + columns.dtype.type(offset)
-        rows = np.stack([*columns, w * h, group.astype(columns.dtype)])
-        if groups is None or len(boxes) <= BUNDLE:
-            return _settled(rows, threshold, offset, groups is not None)
-        slots = np.argsort(group, kind="stable")
-        ends = np.cumsum(np.bincount(group))
-        cuts = np.unique(ends[np.searchsorted(ends, np.arange(BUNDLE, len(slots), BUNDLE))])
-        bundles = (part for part in np.split(slots, cuts) if len(part))
-        return np.sort(np.concatenate([part[_settled(rows[:, part], threshold, offset, True)] for part in bundles]))
+def _on_cpu(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offset: int) -> Tensor:
+    """Slots [K] or which [N] of the kept among boxes [N, 4], the best first."""
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    if iou_threshold < 0 or len(boxes) <= (FEW if groups is None else FEW_GROUPED):
+        with np.errstate(all="ignore"):
+            columns = boxes.numpy().T
+            w, h = columns[2:] - columns[:2] + columns.dtype.type(offset)
+            group = np.zeros_like(w) if groups is None else groups.numpy().astype(w.dtype)
+            rows = np.stack([*columns, w * h, group])
+            return torch.from_numpy(_settled(rows, w.dtype.type(iou_threshold), offset, groups is not None))
+    size = boxes[:, 2:] - boxes[:, :2] + offset
+    area = size.prod(1)
+    meets = (area > 0) & area.isfinite()
+    groups = torch.zeros_like(area, dtype=torch.int64) if groups is None else groups
+    group, slot = groups[meets].sort(stable=True)
+    rank = meets.nonzero()[:, 0][slot]
+    threshold = iou_threshold if iou_threshold <= 1 else 2.0  # NaN too
+    excess = partial(_excess, offset=offset)
+    return in_rounds(rank, group, boxes[rank], (1, len(boxes)), threshold, len(boxes), excess)[0] | ~meets
+
+
+def _excess(a: Tensor, b: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """IoU of a [G, m, 4] with b [G, n, 4], as the originals compute it, less the threshold -> [G, m, n]."""
+    ax1, ay1, ax2, ay2 = a.permute(2, 0, 1).contiguous()[..., None]
+    bx1, by1, bx2, by2 = b.permute(2, 0, 1).contiguous()[:, :, None]
+    w = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1))
+    h = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1))
+    a_area, b_area = (ax2 - ax1 + offset) * (ay2 - ay1 + offset), (bx2 - bx1 + offset) * (by2 - by1 + offset)
+    if offset:
+        w, h = w.add_(offset), h.add_(offset)
+    inter = w.clamp_(min=0).mul_(h.clamp_(min=0))
+    return inter.div_((a_area + b_area).sub_(inter)).sub_(iou_threshold)
 
 
 def _settled(rows: np.ndarray, threshold: np.floating, offset: int, grouped: bool) -> np.ndarray:

@@ -9,6 +9,8 @@ Dropped, neither kept nor suppressing others: boxes with a non-finite score or c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -114,8 +116,25 @@ def batched_nms_padded_reference(
     order, rank, boxes, start = _sorted(boxes, scores, labels)
     image = torch.arange(B, device=boxes.device)[:, None] * N
     usable = start < NEVER
-    rank, group, boxes = (rank + image)[usable], (start + image)[usable], boxes[usable]
-    kept = torch.zeros(B * N, dtype=torch.bool, device=boxes.device)  # by rank
+    rows = (rank + image)[usable], (start + image)[usable], boxes[usable]
+    kept = in_rounds(*rows, (B, N), iou_threshold, max_keep, _excess)
+    return _selected(kept, order, max_keep)
+
+
+def in_rounds(
+    rank: Tensor,
+    group: Tensor,
+    boxes: Tensor,
+    shape: tuple[int, int],
+    iou_threshold: float,
+    max_keep: int,
+    excess: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """Which of `shape` [B, N] boxes, by rank, are kept; rank (of B N), group and boxes are sorted by group, then rank.
+
+    `excess(a, b, iou_threshold)` of boxes [G, m, 4 or 5] and [G, n, 4 or 5] is above 0 where their IoU exceeds it.
+    """
+    kept = torch.zeros(shape, dtype=torch.bool, device=boxes.device).view(-1)
     nowhere = boxes.new_tensor([[10 * HUGE, 10 * HUGE, -1, -1, 0]])[:, : boxes.shape[1]]  # meets no box
     while len(rank):
         count = group.unique_consecutive(return_counts=True)[1]
@@ -129,10 +148,11 @@ def batched_nms_padded_reference(
         rows = first[:, None] + slot[: int(count.max())]
         rows = rows.where(rows < end[:, None], len(boxes))
         heads = padded[rows]
-        keep = torch.cat([_settle(part, iou_threshold) for part in heads.split(chunk)]) & (rows < len(boxes))
+        keep = torch.cat([_settle(excess(part, part, iou_threshold)) for part in heads.split(chunk)])
+        keep &= rows < len(boxes)
         kept[rank[rows[keep]]] = True
         # a box that max_keep better ones beat is out, and suppresses only what comes later still
-        full = kept.view(B, N).cumsum(1) >= max_keep
+        full = kept.view(shape).cumsum(1) >= max_keep
         place = torch.arange(len(rank), device=boxes.device) - first.repeat_interleave(count)
         alive = (place >= tile) & ~full.view(-1)[rank]
 
@@ -147,10 +167,10 @@ def batched_nms_padded_reference(
         hit = torch.zeros(len(padded), dtype=torch.bool, device=boxes.device)
         for i in range(0, len(owner), chunk):
             part = rows[i : i + chunk]
-            hit[part] = _excess(heads[owner[i : i + chunk]], padded[part], iou_threshold).amax(1) > 0
+            hit[part] = excess(heads[owner[i : i + chunk]], padded[part], iou_threshold).amax(1) > 0
         alive &= ~hit[:-1]
         rank, group, boxes = rank[alive], group[alive], boxes[alive]
-    return _selected(kept.view(B, N), order, max_keep)
+    return kept.view(shape)
 
 
 @batched_nms_padded_reference.register_fake
@@ -159,10 +179,10 @@ def _(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_k
     return boxes.new_empty((B, max_keep), dtype=torch.int64), boxes.new_empty((B,), dtype=torch.int64)
 
 
-def _settle(boxes: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS of boxes [G, n, 4 or 5], sorted, in each of G classes -> keep [G, n] bool."""
-    suppresses = _excess(boxes, boxes, iou_threshold).triu(1).gt_(0)
-    keep, before = suppresses.new_ones(len(boxes), 1, boxes.shape[1]), None
+def _settle(excess: Tensor) -> Tensor:
+    """Greedy NMS of the boxes, sorted, that are in each of G classes, from their `excess` [G, n, n] -> [G, n] bool."""
+    suppresses = excess.triu(1).gt_(0)
+    keep, before = suppresses.new_ones(len(excess), 1, excess.shape[1]), None
     while before is None or not torch.equal(keep, before):  # as often as the longest chain of suppressions
         before, keep = keep, (keep.bmm(suppresses) == 0).to(keep.dtype)
     return keep[:, 0] > 0

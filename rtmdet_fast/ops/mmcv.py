@@ -8,8 +8,8 @@
 | `iou_thr` in place of `iou_threshold` | taken, with a DeprecationWarning (not by `nms_rotated`) |
 | `score_threshold`, `max_num` | count only above 0 |
 | no boxes | `nms_rotated` returns what it was given, without a column of scores, and None |
-| `idxs` | any numbers; a class moves its boxes by idx × (greatest coordinate + 1), as in the original: coordinates below 0 \
-or one that is not finite let classes meet, or not meet themselves |
+| `idxs` | any numbers; a class moves its boxes by idx × (greatest coordinate + 1), as in the original: coordinates \
+below 0, or one that is not finite, let classes meet, or not meet themselves |
 | `nms_cfg["split_thr"]` | that many boxes or more are suppressed class by class, `class_agnostic` or not |
 | wrong types, shapes, `offset` | AssertionError |
 
@@ -71,12 +71,17 @@ def _nms(
     score_threshold: float = 0,
     max_num: int = -1,
     groups: Tensor | None = None,
+    split: Tensor | None = None,
 ) -> Any:
     is_array = isinstance(boxes, np.ndarray)
     boxes, scores = _tensors(boxes, scores, offset)
     chosen = (scores > score_threshold).nonzero()[:, 0] if score_threshold > 0 else slice(None)
-    group = groups[chosen] if groups is not None else None
-    keep = kernels.greedy_nms(boxes[chosen], scores[chosen], iou_threshold, group, offset)
+    if split is not None:
+        kept = kernels.kept_within(boxes[chosen], scores[chosen], split[chosen], iou_threshold, offset)
+        keep = kept.nonzero()[:, 0]
+    else:
+        group = groups if groups is None else groups[chosen]
+        keep = kernels.greedy_nms(boxes[chosen], scores[chosen], iou_threshold, group, offset)
     if max_num > 0:
         keep = keep[:max_num]
     if score_threshold > 0:
@@ -165,8 +170,11 @@ def batched_nms(
         return torch.cat([boxes[keep], dets[:, -1:]], 1), keep
     max_num = cfg.pop("max_num", -1)
     kept, lowered = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
-    for idx in idxs.unique():
-        members = (idxs == idx).nonzero()[:, 0]
+    if kind == "nms":
+        parts, op = [torch.arange(len(scores), device=scores.device)], partial(_nms, split=idxs)
+    else:
+        parts = [(idxs == idx).nonzero()[:, 0] for idx in idxs.unique()]
+    for members in parts:
         dets, keep = op(moved[members], scores[members], **cfg)
         kept[members[keep]] = True
         lowered[members[keep]] = dets[:, -1]

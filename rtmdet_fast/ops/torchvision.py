@@ -6,8 +6,8 @@
 | scores of −inf, +inf, NaN | take part, in the order −inf < … < +inf < NaN |
 | `iou_threshold` outside [0, 1] | taken: below 0 boxes far apart suppress each other too |
 | `batched_nms` of an empty tensor of any shape | no indices; the other arguments are not looked at |
-| `idxs` | any numbers; up to 1,000 boxes (on a GPU 25,000) a class moves its boxes by idx × (greatest coordinate + 1), \
-so that coordinates below 0 or one that is not finite let classes meet, or not meet themselves |
+| `idxs` | any numbers; up to 1,000 boxes (on a GPU 25,000) a class moves its boxes by idx × (greatest coordinate \
++ 1), so that coordinates below 0, or one that is not finite, let classes meet, or not meet themselves |
 | quantized tensors | taken as what they stand for |
 | wrong shapes, dtypes or devices | RuntimeError |
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels.greedy_nms import greedy_nms, move_apart, settled
+from rtmdet_fast.kernels.greedy_nms import greedy_nms, kept_within, move_apart
 
 __all__ = ["batched_nms", "nms"]
 
@@ -40,9 +40,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if boxes.numel() <= (100_000 if boxes.is_cuda else 4_000):
         moved, groups = move_apart(boxes, idxs, threshold)
         return greedy_nms(moved, scores, threshold, groups, stable=True)
-    members = [(idxs == idx).nonzero()[:, 0] for idx in idxs.unique()]
-    order = torch.cat([part[scores[part].sort(descending=True, stable=True).indices] for part in members])
-    keep = order[settled(boxes[order], threshold, idxs[order])].sort().values
+    keep = kept_within(boxes, scores, idxs, threshold, stable=True).nonzero()[:, 0]
     return keep[scores[keep].sort(descending=True).indices]
 
 
