@@ -18,7 +18,7 @@ from rtmdet_fast.kernels._dispatch import use_triton
 from rtmdet_fast.kernels.nms import batched_nms_padded, in_rounds, usable
 
 BLOCK = 128  # boxes that are settled among themselves at once
-FEW, FEW_GROUPED = 2000, 600  # boxes up to which NumPy, whose calls cost less, is ahead of PyTorch
+FEW, FEW_GROUPED = 2000, 1000  # boxes up to which NumPy, whose calls cost less, is ahead of PyTorch
 PAIRS = 2**16  # at once: the temporaries stay in the cache
 
 
@@ -54,7 +54,8 @@ def kept_within(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, offset: int = 0, stable: bool = False
 ) -> Tensor:
     """Which boxes [N] are kept where the originals go from one of `idxs` [N] to the next, sorting each by itself."""
-    members = [(idxs == idx).nonzero()[:, 0] for idx in idxs.unique()]
+    member = torch.unique(idxs, return_inverse=True)[1]
+    members = member.argsort(stable=True).split(member.bincount().tolist())
     best_first = (part[scores[part].sort(descending=True, stable=stable).indices] for part in members)
     order = torch.cat([idxs.new_zeros(0, dtype=torch.int64), *best_first])
     kept = torch.zeros_like(idxs, dtype=torch.bool)
