@@ -61,7 +61,7 @@ def accelerate(module: nn.Module) -> Acceleration:
     for part in module.modules():
         if isinstance(part, ConvModule):
             own |= {part.conv, part.bn}
-        candidate = None if isinstance(part, ConvModule) else _candidate(part)
+        candidate: Any = None if isinstance(part, ConvModule) else _candidate(part)
         for tail in _tails(part, candidate) if candidate else ():
             obstacle = _obstacle(tail.bn, tail.act, tail.bn is part)
             if "forward" in vars(part):

@@ -75,7 +75,7 @@ def _nms(
 ) -> Any:
     is_array = isinstance(boxes, np.ndarray)
     boxes, scores = _tensors(boxes, scores, offset)
-    chosen = (scores > score_threshold).nonzero()[:, 0] if score_threshold > 0 else slice(None)
+    chosen: Any = (scores > score_threshold).nonzero()[:, 0] if score_threshold > 0 else slice(None)
     if split is not None:
         kept = kernels.kept_within(boxes[chosen], scores[chosen], split[chosen], iou_threshold, offset)
         keep = kept.nonzero()[:, 0]
@@ -115,11 +115,14 @@ def soft_nms(
     `method` is "naive", "linear" or "gaussian" (which alone reads `sigma`).
     """
     is_array = isinstance(boxes, np.ndarray)
-    boxes, scores = _tensors(boxes, scores, offset)  # type: ignore[assignment]
+    tensors = _tensors(boxes, scores, offset)
     assert method in _METHODS, f"method={method!r}: expected one of {', '.join(_METHODS)}"
-    inputs: Any = (x.detach().cpu().numpy() for x in (boxes, scores))  # type: ignore[union-attr]
-    result: Any = kernels.soft_nms(*inputs, iou_threshold, sigma, min_score, _METHODS[method], offset)
-    return result if is_array else tuple(torch.from_numpy(x).to(boxes.device) for x in result)
+    arrays = [x.detach().cpu().numpy() for x in tensors]
+    settings = iou_threshold, sigma, min_score, _METHODS[method], offset
+    result: Any = kernels.soft_nms(arrays[0], arrays[1], *settings)
+    if not is_array:
+        result = tuple(torch.from_numpy(x).to(tensors[0].device) for x in result)
+    return result
 
 
 def nms_rotated(
@@ -157,7 +160,7 @@ def batched_nms(
     moved, groups = (boxes, None) if class_agnostic else kernels.move_apart(boxes, idxs, threshold)
     split = len(boxes) >= split_thr
     groups = None if split else groups
-    ops = {
+    ops: dict[str, Any] = {
         "nms": partial(_nms, groups=groups),
         "soft_nms": soft_nms,
         "nms_rotated": partial(nms_rotated, labels=groups),
