@@ -170,8 +170,9 @@ def _tensors(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
     tensors = {}
     for key, value in state_dict.items():
         if isinstance(key, str) and isinstance(value, Tensor):
-            # LibreYOLO's port of RTMDet calls the head `head`
-            tensors[re.sub(r"^head\.", "bbox_head.", re.sub(r"^(module\.|_orig_mod\.)+", "", key))] = value
+            tensors[re.sub(r"^(module\.|_orig_mod\.)+", "", key)] = value
+    if any(key.startswith("head.rtm_") for key in tensors):  # LibreYOLO's
+        tensors = {re.sub(r"^head\.", "bbox_head.", key): value for key, value in tensors.items()}
     if "stem.0.conv.weight" in tensors:
         tensors = {f"backbone.{key}": value for key, value in tensors.items()}
     return {k: v for k, v in tensors.items() if k.startswith(("backbone.", "neck.", "bbox_head."))}
