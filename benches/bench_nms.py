@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benches.harness import Case, Contender, few_differ, own
-from rtmdet_fast.kernels.nms import batched_nms, batched_nms_padded, batched_nms_padded_reference
+from rtmdet_fast.kernels.nms import batched_nms_padded, batched_nms_padded_reference
+from rtmdet_fast.ops import batched_nms
 
 DENSE = 6000  # boxes up to which N x N matrices are affordable
 

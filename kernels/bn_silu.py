@@ -90,8 +90,9 @@ def bn_silu_reference(
 
 def silu_add(y: Tensor, residual: Tensor | None) -> Tensor:
     """silu(y) + residual; overwrites `y` where autograd does not need it."""
-    # under autograd an in-place SiLU clones its input first, so it only pays without a graph
-    y = F.silu(y, inplace=not (torch.is_grad_enabled() and y.requires_grad))
+    # under autograd an in-place SiLU clones its input first, so it only pays without a graph; a trace is to look the
+    # same in every grad mode
+    y = F.silu(y, inplace=not ((torch.is_grad_enabled() and y.requires_grad) or torch.jit.is_tracing()))
     return y if residual is None else y.add_(residual)
 
 

@@ -9,8 +9,7 @@ Dropped, neither kept nor suppressing others: boxes with a non-finite score or c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,111 +38,6 @@ def batched_nms_padded(
     return op(boxes.detach(), scores.detach(), labels, float(iou_threshold), max_keep)
 
 
-def nms(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    offset: int = 0,
-    score_threshold: float = 0,
-    max_num: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.nms`: boxes [N, 4] xyxy, scores [N] -> (dets [K, 5] with the score last, keep [K] int64).
-
-    `offset` 1 takes x2 and y2 as inclusive pixels; `score_threshold` and `max_num` count only above 0. Arrays are
-    taken too, and answered with arrays.
-    """
-    if not isinstance(boxes, Tensor):
-        dets, keep = nms(
-            torch.as_tensor(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num
-        )
-        return dets.numpy(), keep.numpy()  # type: ignore[return-value]
-    keep = _keep(boxes, scores, None, iou_threshold, offset, score_threshold, max_num)
-    return _dets(boxes, scores, keep), keep
-
-
-def nms_rotated(
-    dets: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None, clockwise: bool = True
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.nms_rotated`: dets [N, 5] (cx, cy, w, h, radians), scores [N] -> (dets [K, 6], keep [K]).
-
-    `labels` [N] confine suppression to equal labels; `clockwise` False takes angles from x towards -y.
-    """
-    turned = dets if clockwise else torch.cat([dets[:, :4], -dets[:, 4:]], 1)
-    keep = _keep(turned, scores, labels, iou_threshold, box_dim=5, names=("dets", "labels"))
-    return _dets(dets, scores, keep), keep
-
-
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: Mapping[str, Any] | None, class_agnostic: bool = False
-) -> tuple[Tensor, Tensor]:
-    """As `mmcv.ops.batched_nms`: boxes [N, 4 or 5], scores [N], idxs [N] -> (dets [K, 5 or 6], keep [K]).
-
-    `nms_cfg` holds `iou_threshold`, and may hold `type` ("nms", "nms_rotated"), `class_agnostic`, `max_num`,
-    `score_threshold`, `offset`, and `split_thr`, which changes nothing here. None only sorts by score.
-    """
-    if nms_cfg is None:
-        keep = scores.sort(descending=True, stable=True).indices
-        return _dets(boxes, scores, keep), keep
-    cfg = dict(nms_cfg)
-    kind = cfg.pop("type", "nms")
-    if kind not in ("nms", "nms_rotated"):
-        raise ValueError(f"nms_cfg has type={kind!r}: expected 'nms' or 'nms_rotated'")
-    cfg.pop("split_thr", None)
-    class_agnostic = cfg.pop("class_agnostic", class_agnostic)
-    if "iou_threshold" not in cfg:
-        raise ValueError("nms_cfg lacks iou_threshold")
-    if unknown := cfg.keys() - {"iou_threshold", "max_num", "score_threshold", "offset"}:
-        raise ValueError(f"nms_cfg has unknown keys: {', '.join(sorted(unknown))}")
-    keep = _keep(boxes, scores, None if class_agnostic else idxs, box_dim=5 if kind == "nms_rotated" else 4, **cfg)
-    return _dets(boxes, scores, keep), keep
-
-
-def torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """As `torchvision.ops.nms`: boxes [N, 4] xyxy, scores [N] -> keep [K] int64 by falling score."""
-    return _keep(boxes, scores, None, iou_threshold)
-
-
-def torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """As `torchvision.ops.batched_nms`: suppression only between equal `idxs` [N] -> keep [K] int64."""
-    return _keep(boxes, scores, idxs, iou_threshold)
-
-
-def _keep(
-    boxes: Tensor,
-    scores: Tensor,
-    idxs: Tensor | None,
-    iou_threshold: float,
-    offset: int = 0,
-    score_threshold: float = 0,
-    max_num: int = -1,
-    box_dim: int = 4,
-    names: tuple[str, str] = ("boxes", "idxs"),
-) -> Tensor:
-    if offset not in (0, 1):
-        raise ValueError(f"offset={offset!r}: expected 0 or 1")
-    if boxes.ndim != 2 or boxes.shape[1] != box_dim:
-        raise ValueError(f"{names[0]} have shape {tuple(boxes.shape)}: expected [N, {box_dim}]")
-    for name, x in (("scores", scores), (names[1], idxs)):
-        if x is not None and x.shape != boxes.shape[:1]:
-            raise ValueError(f"{name} have shape {tuple(x.shape)}: expected [{len(boxes)}] as {names[0]} have")
-    if idxs is None:
-        idxs = torch.zeros_like(scores, dtype=torch.int64)
-    _check_integer(names[1], idxs)
-    if len(idxs):
-        idxs = idxs - idxs.amin()  # here any integer is a class, below 0 too
-    if offset:
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
-    if score_threshold > 0:
-        scores = scores.masked_fill(~(scores > score_threshold), -torch.inf)
-    max_keep = min(max_num, len(boxes)) if max_num > 0 else len(boxes)
-    keep, counts = batched_nms_padded(boxes[None], scores[None], idxs[None], iou_threshold, max_keep)
-    return keep[0, : int(counts)]
-
-
-def _dets(boxes: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
-    return torch.cat([boxes[keep], scores[keep, None]], dim=1)
-
-
 def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int) -> None:
     if boxes.ndim != 3 or boxes.shape[2] not in (4, 5):
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected [B, N, 4] or [B, N, 5]")
@@ -155,16 +49,12 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, 
     for name, x in (("boxes", boxes), ("scores", scores)):
         if not x.is_floating_point():
             raise TypeError(f"{name} are {x.dtype}: expected a floating dtype")
-    _check_integer("labels", labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}: expected integers")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold={iou_threshold!r}: expected a number in [0, 1]")
     if max_keep < 0:
         raise ValueError(f"max_keep={max_keep!r}: expected at least 0")
-
-
-def _check_integer(name: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} are {x.dtype}: expected integers")
 
 
 def usable(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
@@ -226,8 +116,25 @@ def batched_nms_padded_reference(
     order, rank, boxes, start = _sorted(boxes, scores, labels)
     image = torch.arange(B, device=boxes.device)[:, None] * N
     usable = start < NEVER
-    rank, group, boxes = (rank + image)[usable], (start + image)[usable], boxes[usable]
-    kept = torch.zeros(B * N, dtype=torch.bool, device=boxes.device)  # by rank
+    rows = (rank + image)[usable], (start + image)[usable], boxes[usable]
+    kept = in_rounds(*rows, (B, N), iou_threshold, max_keep, _excess)
+    return _selected(kept, order, max_keep)
+
+
+def in_rounds(
+    rank: Tensor,
+    group: Tensor,
+    boxes: Tensor,
+    shape: tuple[int, int],
+    iou_threshold: float,
+    max_keep: int,
+    excess: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """Which of `shape` [B, N] boxes, by rank, are kept; rank (of B N), group and boxes are sorted by group, then rank.
+
+    `excess(a, b, iou_threshold)` of boxes [G, m, 4 or 5] and [G, n, 4 or 5] is above 0 where their IoU exceeds it.
+    """
+    kept = torch.zeros(shape, dtype=torch.bool, device=boxes.device).view(-1)
     nowhere = boxes.new_tensor([[10 * HUGE, 10 * HUGE, -1, -1, 0]])[:, : boxes.shape[1]]  # meets no box
     while len(rank):
         count = group.unique_consecutive(return_counts=True)[1]
@@ -241,10 +148,11 @@ def batched_nms_padded_reference(
         rows = first[:, None] + slot[: int(count.max())]
         rows = rows.where(rows < end[:, None], len(boxes))
         heads = padded[rows]
-        keep = torch.cat([_settle(part, iou_threshold) for part in heads.split(chunk)]) & (rows < len(boxes))
+        keep = torch.cat([_settle(excess(part, part, iou_threshold)) for part in heads.split(chunk)])
+        keep &= rows < len(boxes)
         kept[rank[rows[keep]]] = True
         # a box that max_keep better ones beat is out, and suppresses only what comes later still
-        full = kept.view(B, N).cumsum(1) >= max_keep
+        full = kept.view(shape).cumsum(1) >= max_keep
         place = torch.arange(len(rank), device=boxes.device) - first.repeat_interleave(count)
         alive = (place >= tile) & ~full.view(-1)[rank]
 
@@ -259,10 +167,10 @@ def batched_nms_padded_reference(
         hit = torch.zeros(len(padded), dtype=torch.bool, device=boxes.device)
         for i in range(0, len(owner), chunk):
             part = rows[i : i + chunk]
-            hit[part] = _excess(heads[owner[i : i + chunk]], padded[part], iou_threshold).amax(1) > 0
+            hit[part] = excess(heads[owner[i : i + chunk]], padded[part], iou_threshold).amax(1) > 0
         alive &= ~hit[:-1]
         rank, group, boxes = rank[alive], group[alive], boxes[alive]
-    return _selected(kept.view(B, N), order, max_keep)
+    return kept.view(shape)
 
 
 @batched_nms_padded_reference.register_fake
@@ -271,10 +179,10 @@ def _(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_k
     return boxes.new_empty((B, max_keep), dtype=torch.int64), boxes.new_empty((B,), dtype=torch.int64)
 
 
-def _settle(boxes: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS of boxes [G, n, 4 or 5], sorted, in each of G classes -> keep [G, n] bool."""
-    suppresses = _excess(boxes, boxes, iou_threshold).triu(1).gt_(0)
-    keep, before = suppresses.new_ones(len(boxes), 1, boxes.shape[1]), None
+def _settle(excess: Tensor) -> Tensor:
+    """Greedy NMS of the boxes, sorted, that are in each of G classes, from their `excess` [G, n, n] -> [G, n] bool."""
+    suppresses = excess.triu(1).gt_(0)
+    keep, before = suppresses.new_ones(len(excess), 1, excess.shape[1]), None
     while before is None or not torch.equal(keep, before):  # as often as the longest chain of suppressions
         before, keep = keep, (keep.bmm(suppresses) == 0).to(keep.dtype)
     return keep[:, 0] > 0

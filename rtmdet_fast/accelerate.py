@@ -1,23 +1,28 @@
 """Fused layers inside somebody else's model: `accelerate(model)`, undone by `revert(model)`.
 
-A container whose `forward` is known (mmcv's ConvModule, timm's ConvNormAct and BatchNormAct2d, nn.Sequential, and what
-inherits theirs) gets a class that inherits from its own and runs depth-wise convolution + BatchNorm + SiLU, or
-BatchNorm + SiLU, in one kernel. Nothing else changes: the objects, their children, parameters, buffers and hooks are
-the same ones, so state_dict, optimisers, `.to()`, train() and eval(), DDP and `isinstance` go on as before.
+A container that passes its input through its children, one after another, gets a class that inherits from its own and
+runs depth-wise convolution + BatchNorm + SiLU, or BatchNorm + SiLU, in one kernel. Whether it does that shows a trace
+of its own forward, in training and in inference: mmcv's ConvModule, timm's ConvNormAct, nn.Sequential and any
+`act(bn(conv(x)))` are known by what they do and not by their names. timm's BatchNormAct2d, which holds its activation,
+is known by its module. Nothing else changes: the objects, their children, parameters, buffers and hooks are the same
+ones, so state_dict, optimisers, `.to()`, train() and eval(), DDP and `isinstance` go on as before.
 
-Every forward pass looks whether that still holds: with a hook on a convolution, BatchNorm or activation, or with one of
-them replaced by something else, the container runs as it did originally.
+Every forward pass looks whether that still holds: with a hook on a convolution, BatchNorm or activation, with one of
+them replaced by something else, or with an attribute changed that the forward reads, the container runs as it did
+originally.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -25,7 +30,7 @@ from rtmdet_fast.models.rtmdet.layers import ConvModule, fused_bn_silu
 
 DEPTHWISE = "depth-wise convolution + BatchNorm + SiLU"
 EPILOGUE = "BatchNorm + SiLU"
-UNKNOWN = "not before a SiLU in a container whose forward is known"
+UNKNOWN = "not before a SiLU in a container that passes its input from child to child"
 SHOWN = 4  # names of a group in the printout
 
 
@@ -52,22 +57,21 @@ def accelerate(module: nn.Module) -> Acceleration:
     replaced: dict[nn.Module, str] = {}
     left: dict[nn.Module, str] = {}
     own: set[nn.Module] = set()
+    fused: dict[nn.Module, type] = {}
     for part in module.modules():
         if isinstance(part, ConvModule):
             own |= {part.conv, part.bn}
-        mixin = _MIXINS.get(_forward_of(type(part)))
-        if mixin is None:
-            continue
-        for tail in mixin.tails(part):
-            obstacle = mixin.differs(part) or _obstacle(tail.bn, tail.act, mixin.norms, tail.bn is part)
+        candidate: Any = None if isinstance(part, ConvModule) else _candidate(part)
+        for tail in _tails(part, candidate) if candidate else ():
+            obstacle = _obstacle(tail.bn, tail.act, tail.bn is part)
             if "forward" in vars(part):
                 obstacle = f"the forward of its {type(part).__name__} was replaced"
             conv_obstacle = obstacle or _conv_obstacle(tail.conv)
             if obstacle is not None:
                 left[tail.bn] = obstacle
-            elif conv_obstacle is None or mixin.has_epilogue:
+            elif conv_obstacle is None or tail.bn is part or not _holds_act(tail.bn):
                 replaced.setdefault(tail.bn, EPILOGUE if conv_obstacle else DEPTHWISE)
-                part.__class__ = _fused_class(_original(type(part)))
+                fused[part] = candidate
             if _is_depthwise(tail.conv) and conv_obstacle is not None:
                 left[tail.conv] = conv_obstacle
             elif tail.conv is not None:
@@ -76,6 +80,14 @@ def accelerate(module: nn.Module) -> Acceleration:
         if part not in own and (isinstance(part, _BatchNorm) or _is_depthwise(part)):
             left.setdefault(part, UNKNOWN)
     names = {part: name for name, part in module.named_modules()}
+    before = {part: part.__class__ for part in fused}
+    try:
+        for part, cls in fused.items():
+            part.__class__ = cls
+    except BaseException:  # all or nothing
+        for part, cls in before.items():
+            part.__class__ = cls
+        raise
     return Acceleration(
         {names[part]: what for part, what in replaced.items()},
         {names[part]: why for part, why in left.items() if part not in replaced},
@@ -90,7 +102,7 @@ def revert(module: nn.Module) -> None:
 
 
 class _Tail(NamedTuple):
-    """BatchNorm, what runs right before it, and right after it."""
+    """BatchNorm, what runs right before it, and the activation right after it."""
 
     conv: Any
     bn: Any
@@ -101,44 +113,36 @@ class _Fused(nn.Module):
     """Mixed into the class of a container."""
 
     _original: type[nn.Module]
-    norms: tuple[tuple[str, str], ...] = (("torch", "_BatchNorm.forward"), ("torch", "SyncBatchNorm.forward"))
-    has_epilogue = True  # whether it can fuse BatchNorm and SiLU alone
-
-    @staticmethod
-    def tails(module: Any) -> Iterable[_Tail]:
-        """What could be fused in a container of the original class."""
-        raise NotImplementedError
-
-    @staticmethod
-    def differs(module: Any) -> str | None:
-        """Why the container computes something else than its tail."""
-        return None
+    _recipe: tuple[Any, ...]  # what the class was made of
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class was made when it was needed: it is pickled as its original, and made again
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        return (_restore, (self._original,), *reduced[2:])
+        return (_restore, self._recipe, *reduced[2:])
 
 
-class _FusedSequential(_Fused):
-    @staticmethod
-    def tails(module: Any) -> Iterable[_Tail]:
-        layers = [None, *module._modules.values()]
-        return [
-            _Tail(*three)
-            for three in zip(layers, layers[1:], layers[2:], strict=False)
-            if isinstance(three[1], _BatchNorm)
-        ]
+class _FusedChain(_Fused):
+    """Passes its one argument through the children of these names; of all names (nn.Sequential) if None."""
 
-    def forward(self, input: Any) -> Any:
-        layers: list[Any] = [*self._modules.values(), None, None]
+    _chain: tuple[str, ...] | None
+    _flags: tuple[tuple[str, Any], ...]  # what the original's forward reads, with which it was traced
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = vars(self)
+        if len(args) != 1 or kwargs or any(name not in own or own[name] != value for name, value in self._flags):
+            return super().forward(*args, **kwargs)
+        layers = _layers(self, self._chain)
+        if None in layers:  # a child is gone
+            return super().forward(*args, **kwargs)
+        input = args[0]
+        layers += [None, None]
         at = 0
         while at < len(layers) - 2:
             first, second, third = layers[at : at + 3]
-            if _fits(first, second, third):
+            if _conv_obstacle(first) is None and _obstacle(second, _act(second, third)) is None:
                 input = fused_bn_silu(input, second, first, process_group=_process_group(second))
-                at += 3
-            elif _obstacle(first, second) is None:
+                at += 2 if _holds_act(second) else 3
+            elif not _holds_act(first) and _obstacle(first, second) is None:
                 input = fused_bn_silu(input, first, process_group=_process_group(first))
                 at += 2
             else:
@@ -147,88 +151,52 @@ class _FusedSequential(_Fused):
         return input
 
 
-class _FusedConvModule(_Fused):
-    """mmcv's."""
-
-    @staticmethod
-    def tails(module: Any) -> Iterable[_Tail]:
-        act = module.activate if module.with_activation else None
-        return [_Tail(module.conv, module.norm, act)] if module.with_norm else []
-
-    @staticmethod
-    def differs(module: Any) -> str | None:
-        if tuple(module.order) != ("conv", "norm", "act"):
-            return f"order {', '.join(module.order)}"
-        if module.with_explicit_padding:
-            return "a padding layer before the convolution"
-        return "efficient_conv_bn_eval" if getattr(module, "efficient_conv_bn_eval_forward", None) else None
-
-    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
-        whole = activate and norm and self.differs(self) is None
-        for conv, bn, act in self.tails(self) if whole else ():
-            if _fits(conv, bn, act):
-                return fused_bn_silu(x, bn, conv, process_group=_process_group(bn))
-            if _obstacle(bn, act) is None:
-                return fused_bn_silu(conv(x), bn, process_group=_process_group(bn))
-        return super().forward(x, activate, norm)
-
-
-class _FusedConvNormAct(_Fused):
-    """timm's, with a depth-wise convolution; else its BatchNormAct2d alone is fused."""
-
-    norms = (("timm", "BatchNormAct2d.forward"), ("timm", "SyncBatchNormAct.forward"))
-    has_epilogue = False
-
-    @staticmethod
-    def tails(module: Any) -> Iterable[_Tail]:
-        normed = isinstance(module.bn, _BatchNorm)
-        return [_Tail(module.conv, module.bn, getattr(module.bn, "act", None))] if normed else []
-
-    @staticmethod
-    def differs(module: Any) -> str | None:
-        return None if getattr(module, "aa", None) is None else "anti-aliasing behind it"
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv, bn, act in self.tails(self) if self.differs(self) is None else ():
-            if _fits(conv, bn, act, self.norms):
-                return fused_bn_silu(x, bn, conv, process_group=_process_group(bn))
-        return super().forward(x)
-
-
 class _FusedBatchNormAct(_Fused):
     """timm's BatchNorm that holds its activation."""
 
-    norms = _FusedConvNormAct.norms
-
-    @staticmethod
-    def tails(module: Any) -> Iterable[_Tail]:
-        return [_Tail(None, module, module.act)]
-
     def forward(self, x: Tensor) -> Tensor:
-        if _obstacle(self, self.act, self.norms, itself=True) is None:
+        if _obstacle(self, self.act, itself=True) is None:
             norm: Any = self
             return fused_bn_silu(x, norm, process_group=_process_group(self))
         return super().forward(x)
 
 
-# by package and name: none of the packages has to be there, and a subclass that overrides forward is not taken
-_MIXINS: dict[tuple[str, str], type[_Fused]] = {
-    ("torch", "Sequential.forward"): _FusedSequential,
-    ("mmcv", "ConvModule.forward"): _FusedConvModule,
-    ("timm", "ConvNormAct.forward"): _FusedConvNormAct,
-    ("timm", "BatchNormAct2d.forward"): _FusedBatchNormAct,
-    ("timm", "SyncBatchNormAct.forward"): _FusedBatchNormAct,
-}
+# by module and name: none of the packages has to be there, and a subclass that overrides forward is not taken
+_SEQUENTIAL = ("torch.nn.modules.container", "Sequential.forward")
+_NORMS = [("torch.nn.modules.batchnorm", f"{name}.forward") for name in ("_BatchNorm", "SyncBatchNorm")]
+_NORM_ACTS = [("timm.layers.norm_act", f"{name}.forward") for name in ("BatchNormAct2d", "SyncBatchNormAct")]
+
+
+def _candidate(part: nn.Module) -> Any:
+    """The class that runs `part` fused as far as its layers can be; None if nothing in it might."""
+    original = _original(type(part))
+    if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
+        return None  # made in some way that the fused class would not know
+    if _holds_act(part):
+        return _fused_class(_FusedBatchNormAct, original, None, ())
+    if not any(isinstance(child, _BatchNorm) for child in part.children()):
+        return None
+    if _forward_of(original) == _SEQUENTIAL:
+        return _fused_class(_FusedChain, original, None, ())
+    chain = _traced(part, original)
+    return chain and _fused_class(_FusedChain, original, chain, _flags(part, original))
 
 
 @cache
-def _fused_class(original: Any) -> Any:
-    namespace = {"_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"Fused{original.__name__}", (_MIXINS[_forward_of(original)], original), namespace)
+def _fused_class(mixin: Any, original: Any, chain: tuple[str, ...] | None, flags: tuple[tuple[str, Any], ...]) -> Any:
+    namespace = {
+        "_original": original,
+        "_recipe": (mixin, original, chain, flags),
+        "_chain": chain,
+        "_flags": flags,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (mixin, original), namespace)
 
 
-def _restore(original: Any) -> nn.Module:
-    made = _fused_class(original)
+def _restore(*recipe: Any) -> nn.Module:
+    made = _fused_class(*recipe)
     return made.__new__(made)
 
 
@@ -236,21 +204,107 @@ def _original(cls: type) -> Any:
     return cls._original if issubclass(cls, _Fused) else cls
 
 
+class _Tracer(fx.Tracer):
+    """Records which children a forward calls; anything else that it does shows as well, or raises."""
+
+    def __init__(self, names: dict[nn.Module, str]):
+        super().__init__()
+        self.names, self.state = names, _state()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if _state() != self.state:
+            raise ValueError("runs a child under other settings")
+        return self.create_proxy("call_module", self.names[m], args, kwargs)
+
+
+def _state() -> tuple[Any, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _traced(part: nn.Module, original: Any) -> tuple[str, ...] | None:
+    """Names of the children that the forward of `part` passes its first argument through, in inference and training.
+
+    None if it does anything else.
+    """
+    modes = {child: child.training for child in part.modules()}
+    try:
+        input, *others = list(inspect.signature(original.forward).parameters.values())[1:]
+        if input.kind is input.VAR_POSITIONAL or any(p.default is p.empty and p.kind < p.VAR_KEYWORD for p in others):
+            return None
+        chains = [_traced_in(mode, part, original, modes) for mode in (True, False)]
+    except Exception:  # somebody else's code, which need not bear a stand-in for its input
+        return None
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+    return chains[0] if chains[0] == chains[1] else None
+
+
+def _traced_in(training: bool, part: nn.Module, original: Any, modules: Iterable[nn.Module]) -> tuple[str, ...] | None:
+    for module in modules:
+        module.training = training
+    probe = object.__new__(original)  # what the forward may set is set here
+    probe.__dict__.update(vars(part))
+
+    def run(x: Any) -> Any:
+        return original.forward(probe, x)
+
+    graph = _Tracer({child: name for name, child in part.named_children()}).trace(run)
+    if vars(probe).keys() != vars(part).keys() or any(vars(part)[name] is not x for name, x in vars(probe).items()):
+        return None
+    return _linear(graph)
+
+
+def _linear(graph: fx.Graph) -> tuple[str, ...] | None:
+    first, *calls, last = graph.nodes
+    before = first
+    for node in calls:
+        if node.op != "call_module" or node.args != (before,) or node.kwargs:
+            return None
+        before = node
+    return tuple(node.target for node in calls) if last.args == (before,) else None
+
+
+def _flags(part: nn.Module, original: Any) -> tuple[tuple[str, Any], ...]:
+    """Attributes of `part` that its forward reads, as far as they are plain values."""
+    read = getattr(getattr(inspect.unwrap(original.forward), "__code__", None), "co_names", ())
+    found = ((name, vars(part)[name]) for name in read if name in vars(part) and name != "training")
+    return tuple((name, x) for name, x in found if isinstance(x, bool | int | float | str | tuple | type(None)))
+
+
+def _layers(part: Any, chain: tuple[str, ...] | None) -> list[Any]:
+    return list(part._modules.values()) if chain is None else [part._modules.get(name) for name in chain]
+
+
+def _tails(part: Any, fused: Any) -> list[_Tail]:
+    """What could be fused in `part`, were it of the class `fused`."""
+    if issubclass(fused, _FusedBatchNormAct):
+        return [_Tail(None, part, part.act)]
+    layers = [None, *_layers(part, fused._chain), None]
+    threes = zip(layers, layers[1:], layers[2:], strict=False)
+    return [_Tail(conv, bn, _act(bn, after)) for conv, bn, after in threes if isinstance(bn, _BatchNorm)]
+
+
 def _forward_of(cls: type) -> tuple[str, str]:
-    """Package and name of the forward of a class before it was fused."""
+    """Module and name of the forward of a class before it was fused."""
     forward = getattr(_original(cls), "forward", None)
-    return getattr(forward, "__module__", "").partition(".")[0], getattr(forward, "__qualname__", "")
+    return getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
 
 
-def _fits(conv: Any, bn: Any, act: Any, norms: tuple[tuple[str, str], ...] = _Fused.norms) -> bool:
-    return _conv_obstacle(conv) is None and _obstacle(bn, act, norms) is None
+def _holds_act(module: Any) -> bool:
+    return _forward_of(type(module)) in _NORM_ACTS
 
 
-def _obstacle(bn: Any, act: Any, norms: tuple[tuple[str, str], ...] = _Fused.norms, itself: bool = False) -> str | None:
+def _act(bn: Any, after: Any) -> Any:
+    """The activation of a BatchNorm that `after` follows."""
+    return getattr(bn, "act", None) if _holds_act(bn) else after
+
+
+def _obstacle(bn: Any, act: Any, itself: bool = False) -> str | None:
     """Why BatchNorm and activation cannot be fused; `itself`: the BatchNorm is the container, whose hooks do fire."""
     if type(act) is not nn.SiLU:
         return UNKNOWN if act is None else f"before {type(act).__name__}, not SiLU"
-    if isinstance(bn, nn.BatchNorm1d | nn.BatchNorm3d) or _forward_of(type(bn)) not in norms:
+    if isinstance(bn, nn.BatchNorm1d | nn.BatchNorm3d) or _forward_of(type(bn)) not in _NORMS + _NORM_ACTS:
         return f"{type(bn).__name__} is not BatchNorm2d or SyncBatchNorm"
     if not isinstance(getattr(bn, "drop", None), nn.Identity | type(None)):
         return "drops some of its output"

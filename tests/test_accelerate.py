@@ -208,22 +208,179 @@ def test_one_dimensional_layers_are_left():
 
 
 def test_containers_with_a_forward_of_their_own_are_left():
-    class Residual(nn.Sequential):
+    class Wider(nn.Sequential):
         def forward(self, x):
             return x + super().forward(x)
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn, self.act = depthwise(4), nn.BatchNorm2d(4), nn.SiLU()
+    class Callless(Block):
+        forward = nn.Module.forward
 
-    model = nn.ModuleList([Residual(depthwise(4), nn.BatchNorm2d(4), nn.SiLU()), Block()])
+    model = nn.ModuleList([Wider(depthwise(4), nn.BatchNorm2d(4), nn.SiLU()), Callless()])
     report = accelerate(model)
     assert not report.replaced
     assert report.left == dict.fromkeys(("0.0", "0.1", "1.conv", "1.bn"), UNKNOWN)
     patched = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
     patched.forward = lambda x: x
     assert accelerate(patched).left == {"1": "the forward of its Sequential was replaced"}
+
+
+class Block(nn.Module):
+    """As most libraries write it; LibreYOLO's RTMDet with `activate`, timm's efficientvit with `norm` and a dropout."""
+
+    def __init__(self, conv="conv", bn="bn", act="act"):
+        super().__init__()
+        self.names, self.enabled, self.shift = [conv, bn, act], True, 0.0
+        for name, layer in zip(self.names, (depthwise(4), nn.BatchNorm2d(4), nn.SiLU(inplace=True)), strict=True):
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        conv, bn, act = (getattr(self, name) for name in self.names)
+        return act(bn(conv(x))) if self.enabled else x
+
+
+class WithDropout(Block):
+    def forward(self, x, skip=None):
+        return super().forward(self.drop(x)) if skip is None else x + skip
+
+    def __init__(self):
+        super().__init__(bn="norm")
+        self.drop = nn.Dropout(0.0)
+
+
+@pytest.mark.parametrize("kind", [Block, lambda: Block("c", "norm", "activate"), WithDropout])
+def test_any_container_is_known_by_what_its_forward_does(kind, fused_calls):
+    original = nn.Sequential(kind(), kind())
+    model = copy.deepcopy(original)
+    modes = [m.training for m in model.modules()]
+    model[0].names, state = list(model[0].names), {name: dict(vars(m)) for name, m in model.named_modules()}
+    report = accelerate(model)
+    bn = original[0].names[1]
+    assert report.replaced == {f"0.{bn}": DEPTHWISE, f"1.{bn}": DEPTHWISE} and report.left == {}
+    assert {name: dict(vars(m)) for name, m in model.named_modules()} == state
+    assert [m.training for m in model.modules()] == modes
+    check_same(model, original, torch.randn(2, 4, 6, 5))
+    assert fused_calls and set(fused_calls) == {"dwconv_bn_silu"}
+    check_same(pickle.loads(pickle.dumps(model)), original, torch.randn(2, 4, 6, 5), steps=1)
+    revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+
+
+def test_a_container_runs_as_before_where_it_is_asked_something_else(fused_calls):
+    model = WithDropout()
+    accelerate(model)
+    x = torch.randn(2, 4, 6, 5)
+    assert torch.equal(model(x, skip=x), x + x)
+    plain_block = Block()
+    accelerate(plain_block)
+    plain_block.enabled = False
+    assert torch.equal(plain_block(x), x)
+    plain_block.enabled = True
+    del plain_block.act
+    with pytest.raises(AttributeError, match="act"):
+        plain_block(x)
+    assert fused_calls == []
+
+
+class Residual(Block):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Moded(Block):
+    def forward(self, x):
+        return super().forward(x) if self.training else self.act(self.conv(x))
+
+
+class ModedByChild(Block):
+    def forward(self, x):
+        return super().forward(x) if self.bn.training else self.conv(x)
+
+
+class Remembering(Block):
+    def forward(self, x):
+        self.last = x
+        return super().forward(x)
+
+
+class Shifted(Block):
+    def forward(self, x):
+        return super().forward(x + self.shift)
+
+
+class Widened(Block):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class Frozen(Block):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class OfTwo(Block):
+    def forward(self, x, y):
+        return super().forward(x)
+
+
+class Branching(Block):
+    def forward(self, x):
+        return super().forward(x) if x.mean() > 0 else x
+
+
+class MadeElsewhere(Block):
+    def __reduce__(self):
+        return MadeElsewhere, ()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Residual, Moded, ModedByChild, Remembering, Shifted, Widened, Frozen, OfTwo, Branching, MadeElsewhere],
+)
+def test_containers_that_do_anything_else_are_left(kind):
+    """Also those whose class has a name that is known."""
+    kind = type("ConvNormAct", (kind,), {"__module__": "timm.models.of_somebody"})
+    model = nn.Sequential(kind())
+    modes = [m.training for m in model.eval().modules()]
+    report = accelerate(model)
+    assert report.replaced == {} and report.left == {"0.conv": UNKNOWN, "0.bn": UNKNOWN}
+    assert type(model[0]) is kind and "last" not in vars(model[0])
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_all_or_nothing(monkeypatch):
+    """A class that cannot be changed: the containers before it are as they were."""
+
+    class Fixed(Block):
+        __slots__ = ()
+
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise TypeError("is what it is")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Block(), Fixed(), Block())
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="is what it is"):
+        accelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_passes_its_own_check():
+    """Which traces again without gradients, where a SiLU that comes last used to run in place."""
+    x = torch.randn(1, 4, 8, 8)
+    model = nn.Sequential(Block(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.SiLU(inplace=True)).eval()
+    expected = model(x)
+    accelerate(model)
+    equal(torch.jit.trace(model, x)(x), expected)
+    model = RTMDet("nano", num_classes=1).eval()
+    images = torch.randn(1, 3, 64, 64)
+    traced = torch.jit.trace(model, images, strict=False)
+    for found, expected in zip(traced(images), model(images), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_frozen_norm_stays_frozen(fused_calls):
@@ -377,17 +534,13 @@ def test_own_models_are_fused_already():
 MMCV = {
     "depth-wise": (dict(groups=4, padding=2), {"bn": DEPTHWISE}, {}),
     "dense": (dict(padding=2), {"bn": EPILOGUE}, {}),
-    "reflect": (
-        dict(groups=4, padding=2, padding_mode="reflect"),
-        {},
-        dict.fromkeys(("conv", "bn"), "a padding layer before the convolution"),
-    ),
-    "order": (dict(order=("norm", "conv", "act"), padding=2), {}, {"bn": "order norm, conv, act"}),
+    "reflect": (dict(groups=4, padding=2, padding_mode="reflect"), {"bn": EPILOGUE}, {"conv": "padding (0, 0)"}),
+    "order": (dict(order=("norm", "conv", "act"), padding=2), {}, {"bn": "before Conv2d, not SiLU"}),
     "ReLU": (dict(act_cfg=dict(type="ReLU"), padding=2), {}, {"bn": "before ReLU, not SiLU"}),
     "no activation": (dict(act_cfg=None, padding=2), {}, {"bn": UNKNOWN}),
     "no norm": (dict(norm_cfg=None, padding=2), {}, {}),
     "spectral norm": (dict(with_spectral_norm=True, groups=4, padding=2), {"bn": EPILOGUE}, {"conv": "has hooks"}),
-    "efficient": (dict(efficient_conv_bn_eval=True, padding=2), {}, {"bn": "efficient_conv_bn_eval"}),
+    "efficient": (dict(efficient_conv_bn_eval=True, padding=2), {}, {"bn": UNKNOWN}),
 }
 
 
@@ -445,7 +598,7 @@ class Last(nn.Module):
         (dict(groups=4, bias=True), {"bn": EPILOGUE}, {"conv": "has a bias"}),
         (dict(groups=4, act_layer=nn.ReLU), {}, dict.fromkeys(("conv", "bn"), "before ReLU, not SiLU")),
         (dict(groups=4, drop_layer=nn.Dropout), {}, dict.fromkeys(("conv", "bn"), "drops some of its output")),
-        (dict(groups=4, stride=2, aa_layer="avg"), {"bn": EPILOGUE}, {"conv": "anti-aliasing behind it"}),
+        (dict(groups=4, stride=2, aa_layer="avg"), {"bn": DEPTHWISE}, {}),
     ],
 )
 def test_timm_conv_norm_act(options, replaced, left, fused_calls):

@@ -2,21 +2,26 @@
 
     import rtmdet_fast.compat.mmcv_ext  # before mmdet, mmrotate and mmcv.ops
 
-puts this module into `sys.modules` as `mmcv._ext`. It belongs at the top of the script that is run, and not under
-`if __name__ == "__main__"`: processes that are spawned, as for mmrotate's evaluation, import it from there. Scripts
-that cannot be edited run under it:
+puts this module into `sys.modules` as `mmcv._ext`. Processes that are spawned from then on, as for mmrotate's
+evaluation, have it as well, whatever their main module is. Scripts that cannot be edited run under it:
 
     python -m rtmdet_fast.compat.mmcv_ext tools/train.py my_config.py
 
-It answers, on CPU and CUDA tensors, `nms`, `nms_rotated`, `box_iou_rotated` and
+It answers, on CPU and CUDA tensors, `nms`, `softnms`, `nms_rotated`, `box_iou_rotated` and
 `diff_iou_rotated_sort_vertices_forward`: what RTMDet, RTMDet-Ins and rotated RTMDet call in training and testing. Every
 other op is there, and raises when called. Where a compiled mmcv is installed nothing happens, unless asked for by
 `mmcv_ext.install(replace=True)`.
 
-As in mmcv, boxes without area and with non-finite numbers take part: nothing suppresses them. Unlike in mmcv, rotated
-NMS keeps to "suppressed above the threshold" and to the labels on the CPU too, and the vertices of coinciding boxes
-come in order (mmcv's compiled op gives `diff_iou_rotated_2d` below 0.5 for some boxes with themselves; what its Python
-part misjudges in float32 remains).
+The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these differences:
+
+| op | compiled mmcv | here |
+|---|---|---|
+| `nms_rotated` on a CPU | suppresses at the threshold too | above it, as mmcv on CUDA |
+| `nms_rotated` with labels | strips them, on CPU and CUDA | so too (`rtmdet_fast.ops.nms_rotated` heeds them) |
+| `nms`, `nms_rotated` of other floating dtypes | some are refused | taken |
+| vertices of coinciding boxes | out of order: IoU of a box with itself below 0.5 | in order |
+
+What mmcv's Python part of `diff_iou_rotated_2d` misjudges in float32 remains.
 """
 
 from __future__ import annotations
@@ -25,17 +30,19 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import wraps
+from multiprocessing import spawn
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels.nms import batched_nms_padded, usable
+from rtmdet_fast.kernels import greedy_nms
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated as _box_iou_rotated
 
 
 def install(replace: bool = False) -> bool:
-    """Puts this module in the place of `mmcv._ext`; returns whether it stands there.
+    """Puts this module in the place of `mmcv._ext`, also in processes spawned from here; returns whether it is there.
 
     A compiled `mmcv._ext` that is installed keeps its place, unless `replace`. Raises RuntimeError if `mmcv.ops`
     has been imported with it: its functions are bound by then.
@@ -48,7 +55,25 @@ def install(replace: bool = False) -> bool:
     if "mmcv.ops" in sys.modules:
         raise RuntimeError("mmcv.ops is imported already: import rtmdet_fast.compat.mmcv_ext before mmdet and mmcv.ops")
     sys.modules["mmcv._ext"] = this
+    get_preparation_data: Callable[[str], dict[str, Any]] = spawn.get_preparation_data
+
+    @wraps(get_preparation_data)
+    def with_this_module(name: str) -> dict[str, Any]:
+        return {"mmcv._ext": _Installer(replace), **get_preparation_data(name)}
+
+    spawn.get_preparation_data = with_this_module  # type: ignore[assignment]
     return True
+
+
+class _Installer:
+    """Installs this module where it is unpickled: in a spawned process, before anything of the program is."""
+
+    def __init__(self, replace: bool):
+        self.replace = replace
+
+    def __reduce__(self) -> Any:
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # which the process learns only later
+        return exec, (f"import sys\nsys.path[:] = {path!r}\nfrom {__name__} import install\ninstall({self.replace})",)
 
 
 def _compiled() -> bool:
@@ -59,9 +84,26 @@ def _compiled() -> bool:
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
     """Boxes [N, 4] xyxy, scores [N] -> indices [K] of the kept, by falling score; `offset` 1: inclusive pixels."""
-    if offset:
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
-    return _kept(boxes, scores, None, iou_threshold)
+    if boxes.numel() == 0:
+        return boxes.new_zeros(0, dtype=torch.int64)
+    return greedy_nms.greedy_nms(boxes, scores, iou_threshold, offset=offset)
+
+
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Boxes [N, 4] xyxy, scores [N] -> indices [K] of the kept; into dets [N, 5] go boxes and lowered scores, first."""
+    settings = iou_threshold, sigma, min_score, method, offset
+    kept, index = greedy_nms.soft_nms(boxes.detach().numpy(), scores.detach().numpy(), *settings)
+    dets[: len(index)] = torch.from_numpy(kept)
+    return torch.from_numpy(index)
 
 
 def nms_rotated(
@@ -73,22 +115,13 @@ def nms_rotated(
     iou_threshold: float,
     multi_label: bool,
 ) -> Tensor:
-    """Dets [N, 5], scores [N] -> indices [K] of the kept, by falling score; the rest of dets is not needed.
+    """Dets [N, 5, or 6 if `multi_label`], scores [N] -> indices [K] of the kept, by falling score.
 
-    If `multi_label`, only boxes of equal `labels` [N] suppress each other.
+    The column of labels is left out of account, as in mmcv; the other arguments are not needed.
     """
-    return _kept(dets[:, :5], scores, labels.long() if multi_label else None, iou_threshold)
-
-
-def _kept(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
-    if len(boxes) == 0:
-        return scores.new_zeros(0, dtype=torch.int64)
-    labels = torch.zeros_like(scores, dtype=torch.int64) if labels is None else labels - labels.amin()
-    keep, count = batched_nms_padded(boxes[None], scores[None], labels[None], float(iou_threshold), len(boxes))
-    kept = ~usable(boxes, scores, labels)  # what the kernels leave out, mmcv keeps
-    kept[keep[0, : int(count)]] = True
-    order = scores.sort(descending=True, stable=True).indices
-    return order[kept[order]]
+    if dets.numel() == 0:
+        return dets.new_zeros(0, dtype=torch.int64)
+    return greedy_nms.greedy_nms(dets[:, :5], scores, iou_threshold)
 
 
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int = 0, aligned: bool = False) -> None:
@@ -141,7 +174,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     def missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"mmcv's op {name} needs the compiled mmcv: rtmdet_fast stands in for mmcv._ext here and has only "
-            "nms, nms_rotated, box_iou_rotated and diff_iou_rotated_sort_vertices_forward"
+            "nms, softnms, nms_rotated, box_iou_rotated and diff_iou_rotated_sort_vertices_forward"
         )
 
     return missing
@@ -156,9 +189,7 @@ if __name__ == "__main__":
         sys.exit("usage: python -m rtmdet_fast.compat.mmcv_ext SCRIPT [ARGUMENT ...]")
     import_module("rtmdet_fast.compat.mmcv_ext")  # under its own name, not as __main__
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    # In this namespace: processes that are spawned import this module first, since it is the main one.
+    # In this namespace: spawned processes, whose main module is this one, look there for what the script defines.
     exec(compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec"))
-elif __name__ == "rtmdet_fast.compat.mmcv_ext":
+elif __name__ != "__mp_main__":  # a spawned process has it by now
     install()
-else:  # "__mp_main__", in a spawned process
-    import rtmdet_fast.compat.mmcv_ext  # noqa: F401

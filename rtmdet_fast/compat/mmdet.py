@@ -61,6 +61,8 @@ class BatchedDynamicSoftLabelAssigner(DynamicSoftLabelAssigner):
         **kwargs: Any,
     ) -> AssignResult:
         """Matches pred_instances (`bboxes` [N, 4 or 5], `scores` [N, C] logits, `priors` [N, 4]) with gt_instances."""
+        if not (len(gt_instances.bboxes) and len(pred_instances.bboxes)):  # of any shape: mmdet does not look
+            return _ASSIGN(self, pred_instances, gt_instances, gt_instances_ignore, **kwargs)
         gt_boxes, gt_labels, gt_counts, gt_centers = _padded([gt_instances])
         assigned, iou, labels = _match(
             self,
@@ -240,6 +242,8 @@ def _padded(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Boxes [B, M, 4 or 5], labels [B, M], counts [B] and, where there are masks, their centres of mass [B, M, 2]."""
     boxes = [get_box_tensor(gt.bboxes.regularize_boxes(angle_version) if angle_version else gt.bboxes) for gt in gts]
+    width = max(b.shape[-1] for b in boxes) or 4  # no boxes may have shape [0] in mmdet
+    boxes = [b if len(b) else b.new_zeros(0, width) for b in boxes]
     pad = torch.nn.utils.rnn.pad_sequence
     centers = pad([_center_of_mass(gt.masks) for gt in gts], True) if "masks" in gts[0] else None
     counts = torch.tensor([len(b) for b in boxes], device=boxes[0].device)

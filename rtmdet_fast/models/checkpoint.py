@@ -154,7 +154,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} holds no RTMDet or CSPNeXt weights (no key starts with 'backbone.stem.')")
     meta = content.get("meta")
     meta = dict(meta) if isinstance(meta, Mapping) else {}
-    return Checkpoint(path, state_dict, _class_names(meta), meta)
+    return Checkpoint(path, state_dict, _class_names(meta) or _class_names({"classes": content.get("names")}), meta)
 
 
 def _find_state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -171,6 +171,8 @@ def _tensors(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             tensors[re.sub(r"^(module\.|_orig_mod\.)+", "", key)] = value
+    if any(key.startswith("head.rtm_") for key in tensors):  # LibreYOLO's
+        tensors = {re.sub(r"^head\.", "bbox_head.", key): value for key, value in tensors.items()}
     if "stem.0.conv.weight" in tensors:
         tensors = {f"backbone.{key}": value for key, value in tensors.items()}
     return {k: v for k, v in tensors.items() if k.startswith(("backbone.", "neck.", "bbox_head."))}
@@ -180,6 +182,8 @@ def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:
     dataset = meta.get("dataset_meta")
     for holder, key in ((dataset, "classes"), (dataset, "CLASSES"), (meta, "CLASSES"), (meta, "classes")):
         names = holder.get(key) if isinstance(holder, Mapping) else None
+        if isinstance(names, Mapping) and all(isinstance(key, int) for key in names):  # LibreYOLO's, by class id
+            names = [names[key] for key in sorted(names)]
         if isinstance(names, str):  # mmdet writes a single class as a bare string
             names = (names,)
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):

@@ -1,4 +1,4 @@
-"""The hot paths as functions, stable to import. Signatures are those of `mmcv.ops` where mmcv has the op.
+"""The hot paths as functions, stable to import. Signatures and answers are those of `mmcv.ops` where mmcv has the op.
 
 `rtmdet_fast.ops.torchvision` has `nms` and `batched_nms` with torchvision's signatures.
 """
@@ -7,8 +7,9 @@ from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign,
 from rtmdet_fast.kernels.bn_silu import bn_silu
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
-from rtmdet_fast.kernels.nms import batched_nms, batched_nms_padded, nms, nms_rotated
+from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
+from rtmdet_fast.ops.mmcv import batched_nms, nms, nms_rotated, soft_nms
 
 __all__ = [
     "batched_nms",
@@ -23,5 +24,6 @@ __all__ = [
     "nms_rotated",
     "rotated_iou_loss",
     "simota_assign",
+    "soft_nms",
     "task_aligned_assign",
 ]

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from multiprocessing import spawn
 
 import pytest
 import torch
@@ -53,16 +54,27 @@ def test_nms(offset):
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_nms_rotated(multi_label):
+def test_nms_rotated_leaves_labels_out_of_account_as_mmcv_does(multi_label):
     boxes, scores, labels = random_boxes(120)
     iou = box_iou_rotated_reference(boxes.double(), boxes.double())
-    if multi_label:
-        iou = iou * (labels[:, None] == labels)
     order = scores.argsort(descending=True)
     dets = torch.cat([boxes, labels[:, None].to(boxes)], 1) if multi_label else boxes
     kept = ext.nms_rotated(dets, scores, order, dets[order], labels, 0.2, multi_label)
     assert kept.tolist() == greedy(iou, scores, 0.2)
     assert 20 < len(kept) < 115
+
+
+def test_no_boxes_may_have_one_dimension():
+    none = torch.zeros(0, device=DEVICE)
+    assert ext.nms(none, none, 0.5, 0).shape == ext.nms_rotated(none, none, none, none, none, 0.5, False).shape == (0,)
+
+
+def test_softnms_writes_boxes_and_lowered_scores():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5], [20.0, 0, 30, 10]])
+    dets = torch.full((3, 5), torch.nan)
+    kept = ext.softnms(boxes, torch.tensor([0.5, 0.8, 0.6]), dets, 0.3, 0.5, 0.1, 1, 0)
+    assert kept.tolist() == [1, 2, 0]
+    torch.testing.assert_close(dets, torch.cat([boxes[kept], torch.tensor([[0.8], [0.6], [0.25]])], 1))
 
 
 def test_box_iou_rotated_writes_every_element():
@@ -118,6 +130,7 @@ def mmcv(request, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "mmcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(spawn, "get_preparation_data", spawn.get_preparation_data)  # which install() wraps
     yield request.param
     for name in ("mmcv._ext", "mmcv.ops", "mmcv"):
         sys.modules.pop(name, None)
@@ -146,3 +159,34 @@ def test_runs_scripts(tmp_path):
     command = [sys.executable, "-m", "rtmdet_fast.compat.mmcv_ext", str(script), "a", "--b"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "__main__ ['a', '--b'] rtmdet_fast.compat.mmcv_ext" in done.stdout, done.stderr
+
+
+SPAWNING = """
+import sys
+sys.path.insert(0, {folder!r})
+import rtmdet_fast.compat.mmcv_ext as ext
+ext.install(replace={replace})
+import mmcv.ops
+from multiprocessing import get_context
+if __name__ == "__main__":
+    with get_context({method!r}).Pool(1) as pool:
+        print(pool.apply_async(mmcv.ops.which).get(timeout=200))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_spawned_processes_inherit_it(mmcv, tmp_path, method):
+    """Also where the main module is no file, as in `python -c`, notebooks and pytest; a worker would die without."""
+    with open(tmp_path / "mmcv/ops/__init__.py", "a") as file:
+        file.write("def which(): return ext.__name__\n")
+    code = SPAWNING.format(folder=str(tmp_path), replace=mmcv, method=method)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "rtmdet_fast.compat.mmcv_ext", done.stderr
+
+
+def test_a_compiled_module_leaves_spawned_processes_alone(mmcv):
+    before = spawn.get_preparation_data
+    assert ext.install() == (not mmcv) == (spawn.get_preparation_data is not before)
+    before = spawn.get_preparation_data
+    ext.install()
+    assert spawn.get_preparation_data is before

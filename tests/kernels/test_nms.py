@@ -7,6 +7,7 @@ import math
 import os
 
 import lowering
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +16,10 @@ from lowering import TARGETS, needs_lowering, record_launches
 from polygons import exact_iou
 from torch.library import opcheck
 
-from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast import ops
+from rtmdet_fast.kernels import _dispatch, greedy_nms
 from rtmdet_fast.kernels import nms as m
+from rtmdet_fast.ops import torchvision as own_torchvision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,7 +41,8 @@ def poison():
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(m, "use_triton", lambda x: request.param == "triton")
+    for module in (m, greedy_nms):
+        monkeypatch.setattr(module, "use_triton", lambda x: request.param == "triton")
     if INTERPRETED:  # a step of the interpreter costs the same for 1 row as for 32
         monkeypatch.setitem(m.WORDS_CONFIG, True, {"ROWS": 32, "SPLIT": 2, "num_warps": 1})
     return request.param
@@ -224,48 +228,204 @@ def test_needs_no_gradient(backend):
 
 def test_mmcv_forms(backend):
     boxes, scores, labels = (x[0] for x in problem(1, 60))
+    scores = scores + torch.arange(60, device=DEVICE) * 1e-4  # of equal scores either may come first
     everything = torch.zeros_like(labels)
-    dets, keep = m.nms(boxes, scores, 0.3)
+    dets, keep = ops.nms(boxes, scores, 0.3)
     assert keep.tolist() == greedy(boxes, scores, everything, 0.3)
     assert torch.equal(dets, torch.cat([boxes[keep], scores[keep, None]], 1))
-    assert m.nms(boxes, scores, 0.3, max_num=5)[1].tolist() == keep.tolist()[:5]
+    assert ops.nms(boxes, scores, 0.3, max_num=5)[1].tolist() == keep.tolist()[:5]
     above = scores.masked_fill(scores <= 0.5, -math.inf)
-    assert m.nms(boxes, scores, 0.3, score_threshold=0.5)[1].tolist() == greedy(boxes, above, everything, 0.3)
+    assert ops.nms(boxes, scores, 0.3, score_threshold=0.5)[1].tolist() == greedy(boxes, above, everything, 0.3)
     inclusive = boxes + torch.tensor([0, 0, 1, 1], device=DEVICE)
-    assert m.nms(boxes, scores, 0.3, offset=1)[1].tolist() == greedy(inclusive, scores, everything, 0.3)
+    assert ops.nms(boxes, scores, 0.3, offset=1)[1].tolist() == greedy(inclusive, scores, everything, 0.3)
+    dets, keep = ops.nms(boxes.cpu().numpy(), scores.cpu().numpy(), 0.3)
+    assert keep.tolist() == ops.nms(boxes, scores, 0.3)[1].tolist() and dets.shape == (len(keep), 5)
 
-    cfg = {"type": "nms", "iou_threshold": 0.3, "split_thr": 10}
-    dets, keep = m.batched_nms(boxes, scores, labels - 5, cfg)
+    cfg = {"type": "nms", "iou_threshold": 0.3}
+    dets, keep = ops.batched_nms(boxes, scores, labels - 5, cfg)
     assert keep.tolist() == greedy(boxes, scores, labels, 0.3) and dets.shape == (len(keep), 5)
-    assert m.batched_nms(boxes, scores, labels, cfg | {"max_num": 4})[1].tolist() == keep.tolist()[:4]
+    assert ops.batched_nms(boxes, scores, labels, cfg | {"max_num": 4})[1].tolist() == keep.tolist()[:4]
     agnostic = greedy(boxes, scores, everything, 0.3)
-    assert m.batched_nms(boxes, scores, labels, cfg, class_agnostic=True)[1].tolist() == agnostic
-    assert m.batched_nms(boxes, scores, labels, cfg | {"class_agnostic": True})[1].tolist() == agnostic
-    dets, keep = m.batched_nms(boxes, scores, labels, None)
+    assert ops.batched_nms(boxes, scores, labels, cfg, class_agnostic=True)[1].tolist() == agnostic
+    assert ops.batched_nms(boxes, scores, labels, cfg | {"class_agnostic": True})[1].tolist() == agnostic
+    dets, keep = ops.batched_nms(boxes, scores, labels, None)
     assert torch.equal(dets[:, 4], scores.sort(descending=True).values) and len(keep) == 60
 
-    boxes, scores, labels = (x[0] for x in problem(1, 60, rotated=True))
-    dets, keep = m.nms_rotated(boxes, scores, 0.3)
+    boxes = problem(1, 60, rotated=True)[0][0]
+    dets, keep = ops.nms_rotated(boxes, scores, 0.3)
     assert keep.tolist() == greedy(boxes, scores, everything, 0.3) and dets.shape == (len(keep), 6)
-    assert m.nms_rotated(boxes, scores, 0.3, labels)[1].tolist() == greedy(boxes, scores, labels, 0.3)
+    assert ops.nms_rotated(boxes, scores, 0.3, labels.float())[1].tolist() == greedy(boxes, scores, labels, 0.3)
     flip = torch.tensor([1.0, 1, 1, 1, -1], device=DEVICE)
-    dets, keep = m.nms_rotated(boxes, scores, 0.3, clockwise=False)
+    dets, keep = ops.nms_rotated(boxes, scores, 0.3, clockwise=False)
     assert keep.tolist() == greedy(boxes * flip, scores, everything, 0.3) and torch.equal(dets[:, :5], boxes[keep])
-    assert m.batched_nms(boxes, scores, labels, cfg | {"type": "nms_rotated"})[1].tolist() == greedy(
-        boxes, scores, labels, 0.3
+    cfg = {"type": "nms_rotated", "iou_threshold": 0.3}
+    assert ops.batched_nms(boxes, scores, labels, cfg)[1].tolist() == greedy(boxes, scores, labels, 0.3)
+
+
+def test_what_mmcv_takes(backend):
+    """Each as the compiled mmcv 2.1.0 answers it."""
+    boxes, scores, labels = (x[0] for x in problem(1, 49, seed=3))
+    scores = torch.randperm(49, device=DEVICE) / 49
+    cfg = {"type": "nms", "iou_threshold": 0.3}
+    expected = ops.batched_nms(boxes, scores, labels, cfg)[1].tolist()
+    for idxs in (labels.float(), labels.half(), labels.int()):
+        assert ops.batched_nms(boxes, scores, idxs, cfg)[1].tolist() == expected
+    two = greedy(boxes, scores, (labels > 0).long(), 0.3)
+    assert ops.batched_nms(boxes, scores, labels > 0, cfg)[1].tolist() == two
+    split = cfg | {"split_thr": 49, "class_agnostic": True}  # class by class, though told not to
+    assert ops.batched_nms(boxes, scores, labels, split)[1].tolist() == expected
+    split |= {"max_num": 5, "score_threshold": 0.2}
+    assert ops.batched_nms(boxes, scores, labels, split)[1].tolist() == expected[:5]
+    with pytest.warns(DeprecationWarning, match="iou_thr"):
+        assert ops.nms(boxes, scores, iou_thr=0.3)[1].tolist() == ops.nms(boxes, scores, 0.3)[1].tolist()
+    with pytest.warns(DeprecationWarning, match="iou_thr"):
+        assert ops.batched_nms(boxes, scores, labels, {"iou_thr": 0.3})[1].tolist() == expected
+    by_score = scores.argsort(descending=True).tolist()
+    for threshold in (1.5, math.inf, nan):
+        assert ops.nms(boxes, scores, threshold)[1].tolist() == by_score
+        assert ops.nms_rotated(torch.cat([boxes, boxes[:, :1]], 1), scores, threshold)[1].tolist() == by_score
+    assert ops.nms(boxes, scores, -0.1)[1].tolist() == by_score[:1]
+    rotated = torch.cat([boxes[:, :2], boxes[:, :2] * 0 + 5, boxes[:, :1]], 1)
+    assert ops.nms_rotated(rotated, scores, -0.1)[1].tolist() == by_score[:1]
+    for none in (torch.zeros(0, 5), torch.zeros(0)):
+        dets, keep = ops.nms_rotated(none, none[:0], 0.5)
+        assert dets is none and keep is None
+    assert ops.nms(boxes[:0], scores[:0], 0.5)[0].shape == (0, 5)
+    assert ops.batched_nms(boxes[:0], scores[:0], labels[:0], cfg)[0].shape == (0, 5)
+
+
+ODD = [
+    [0, 0, 0, 9],
+    [0, 0, 9, 0],
+    [9, 9, 0, 0],
+    [nan, 0, 9, 9],
+    [0, 0, inf, 9],
+    [0, 0, 9, 9],
+    [0, 0, 9, 8],
+    [0, 0, 9, 9.0],
+]
+
+
+def test_boxes_and_scores_that_our_own_op_drops_are_kept(backend):
+    boxes, scores = torch.tensor(ODD, device=DEVICE), torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, inf, 0.3, -inf])
+    scores = scores.to(DEVICE)
+    assert ops.nms(boxes, scores, 0.5)[1].tolist() == [5, 0, 1, 2, 3, 4]
+    assert own_torchvision.nms(boxes, scores, 0.5).tolist() == [5, 0, 1, 2, 3, 4]
+    assert ops.nms(boxes[5:], torch.tensor([-inf, nan, 0.1], device=DEVICE), 0.9)[1].tolist() == [1, 2]
+    assert ops.batched_nms(boxes, scores, torch.zeros(8, device=DEVICE), {"iou_threshold": 0.5})[1].tolist() == (
+        [5, 0, 1, 2, 3, 4, 6, 7]  # moved by 0 x NaN: none of them is anywhere
     )
-    for empty in (
-        m.nms(boxes[:0, :4], scores[:0], 0.5),
-        m.nms_rotated(boxes[:0], scores[:0], 0.5),
-        m.batched_nms(boxes[:0, :4], scores[:0], labels[:0], cfg),
-    ):
-        assert len(empty[0]) == len(empty[1]) == 0
+    rotated = torch.tensor([[5, 5, 0, 4, 0], [5, 5, 4, 4, nan], [5, 5, -4, -4, 0], [5, 5, 4, 4, 0], [5, 5, -4, 4, 0.0]])
+    rotated = rotated.to(DEVICE)
+    assert ops.nms_rotated(rotated, scores[:5], 0.5)[1].tolist() == [0, 1, 2, 4]
+
+
+@pytest.mark.skipif(RUNS_TRITON, reason="on a GPU the originals' rounding is the compiler's")
+def test_at_the_threshold_the_originals_round():
+    """IoU of 3/5 in float32 is above 0.6 in float64, and is 0.6 in float32."""
+    boxes, scores = torch.tensor([[0.0, 0, 4, 1], [1.0, 0, 5, 1]]), torch.tensor([0.9, 0.8])
+    assert len(ops.nms(boxes, scores, 0.6)[1]) == 2 and len(own_torchvision.nms(boxes, scores, 0.6)) == 1
+    assert len(own_torchvision.nms(boxes.double(), scores.double(), 0.6)) == 2
+
+
+def greedy_in_float32(boxes, scores, labels, threshold):
+    """As the originals' loops."""
+    order, kept = scores.sort(descending=True, stable=True).indices.tolist(), []
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    inter = torch.minimum(boxes[:, None, 2:], boxes[:, 2:]) - torch.maximum(boxes[:, None, :2], boxes[:, :2])
+    inter = inter.clamp(min=0).prod(2)
+    above = (inter / (area[:, None] + area - inter) > threshold) & (labels[:, None] == labels)
+    for i in order:
+        if not above[kept, i].any():
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.skipif(RUNS_TRITON, reason="on a GPU the originals' rounding is the compiler's")
+@pytest.mark.parametrize("few", [1, 10**6], ids=["rounds", "NumPy"])
+@pytest.mark.parametrize("classes", [1, 40])
+def test_lists_long_and_short(few, classes, monkeypatch):
+    for name in ("FEW", "FEW_GROUPED"):
+        monkeypatch.setattr(greedy_nms, name, few)
+    boxes, _, labels = (x[0] for x in problem(1, 1500, classes=classes, size=300))
+    boxes[:700] = boxes[:700].round() - 20  # IoUs at the threshold; boxes that reach into the class before
+    boxes[-1], boxes[-2, 2:] = nan, boxes[-2, :2]
+    scores = torch.randperm(1500) / 1500
+    for threshold in (0.5, 0.3):
+        kept = greedy_in_float32(boxes, scores, labels, threshold)
+        assert greedy_nms.greedy_nms(boxes, scores, threshold, labels).tolist() == kept
+        moved, groups = greedy_nms.move_apart(boxes[:-1], labels[:-1], threshold)
+        kept = greedy_in_float32(moved, scores[:-1], torch.zeros(1499), threshold)
+        assert greedy_nms.greedy_nms(moved, scores[:-1], threshold, groups).tolist() == kept
+        assert few > 1 or classes == 1 or groups.unique().numel() > 10
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+def test_classes_that_may_meet_are_one_group(rotated):
+    boxes, _, labels = (x[0] for x in problem(1, 2000, classes=30, size=60, rotated=rotated))
+    boxes[:, :2] -= 25
+    moved, groups = greedy_nms.move_apart(boxes, labels.float(), 0.5)
+    assert (groups[labels.argsort()].diff() >= 0).all() and groups.unique().numel() < 30
+    low, high = (moved[:, :2], moved[:, 2:4])
+    if rotated:
+        radius = moved[:, 2:4].norm(dim=1, keepdim=True) / 2
+        low, high = moved[:, :2] - radius, moved[:, :2] + radius
+    meet = (torch.minimum(high[:, None], high) > torch.maximum(low[:, None], low)).all(2)
+    assert (meet & (labels[:, None] != labels)).any()
+    assert not (meet & (groups[:, None] != groups)).any()
+    assert greedy_nms.move_apart(boxes, labels * 0.3, 0.5)[1] is None  # classes so near meet beyond their neighbours
+    assert greedy_nms.move_apart(boxes, labels, -0.5)[1] is None
+
+
+def test_soft_nms_lowers_scores():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5], [20.0, 0, 30, 10], [0, 0, 10, 10]])
+    scores = torch.tensor([0.5, 0.8, 0.6, 0.1])
+    for method, first, second in (("naive", 0, 0), ("linear", 0.25, 0.0), ("gaussian", 0.5 * math.exp(-0.5), 0.1)):
+        dets, keep = ops.soft_nms(boxes, scores, 0.3, 0.5, 0.02, method)
+        lowered = dict(zip(keep.tolist(), dets[:, 4].tolist(), strict=True))
+        assert lowered[1] == pytest.approx(0.8) and lowered[2] == pytest.approx(0.6)
+        assert lowered.get(0, 0) == pytest.approx(first) and torch.equal(dets[:, :4], boxes[keep])
+        assert (lowered.get(3, 0) > 0) == (second < 0)
+    dets, keep = ops.soft_nms(boxes.numpy(), scores.numpy())
+    assert keep.tolist() == [1, 2, 0, 3][: len(keep)] and dets.dtype == np.float32
+    cfg = {"type": "soft_nms", "iou_threshold": 0.3, "min_score": 0.02}
+    labels = torch.tensor([0, 1, 0, 0])
+    dets, keep = ops.batched_nms(boxes, scores, labels, cfg)
+    assert keep.tolist() == [1, 2, 0] and torch.equal(dets[:, 4], scores[keep])
+    assert ops.batched_nms(boxes, scores, labels, cfg | {"split_thr": 2})[1].tolist() == [1, 2, 0]
 
 
 def test_torchvision_forms(backend):
     boxes, scores, labels = (x[0] for x in problem(1, 60))
-    assert m.torchvision_nms(boxes, scores, 0.3).tolist() == greedy(boxes, scores, torch.zeros_like(labels), 0.3)
-    assert m.torchvision_batched_nms(boxes, scores, labels, 0.3).tolist() == greedy(boxes, scores, labels, 0.3)
+    everything = torch.zeros_like(labels)
+    assert own_torchvision.nms(boxes, scores, 0.3).tolist() == greedy(boxes, scores, everything, 0.3)
+    expected = greedy(boxes, scores, labels, 0.3)
+    for idxs in (labels, labels.float(), labels - 7):
+        assert own_torchvision.batched_nms(boxes, scores, idxs, 0.3).tolist() == expected
+    boxes, scores, labels = (x[0] for x in problem(1, 1100, size=500))  # class by class
+    scores = torch.randperm(1100, device=DEVICE) / 1100
+    if not INTERPRETED:
+        assert own_torchvision.batched_nms(boxes, scores, labels, 0.3).tolist() == greedy(boxes, scores, labels, 0.3)
+
+
+def test_what_torchvision_takes_and_refuses():
+    none = torch.empty(0, dtype=torch.int64)
+    assert torch.equal(own_torchvision.batched_nms(none, None, None, None), none)
+    boxes, scores = (torch.rand(5, 4).cumsum(1) * 20).round(), torch.arange(5) / 5
+    quantized = [torch.quantize_per_tensor(x, 0.2, 0, torch.quint8) for x in (boxes, scores)]
+    expected = own_torchvision.nms(*(x.dequantize() for x in quantized), 0.5)
+    assert torch.equal(own_torchvision.nms(*quantized, 0.5), expected)
+    for wrong in (
+        (torch.rand(4), scores[:1]),
+        (torch.rand(0), torch.rand(0)),
+        (torch.rand(5, 5), scores),
+        (boxes, torch.rand(5, 2)),
+        (boxes, scores[:4]),
+        (boxes, scores.double()),
+        (boxes.long(), scores.long()),
+    ):
+        with pytest.raises(RuntimeError, match=r"boxes (have|are)|scores have"):
+            own_torchvision.nms(*wrong, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -299,19 +459,20 @@ def test_bad_input_names_the_argument(change, message):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda b, s: m.nms(b, s, 0.5, offset=2), "offset="),
-        (lambda b, s: m.nms(b[:, :3], s, 0.5), "boxes have shape"),
-        (lambda b, s: m.nms(b, s[:2], 0.5), "scores have shape"),
-        (lambda b, s: m.nms_rotated(b, s, 0.5), "dets have shape"),
-        (lambda b, s: m.batched_nms(b, s, s.long(), {"type": "soft_nms", "iou_threshold": 0.5}), "nms_cfg has type"),
-        (lambda b, s: m.batched_nms(b, s, s.long(), {"type": "nms"}), "nms_cfg lacks iou_threshold"),
-        (lambda b, s: m.batched_nms(b, s, s.long(), {"iou_thr": 0.5, "iou_threshold": 0.5}), "nms_cfg has"),
-        (lambda b, s: m.batched_nms(b, s, s.long()[:2], {"iou_threshold": 0.5}), "idxs have shape"),
-        (lambda b, s: m.torchvision_batched_nms(b, s, s, 0.5), "idxs are torch.float32"),
+        (lambda b, s: ops.nms(b, s, 0.5, offset=2), "offset="),
+        (lambda b, s: ops.nms(b[:, :3], s, 0.5), "boxes have shape"),
+        (lambda b, s: ops.nms(b, s[:2], 0.5), "4 boxes, 2 scores"),
+        (lambda b, s: ops.nms(b.tolist(), s, 0.5), "boxes are list"),
+        (lambda b, s: ops.nms(b, s, iou_thr=0.5, iou_threshold=0.5), "give one of them"),
+        (lambda b, s: ops.soft_nms(b, s, method="cubic"), "method="),
+        (lambda b, s: ops.batched_nms(b, s, s, {"type": "nms_quadri", "iou_threshold": 0.5}), "nms_cfg has type"),
+        (lambda b, s: ops.batched_nms(b, s, s, {"type": "nms"}), "iou_threshold"),
+        (lambda b, s: ops.batched_nms(b, s, s, {"iou_threshold": 0.5, "nms_pre": 9}), "nms_pre"),
     ],
 )
 def test_bad_lists_name_the_argument(call, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    """With mmcv's types of error."""
+    with pytest.raises((AssertionError, NotImplementedError, TypeError), match=message):
         call(torch.zeros(4, 4), torch.zeros(4))
 
 

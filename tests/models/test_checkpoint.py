@@ -47,7 +47,8 @@ def test_saved_model_comes_back_whole(nano, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name", "bare"]
+    "layout",
+    ["plain", "model", "ema", "module", "compiled", "legacy file", "old meta", "one name", "bare", "LibreYOLO"],
 )
 def test_layouts_of_other_tools(nano, tmp_path, layout):
     state = nano.state_dict()
@@ -71,6 +72,10 @@ def test_layouts_of_other_tools(nano, tmp_path, layout):
             torch.save({k: v for k, v in bare.items() if not k.endswith("num_batches_tracked")}, path)
         case "legacy file":
             torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
+        case "LibreYOLO":
+            names = ("a", "b", "c")
+            renamed = {key.replace("bbox_head.", "head."): value for key, value in state.items()}
+            torch.save({"model": renamed, "nc": 3, "names": {1: "b", 0: "a", 2: "c"}}, path)
         case "old meta":
             names = ("a", "b", "c")
             torch.save({"state_dict": state, "meta": {"CLASSES": names}}, path)

@@ -60,6 +60,7 @@ def test_nms_and_batched_nms(n):
         ConfigDict(type="nms", iou_threshold=0.6),  # what mmdet passes
         dict(type="nms", iou_threshold=0.6, max_num=40, score_threshold=0.1),
         dict(type="nms", iou_threshold=0.6, split_thr=20),
+        dict(type="nms", iou_threshold=0.6, split_thr=20, class_agnostic=True, max_num=30, score_threshold=0.1),
         dict(type="nms", iou_threshold=0.6, class_agnostic=True),
         None,
     ):
@@ -89,11 +90,65 @@ def test_nms_rotated():
     same(mmcv.ops.batched_nms(dets, scores, labels, cfg), ops.batched_nms(dets, scores, labels, cfg))
 
 
-@lite  # the compiled one leaves labels out of account on a CPU
-def test_nms_rotated_by_label():
+def test_labels_of_nms_rotated_count_here_alone():
     dets = rotated(300)
     _, scores, labels = boxes(300)
-    same(mmcv.ops.nms_rotated(dets, scores, 0.3, labels), ops.nms_rotated(dets, scores, 0.3, labels))
+    same(mmcv.ops.nms_rotated(dets, scores, 0.3, labels), mmcv.ops.nms_rotated(dets, scores, 0.3))
+    assert len(ops.nms_rotated(dets, scores, 0.3, labels)[1]) > len(ops.nms_rotated(dets, scores, 0.3)[1])
+
+
+def answer(module, name, args, kwargs):
+    try:
+        return getattr(module, name)(*args, **kwargs)
+    except AssertionError:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.iou_thr:DeprecationWarning")
+@pytest.mark.parametrize("seed", range(100))
+def test_odd_input_is_answered_alike(seed):
+    """Lists with ties, IoUs at the threshold, boxes and scores that are no numbers, thresholds of any kind."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    n = pick(1, 7, 60, 300, 1200)
+    corner = torch.randint(-3, 20, (n, 2), generator=g).float() if seed % 2 else torch.rand(n, 2, generator=g) * 50
+    xyxy = torch.cat([corner, corner + torch.randint(-1, 12, (n, 2), generator=g)], 1)
+    scores = (torch.rand(n, generator=g) * pick(5, 10**6)).round() / 5
+    if seed % 3 == 0:
+        xyxy[pick(0, -1), pick(0, 3)], scores[0] = pick(torch.nan, torch.inf), pick(torch.nan, -torch.inf)
+    idxs = pick(torch.randint(-2, 9, (n,), generator=g), torch.rand(n, generator=g) * 4, scores > 0.5)
+    threshold = pick(0.0, 0.1, 0.3, 0.5, 0.6, 2 / 3, 1.0, 1.5, -0.1)
+    cfg = dict(offset=pick(0, 1), max_num=pick(-1, 0, 20), score_threshold=pick(0, 0.4))
+    batched = cfg | dict(iou_threshold=threshold, split_thr=pick(1, 100, 10000), class_agnostic=pick(True, False))
+    for name, args, kwargs in (
+        ("nms", (xyxy, scores, threshold), cfg),
+        ("nms", (xyxy.numpy(), scores.numpy()), dict(iou_thr=threshold)),
+        ("nms", (xyxy[:0], scores[:0], threshold), {}),
+        ("nms", (xyxy[:, :3], scores, threshold), {}),
+        ("nms", (xyxy, scores[1:], threshold), {}),
+        ("nms", (xyxy, scores, threshold), dict(offset=2)),
+        ("nms_rotated", (xyxy[:0], scores[:0], threshold), {}),
+        ("batched_nms", (xyxy, scores, idxs, batched), {}),
+        ("batched_nms", (xyxy, scores, idxs, None), {}),
+    ):
+        theirs, ours = (answer(module, name, args, kwargs) for module in (mmcv.ops, ops))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+def test_soft_nms(method):
+    xyxy, scores, labels = boxes(80)
+    arguments = (xyxy, scores, 0.4, 0.5, 0.05, method, 1)
+    theirs, ours = mmcv.ops.soft_nms(*arguments), ops.soft_nms(*arguments)
+    assert 10 < len(theirs[1]) < 80
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+    for split_thr in (20, 10000):
+        cfg = dict(type="soft_nms", iou_threshold=0.4, method=method, split_thr=split_thr)
+        theirs, ours = (module.batched_nms(xyxy, scores, labels, cfg) for module in (mmcv.ops, ops))
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["iou", "iof"])
@@ -122,7 +177,7 @@ def test_diff_iou_rotated(shared):
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["nms", "batched_nms", "nms_rotated", "box_iou_rotated"])
+@pytest.mark.parametrize("name", ["nms", "soft_nms", "batched_nms", "nms_rotated", "box_iou_rotated"])
 def test_signatures(name):
     theirs = inspect.signature(inspect.unwrap(getattr(mmcv.ops, name))).parameters
     ours = inspect.signature(getattr(ops, name)).parameters

@@ -169,14 +169,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("imported", [True, False], ids=["import", "command"])
-def test_evaluation_in_spawned_processes(tmp_path, imported):
+@pytest.mark.parametrize("how", ["import", "command", "no file"])
+def test_evaluation_in_spawned_processes(tmp_path, how):
     """mmrotate evaluates in processes that import mmcv.ops anew; without its `_ext` they die, and it waits for ever."""
     script = tmp_path / "script.py"
-    script.write_text("import rtmdet_fast.compat.mmcv_ext\n" * imported + SCRIPT)
+    script.write_text("import rtmdet_fast.compat.mmcv_ext\n" * (how != "command") + SCRIPT)
     np.save(tmp_path / "boxes.npy", truths(30, 0).bboxes.tensor.numpy())
-    runner = [] if imported else ["-m", "rtmdet_fast.compat.mmcv_ext"]
-    command = [sys.executable, "-W", "ignore", *runner, str(script), str(tmp_path / "boxes.npy")]
+    program = {"import": [script], "command": ["-m", "rtmdet_fast.compat.mmcv_ext", script]}
+    program["no file"] = ["-c", script.read_text()]  # as in a notebook and in pytest
+    command = [sys.executable, "-W", "ignore", *map(str, program[how]), str(tmp_path / "boxes.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "mAP 1.0", done.stderr
 

@@ -187,6 +187,24 @@ def test_no_ground_truth_at_all():
         torch.testing.assert_close(losses_and_gradients(original, case), expected)
 
 
+def test_no_ground_truth_of_any_shape(assigners):
+    """Of which mmdet asks the length alone: its own tests have predictions [N, 1, 4] then, others boxes [0]."""
+    for boxes in (torch.zeros(0, 4), torch.zeros(0)):
+        gt = InstanceData(bboxes=boxes, labels=torch.zeros(0))
+        pred = InstanceData(bboxes=torch.rand(2, 1, 4), scores=torch.rand(2, 1), priors=torch.rand(2, 4))
+        assert same_assignment(*assigners, pred, gt) == 0
+    none = InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0, 1), priors=torch.zeros(0, 4))
+    assert same_assignment(*assigners, none, truths(2, 0)) == 0
+    original = MODELS.build(head_config("RTMDetSepBNHead"))
+    features, gts, metas = problem(masks=False)
+    gts[1] = InstanceData(bboxes=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
+    expected = losses_and_gradients(original, (features, gts, metas))
+    with compat.patched():
+        torch.testing.assert_close(
+            losses_and_gradients(original, (features, gts, metas)), expected, rtol=1e-5, atol=1e-6
+        )
+
+
 def test_patch_is_undone():
     from mmdet.models.dense_heads import RTMDetHead
 
