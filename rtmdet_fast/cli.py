@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from rtmdet_fast import __version__
 from rtmdet_fast.errors import UserError
 
 
@@ -410,6 +411,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"rtmdet-fast {__version__}")
+        return 0
+
     import torch
 
     from rtmdet_fast.train import TrainConfig
@@ -437,7 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[DemoConfig, subcommand("demo")]
         | Annotated[InfoConfig, subcommand("info")],
         prog="rtmdet-fast",
-        description="RTMDet: train, evaluate and predict.",
+        description="RTMDet: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
