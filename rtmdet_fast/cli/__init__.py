@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rtmdet_fast import __version__
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.info import InfoConfig, run_info
@@ -23,6 +24,10 @@ from rtmdet_fast.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"rtmdet-fast {__version__}")
+        return 0
+
     import torch
 
     from rtmdet_fast.training.config import TrainConfig
@@ -50,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[DemoConfig, subcommand("demo")]
         | Annotated[InfoConfig, subcommand("info")],
         prog="rtmdet-fast",
-        description="RTMDet: train, evaluate and predict.",
+        description="RTMDet: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
@@ -20,13 +21,16 @@ from rtmdet_fast.inference.masks import PredictedMasks
 class Results:
     """The detections of one image, best score first.
 
-    image: [H, W, 3] uint8 BGR, or None where it was not kept
-    boxes: [n, 4] float32 xyxy in pixels of the original image, or rotated [n, 5] (cx, cy, w, h, angle): w >= h, and the
-        angle in radians in [-pi/2, pi/2), turning x towards y (clockwise on a screen)
-    scores: [n] float32; labels: [n] int64, indices into `names`
-    names: the class names of the model (those of the detections are `label_names`)
-    path: the file the image came from, or None; shape: (height, width) of the original image
-    predicted_masks: of a model with masks; `masks`, `rles` and `polygons` work them out
+    Attributes:
+        image: [H, W, 3] uint8 BGR, or None where it was not kept
+        boxes: [n, 4] float32 xyxy in pixels of the original image, or rotated [n, 5] (cx, cy, w, h, angle): w >= h, and
+            the angle in radians in [-pi/2, pi/2), turning x towards y (clockwise on a screen)
+        scores: [n] float32
+        labels: [n] int64, indices into `names`
+        names: the class names of the model (those of the detections are `label_names`)
+        path: the file the image came from, or None
+        shape: (height, width) of the original image
+        predicted_masks: of a model with masks; `masks`, `rles` and `polygons` work them out
     """
 
     image: np.ndarray | None
@@ -118,6 +122,17 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, which: int | slice | Sequence[int] | np.ndarray | Tensor) -> Results:
+        """The detections at an index, a slice, indices [k], or where a mask [n] bool holds; of the same image."""
+        if isinstance(which, slice):
+            which = range(len(self))[which]
+        elif np.ndim(which) == 0:
+            which = [range(len(self))[which]]  # type: ignore[index]
+        at = torch.as_tensor(which, dtype=None if len(which) else torch.int64)  # type: ignore[arg-type]
+        masks = None if self.predicted_masks is None else self.predicted_masks[at]
+        boxes, scores, labels = self.boxes[at], self.scores[at], self.labels[at]
+        return replace(self, boxes=boxes, scores=scores, labels=labels, predicted_masks=masks)
 
     def __repr__(self) -> str:
         name = Path(self.path).name if self.path else f"{self.shape[1]}x{self.shape[0]} image"

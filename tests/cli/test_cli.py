@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import rtmdet_fast
 from rtmdet_fast import RTMDet
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.shapes import make_shapes
@@ -214,3 +215,14 @@ def test_masks_from_end_to_end(shapes, tmp_path, capsys):
     (tmp_path / "boxes.json").write_text(json.dumps(boxes_only))
     code = run("eval", "--weights", tmp_path / "w.pth", "--ann", tmp_path / "boxes.json", "--images", shapes.val_images)
     assert code == 2 and "has no segmentation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", (["-m", "rtmdet_fast"], ["-c", "from rtmdet_fast.cli import main; main()"]))
+def test_tells_its_version(program):
+    done = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"rtmdet-fast {rtmdet_fast.__version__}\n"), done.stderr
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "rtmdet_fast", "predict"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--weights" in done.stderr + done.stdout

@@ -33,6 +33,31 @@ def test_says_what_it_holds(street):
     assert repr(results(None, [], [], [], shape=(480, 640))) == "Results(640x480 image: nothing found)"
 
 
+def test_an_index_a_slice_a_list_and_a_mask_give_results_of_the_same_image(street):
+    first, last = street[0], street[-1]
+    assert (len(first), len(last)) == (1, 1)
+    assert first.boxes.tolist() == [[20, 30, 120, 200]] and first.label_names == ["person"]
+    assert last.labels.tolist() == [2] and last.scores.tolist() == [0.5]
+    assert first.image is street.image and first.path == street.path and first.names == NAMES
+    assert [one.label_names for one in street] == [["person"], ["bicycle"]]
+    assert street[np.int64(1)].label_names == street[torch.tensor(1)].label_names == ["bicycle"]
+    assert street[::-1].label_names == street[[1, 0]].label_names == ["bicycle", "person"]
+    assert street[1:].label_names == street[street.scores < 0.6].label_names == ["bicycle"]
+    assert street[np.array([False, True])].label_names == ["bicycle"]
+    for none in (street[2:], street[[]], street[street.scores > 1]):
+        assert len(none) == 0 and none.boxes.shape == (0, 4) and none.shape == (240, 320)
+    for wrong in (2, -3, [2], torch.tensor([True]), 0.5):
+        with pytest.raises((IndexError, TypeError)):
+            street[wrong]
+
+
+def test_masks_follow_the_index():
+    found = masked(np.full((240, 320, 3), 90, np.uint8))
+    ring = found[found.labels == 2]
+    assert torch.equal(ring.masks, found.masks[1:2]) and ring.rles() == found.rles()[1:2]
+    assert torch.equal(found[1].masks, ring.masks)
+
+
 def test_to_coco_gives_plain_numbers(street):
     import json
 
