@@ -22,6 +22,28 @@ from benches.harness import Absent, Case, Contender, Parity
 CPU = torch.device("cpu")
 
 
+class Clock:
+    """Stands in for the module `time`: a reading takes a millisecond, and what costs more adds it to `now`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+    monotonic = perf_counter
+
+
+clock = Clock()
+
+
+@pytest.fixture(autouse=True)
+def no_test_waits_for_a_real_clock(monkeypatch):
+    for module in (harness, run, gpu):
+        monkeypatch.setattr(module, "time", clock)
+
+
 def absent():
     raise Absent("not on this machine")
 
@@ -35,7 +57,7 @@ def fails(x):
 
 
 def slow(x):
-    time.sleep(0.01)
+    clock.now += 0.01
     return 2 * x
 
 
@@ -94,10 +116,10 @@ def test_no_ratio_when_ours_is_wrong():
 def test_turns_medians_and_ratios():
     order = []
 
-    def clock(name, times):
+    def told(name, times):
         return lambda: order.append(name) or times.pop(0)
 
-    times = harness._turns({"a": clock("a", [1.0, 2, 3]), "b": clock("b", [4.0, 2, 6])}, 0, 3, 9)
+    times = harness._turns({"a": told("a", [1.0, 2, 3]), "b": told("b", [4.0, 2, 6])}, 0, 3, 9)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert times == {"a": [1, 2, 3], "b": [4, 2, 6]}
     entries = {"a": {"memory": 10}, "b": {"memory": 30}}
@@ -112,8 +134,10 @@ def test_turns_medians_and_ratios():
 def test_rounds_stop_at_the_budget_but_not_before_the_least():
     record = measure(toy(), least=4)
     assert record["contenders"]["slow"]["call"]["rounds"] == record["contenders"]["double"]["call"]["rounds"] == 4
-    assert record["contenders"]["slow"]["call"]["median"] >= 10  # ms
-    assert record["ratios"]["slow"]["time"] > 1
+    assert record["contenders"]["slow"]["call"]["median"] == pytest.approx(11)  # ms
+    assert record["ratios"]["slow"]["time"] == pytest.approx(11)
+    record = harness.measure(toy(), CPU, seconds=1, least=4)
+    assert 4 < record["contenders"]["slow"]["call"]["rounds"] < 1 / 0.012
 
 
 def test_discrete_results_may_differ_in_a_few_decisions():
@@ -426,7 +450,7 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
     out = tmp_path / "all.json"
     results = run.Results(CPU, out, (), quick=True)
     results.write()
-    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], results, time.monotonic() + 60)
+    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], results, clock.now + 60)
     record = load(out)
     died = "the process that measured nms ended with exit code -11"
     assert set(record["cases"]) == {"assign: one", "bn_silu: one"}
@@ -439,16 +463,41 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
     assert not gpu.sound({"tests": {}, **record})
 
 
-def test_the_parity_tests_are_counted_and_cut_off(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def limits(tmp_path: Path, monkeypatch) -> list[float]:
+    """Two files of tests for `gpu.run_tests`; the limits that it set. That of the one that hangs comes when it does."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    (tmp_path / "tests" / "test_slow.py").write_text("import time\ndef test_c(): pass\ndef test_d(): time.sleep(99)\n")
+    hang = "import time\nfrom pathlib import Path\ndef test_c(): pass\n"
+    hang += "def test_d():\n    Path('hangs').touch()\n    time.sleep(9999)\n"
+    (tmp_path / "tests" / "test_slow.py").write_text(hang)
     monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
+    limits = []
+
+    def process(command, timeout, **options):
+        limits.append(timeout)
+        if "tests/test_slow.py" not in command:
+            return real(command, **options)
+        (tmp_path / "hangs").unlink(missing_ok=True)
+        with subprocess.Popen(command, **options) as started:
+            while not (tmp_path / "hangs").exists() and started.poll() is None:
+                time.sleep(0.01)
+            started.kill()
+            raise subprocess.TimeoutExpired(command, timeout, started.communicate()[0])
+
+    real = subprocess.run
+    monkeypatch.setattr(gpu.subprocess, "run", process)
+    return limits
+
+
+def test_the_parity_tests_are_counted_and_cut_off(limits: list[float]):
     found = gpu.run_tests(12, ("slow", "toy"))
+    assert limits == pytest.approx([12, 12], abs=0.1)  # of two equal shares twice the first, then all that is left
     assert found["exit_codes"] == {"slow": None, "toy": 1}
     assert (found["passed"], found["failed"]) == (2, ["tests/test_toy.py::test_b"])
     assert not gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
-    assert gpu.sound({"tests": gpu.run_tests(3, ("slow",)), "cases": {}, "not_measured": {}})
+    found = gpu.run_tests(3, ("slow",))
+    assert found["passed"] == 1 and gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
 
 
 BARE = """

@@ -10,7 +10,7 @@ import lowering
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lowering import TARGETS, needs_lowering, record_launches
 from polygons import exact_iou
@@ -194,7 +194,7 @@ a_box = st.tuples(number, number, number, number)
 a_row = st.tuples(a_box, st.sampled_from([0.1, 0.5, 0.5, nan, inf]), st.integers(-1, 2))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(a_row, max_size=40), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 0.65, 1.0]))
 def test_any_rows(rows, iou_threshold):
     """Small integers: many identical boxes, and IoUs at the threshold."""

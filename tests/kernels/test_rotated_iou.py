@@ -10,7 +10,7 @@ import lowering
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lowering import TARGETS, needs_lowering, record_launches
 from polygons import exact_iou
@@ -151,7 +151,7 @@ side, coordinate = st.floats(2**-7, 100, width=32), st.floats(-100, 100, width=3
 a_box = st.tuples(coordinate, coordinate, side, side, st.floats(-7, 7, width=32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(a_box, a_box, st.sampled_from([0, 1, 2, 3]))
 def test_any_pair(one, two, same):
     """Also pairs that share their first 2 to 4 values exactly: parallel and coinciding edges."""
