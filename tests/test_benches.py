@@ -466,17 +466,17 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
 @pytest.fixture
 def limits(tmp_path: Path, monkeypatch) -> list[float]:
     """Two files of tests for `gpu.run_tests`; the limits that it set. That of the one that hangs comes when it does."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    (tmp_path / "tests/kernels/test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     hang = "import time\nfrom pathlib import Path\ndef test_c(): pass\n"
     hang += "def test_d():\n    Path('hangs').touch()\n    time.sleep(9999)\n"
-    (tmp_path / "tests" / "test_slow.py").write_text(hang)
+    (tmp_path / "tests/kernels/test_slow.py").write_text(hang)
     monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
     limits = []
 
     def process(command, timeout, **options):
         limits.append(timeout)
-        if "tests/test_slow.py" not in command:
+        if "tests/kernels/test_slow.py" not in command:
             return real(command, **options)
         (tmp_path / "hangs").unlink(missing_ok=True)
         with subprocess.Popen(command, **options) as started:
@@ -494,7 +494,7 @@ def test_the_parity_tests_are_counted_and_cut_off(limits: list[float]):
     found = gpu.run_tests(12, ("slow", "toy"))
     assert limits == pytest.approx([12, 12], abs=0.1)  # of two equal shares twice the first, then all that is left
     assert found["exit_codes"] == {"slow": None, "toy": 1}
-    assert (found["passed"], found["failed"]) == (2, ["tests/test_toy.py::test_b"])
+    assert (found["passed"], found["failed"]) == (2, ["tests/kernels/test_toy.py::test_b"])
     assert not gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
     found = gpu.run_tests(3, ("slow",))
     assert found["passed"] == 1 and gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
