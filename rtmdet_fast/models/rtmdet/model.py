@@ -18,7 +18,7 @@ from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.preprocess import letterbox, normalize
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
-from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtmdet.backbone import CSPNeXt
 from rtmdet_fast.models.rtmdet.detection_head import DetectionHead, HeadOutput
@@ -71,6 +71,7 @@ SIZES: dict[str, Callable[[], Architecture]] = {
     "l": rtmdet_l,
     "x": rtmdet_x,
 }
+MAX_IMAGE_SIZE = 16384
 TASKS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "ins": InstanceHead, "rotated": RotatedHead}
 
 
@@ -325,10 +326,8 @@ class RTMDet(nn.Module):
             num_classes = found_classes
         model = cls(found_size, task or found_task or "det", num_classes, class_names)
         model.load_weights(checkpoint)
-        own = checkpoint.meta.get("rtmdet_fast")
-        if isinstance(own, dict) and isinstance(own.get("image_size"), int):
-            model.image_size = own["image_size"]
-            model.patch_size = own.get("patch_size", model.patch_size)
+        for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
+            setattr(model, name, size_in_pixels)
         return model.eval()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -386,6 +385,8 @@ def check_image_size(size: int) -> int:
     """`size` itself where the network can take it."""
     if size < 32 or size % 32:
         raise UserError(f"image size {size} is not a positive multiple of 32")
+    if size > MAX_IMAGE_SIZE:
+        raise UserError(f"image size {size} is above {MAX_IMAGE_SIZE}, where a single image takes tens of gigabytes")
     return size
 
 
@@ -407,4 +408,6 @@ def _inspect(checkpoint: Checkpoint) -> tuple[str, str | None, int | None]:
         elif any(key.startswith("bbox_head.rtm_kernel") or "kernel" in key for key in state):
             task = "ins"
     weight = state.get("bbox_head.rtm_cls.0.weight")
+    if weight is not None and (weight.ndim != 4 or not len(weight)):
+        raise UserError(f"{checkpoint.path} is damaged: bbox_head.rtm_cls.0.weight has shape {list(weight.shape)}")
     return by_stem[stem], task, None if weight is None else weight.shape[0]
