@@ -8,10 +8,9 @@ for everything else, so nothing in a file is ever executed.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import re
-import tempfile
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_atomically
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v3.0/rtmdet/"
 _MMROTATE = "https://download.openmmlab.com/mmrotate/v1.0/rotated_rtmdet/"
@@ -113,15 +113,43 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _Function:
+    """An allowed function; what a file sets on it (BUILD) is dropped, and never reaches torch's own."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __call__(self, *args: object) -> Any:
+        return self.function(*args)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    # In Python: for a memo index of 2^31 in a file of ten bytes, the one in C fills 32 GB.
+
     def find_class(self, module: str, name: str) -> Any:
         allowed = _ALLOWED.get((module.replace("__builtin__", "builtins"), name))
         if allowed is None:
             return type("Placeholder", (_Placeholder,), {})
-        if isinstance(allowed, type):
-            return allowed
-        # A fresh function each time: a file may set attributes on what it names, and must not reach torch's own.
-        return lambda *args: allowed(*args)
+        return allowed if isinstance(allowed, type) else _Function(allowed)
+
+    @property
+    def persistent_load(self) -> Callable[[Any], Any]:
+        """What `torch.load` sets, but for modules: of these it compares sources, and can be led to write files."""
+
+        def load(saved_id: Any) -> Any:
+            kind = saved_id[0]
+            if kind not in ("storage", b"storage"):
+                raise pickle.UnpicklingError(f"{kind!r} is no storage")
+            return self._load_storage(saved_id)
+
+        return load
+
+    @persistent_load.setter
+    def persistent_load(self, load: Callable[[Any], Any]) -> None:
+        self._load_storage = load
 
 
 def _inert_load(file: Any, **kwargs: Any) -> Any:
@@ -134,27 +162,84 @@ _INERT_PICKLE = SimpleNamespace(__name__="inert_pickle", Unpickler=_InertUnpickl
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the weights of RTMDet or CSPNeXt from a file of mmengine, mmcv, `torch.save` or this project.
 
-    Raises UserError where the file is missing, is not a checkpoint or holds no such weights.
+    Raises UserError where the file is missing, damaged, no checkpoint or without such weights, and where weights are
+    not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise UserError(f"{path} is a TorchScript archive, not a checkpoint with a state_dict")
     try:
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False)
-    except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}: {error})") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no state_dict")
-    state_dict = _tensors(_find_state_dict(content))
-    if not any(key.startswith("backbone.stem.") for key in state_dict):
-        raise UserError(f"{path} holds no RTMDet or CSPNeXt weights (no key starts with 'backbone.stem.')")
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path} holds no state_dict")
+        state_dict = _tensors(_find_state_dict(content))
+        if not any(key.startswith("backbone.stem.") for key in state_dict):
+            raise UserError(f"{path} holds no RTMDet or CSPNeXt weights (no key starts with 'backbone.stem.')")
+        _check_tensors(path, state_dict)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from error
     meta = content.get("meta")
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     return Checkpoint(path, state_dict, _class_names(meta) or _class_names({"classes": content.get("names")}), meta)
+
+
+def trained_sizes(checkpoint: Checkpoint, check_image_size: Callable[[int], int]) -> dict[str, int | None]:
+    """`image_size` and `patch_size` (of the model, in pixels), as far as a file of this project tells them.
+
+    Raises UserError where they cannot be; `check_image_size` raises it where the network cannot take the image size.
+    """
+    own = checkpoint.meta.get("rtmdet_fast")
+    told = own if isinstance(own, Mapping) else {}
+    sizes = {what: told[what] for what in ("image_size", "patch_size") if what in told}
+    for what, size in sizes.items():
+        if not ((type(size) is int and size > 0) or (what, size) == ("patch_size", None)):
+            raise UserError(f"{checkpoint.path} is damaged: its {what} is {str(size)[:40]!r}, not a number of pixels")
+    try:
+        check_image_size(sizes.get("image_size", 32))
+    except UserError as error:
+        raise UserError(f"{checkpoint.path} is damaged: {error}") from None
+    return sizes
+
+
+def _check_archive(path: Path) -> None:
+    """Raises where an archive is damaged, or no `torch.save` wrote it; such a one may grow a thousandfold when read."""
+    with path.open("rb") as file:
+        try:
+            tarfile.open(fileobj=file, mode="r:").close()
+        except tarfile.TarError:
+            pass
+        else:
+            raise UserError(f"{path} is a tar archive, which PyTorch has not written since 2016: save it anew")
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.filename.endswith("constants.pkl") for member in members):
+            raise UserError(f"{path} is a TorchScript archive, not a checkpoint with a state_dict")
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise UserError(f"{path} is a compressed archive, which is not what PyTorch writes: save it anew")
+        damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged is not None:
+            raise UserError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong")
+
+
+def _check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
+    """Raises UserError for tensors larger than their file can hold, and for weights that are not finite."""
+    size = path.stat().st_size
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
+    if sum(storages.values()) > size or any(value.nbytes > size for value in state_dict.values()):
+        raise UserError(f"{path} is damaged: its weights would be larger than the file")
+    for key, value in state_dict.items():
+        if value.is_complex() or not torch.isfinite(value.float()).all():
+            raise UserError(
+                f"{path} holds weights that are no finite numbers (first: {key}): the training that wrote them had "
+                "failed; take an earlier checkpoint"
+            )
 
 
 def _find_state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -215,17 +300,16 @@ def resolve_weights(path_or_name: str | Path) -> Path:
 
 
 def save_atomically(content: Any, path: str | Path) -> None:
-    """`torch.save` through a temporary file, fsync and rename: a crash leaves the old file or the new one, whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    """`torch.save` by `write_atomically`: a crash leaves the old file or the new one, whole.
+
+    Raises UserError where it cannot be written.
+    """
+    with write_atomically(path) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)  # there no more where an interrupt came after the renaming
-        raise
+        except RuntimeError as error:
+            # Of a full disk torch tells that it stands at a wrong position; what it met first is the reason.
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            raise reason or error

@@ -16,7 +16,9 @@ from rtmdet_fast.images import as_bgr, read_image
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
-from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
+
+MAX_IMAGE_SIZE = 16384
 
 
 class Targets(NamedTuple):
@@ -294,10 +296,8 @@ class Detector(nn.Module):
             num_classes = found_classes
         model = cls(found_size, task or found_task or "det", num_classes, class_names)
         model.load_weights(checkpoint)
-        own = checkpoint.meta.get("rtmdet_fast")
-        if isinstance(own, dict) and isinstance(own.get("image_size"), int):
-            model.image_size = own["image_size"]
-            model.patch_size = own.get("patch_size", model.patch_size)
+        for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
+            setattr(model, name, size_in_pixels)
         return model.eval()
 
 
@@ -305,6 +305,8 @@ def check_image_size(size: int) -> int:
     """`size` itself where the network can take it."""
     if size < 32 or size % 32:
         raise UserError(f"image size {size} is not a positive multiple of 32")
+    if size > MAX_IMAGE_SIZE:
+        raise UserError(f"image size {size} is above {MAX_IMAGE_SIZE}, where a single image takes tens of gigabytes")
     return size
 
 

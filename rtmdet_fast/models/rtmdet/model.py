@@ -148,6 +148,8 @@ class RTMDet(Detector):
             elif any(key.startswith("bbox_head.rtm_kernel") or "kernel" in key for key in state):
                 task = "ins"
         weight = state.get("bbox_head.rtm_cls.0.weight")
+        if weight is not None and (weight.ndim != 4 or not len(weight)):
+            raise UserError(f"{checkpoint.path} is damaged: bbox_head.rtm_cls.0.weight has shape {list(weight.shape)}")
         return Inspected(by_stem[stem], task, None if weight is None else weight.shape[0])
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
