@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from rtmdet_fast import __version__
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.info import InfoConfig, run_info
-from rtmdet_fast.cli.output import write_json
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
 from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="RTMDet: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class name must not end a command where the console lacks a letter
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         found = commands[type(config)](config)
@@ -76,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; a training goes on with --resume", file=sys.stderr)
+        begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
+        print("interrupted" + ("; the training goes on with --resume" if begun else ""), file=sys.stderr)
         return 130
     return 0

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtmdet_fast.cli.output import print_skipped, write_json
+from rtmdet_fast.cli.output import figure, print_skipped
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class EvalConfig:
     """Loader processes."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    match_by_position: bool = False
+    """Where none of the data set's class names is the model's, take them for the same classes in the same order."""
     skip_bad: bool = False
     """Go on over unreadable images and invalid annotations, and count them."""
     detections: Path | None = None
@@ -55,21 +58,26 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     if config.data is not None:
         annotations, images = find_task_split(model.task, config.data, "val")
     assert annotations and images
-    # text files hold no list of classes: a part of a data set may lack some
-    names = model.class_names if model.task == "rotated" else None
-    dataset = open_dataset(model.task, annotations, images, skip_bad=config.skip_bad, class_names=names)
+    dataset = open_dataset(
+        model.task,
+        annotations,
+        images,
+        skip_bad=config.skip_bad,
+        class_names=model.class_names,
+        match_by_position=config.match_by_position,
+    )
     started = time.perf_counter()
     evaluation = evaluate(
         model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
     )
     seconds = time.perf_counter() - started
     for name, value in evaluation.metrics.items():
-        print(f"{name:10} {value:6.3f}")
+        print(f"{name:10} {figure(value)}")
     width = max(len(name) for name in evaluation.per_class)
     columns = next(iter(evaluation.per_class.values()))
     print(f"\n{'class':{width}} " + " ".join(f"{column:>9}" for column in columns))
     for name, figures in evaluation.per_class.items():
-        print(f"{name:{width}} " + " ".join(f"{value:9.3f}" for value in figures.values()))
+        print(f"{name:{width}} " + " ".join(f"{figure(value):>9}" for value in figures.values()))
     print()
     print_skipped({reason: len(what) for reason, what in dataset.skipped.items()})
     unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""

@@ -1,10 +1,6 @@
-"""What several commands print and write."""
+"""What several commands print."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
-from typing import Any
 
 
 def print_skipped(skipped: dict[str, int]) -> None:
@@ -12,6 +8,6 @@ def print_skipped(skipped: dict[str, int]) -> None:
         print(f"{'noticed' if '(kept' in reason else 'left out'}: {count} x {reason}")
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+def figure(value: float) -> str:
+    """A figure in [0, 1] in six places; a dash for -1, where nothing was measured."""
+    return f"{value:6.3f}" if value >= 0 else "     -"

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
-from rtmdet_fast.cli.output import write_json
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rtmdet_fast.cli.output import print_skipped
+from rtmdet_fast.cli.output import figure, print_skipped
 
 
 def run_train(config: Any) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def run_train(config: Any) -> dict[str, Any]:
     result = train(config)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
         for name, value in result.metrics.items():
-            print(f"{name:10} {value:6.3f}")
+            print(f"{name:10} {figure(value)}")
         print_skipped(result.skipped)
         print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
         report = f", report {result.report}" if result.report else ""

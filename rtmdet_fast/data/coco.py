@@ -58,6 +58,7 @@ class CocoDataset:
         training: bool = False,
         min_size: int = 8,
         class_names: Sequence[str] | None = None,
+        match_by_position: bool = False,
         masks: bool = False,
     ) -> None:
         """Reads and checks the annotation file; images are decoded by `load`.
@@ -69,6 +70,8 @@ class CocoDataset:
                 annotations without a proper box or of unknown images and categories.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             class_names: the classes and their order, of a model for instance; others of the file are left out.
+            match_by_position: where the file has as many classes as `class_names` and none of their names, take them
+                for the same ones in the same order, with a warning.
             masks: read the segmentations too: polygons and RLE. Polygons of fewer than three points or outside the
                 image, and annotations that then have no mask (in training: no pixel of one), are left out; polygons
                 that cross themselves are filled by the even-odd rule. All are counted in `skipped`. Other faults are
@@ -82,7 +85,7 @@ class CocoDataset:
         if not self.image_dir.is_dir():
             raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
         content = self._read_content()
-        self._read_categories(content["categories"], class_names)
+        self._read_categories(content["categories"], class_names, match_by_position)
         images = self._read_images(content["images"])
         annotations = self._read_annotations(content.get("annotations") or [], images)
         segmentations = None
@@ -208,7 +211,9 @@ class CocoDataset:
     def _skip(self, what: str, reason: str) -> None:
         self._skipped.setdefault(reason, []).append(what)
 
-    def _read_categories(self, categories: list[Any], class_names: Sequence[str] | None) -> None:
+    def _read_categories(
+        self, categories: list[Any], class_names: Sequence[str] | None, match_by_position: bool
+    ) -> None:
         by_id: dict[int, str] = {}
         for category in categories:
             if not isinstance(category, dict) or not _is_int(category.get("id")) or "name" not in category:
@@ -227,10 +232,18 @@ class CocoDataset:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(by_name.get(name, -1) for name in self.class_names)
         if set(self.category_ids) <= {-1}:
-            raise UserError(
+            others = (
                 f"{self.annotation_path}: its categories ({', '.join(list(by_name)[:8])}, …) are none of the classes "
                 f"wanted ({', '.join(self.class_names[:8])}, …)"
             )
+            if len(by_id) != len(self.class_names):
+                raise UserError(others)
+            if not match_by_position:
+                raise UserError(f"{others}; with --match-by-position they are taken for the same ones in that order")
+            warnings.warn(
+                f"{others}; as they are as many, they are taken for the same ones in that order", stacklevel=2
+            )
+            self.category_ids = tuple(by_id)
 
     def _read_images(self, entries: list[Any]) -> dict[int, dict[str, Any]]:
         """The usable entries by id."""

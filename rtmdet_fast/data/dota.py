@@ -65,6 +65,7 @@ class DotaDataset(CocoDataset):
         training: bool = False,
         min_size: int = 8,
         class_names: Sequence[str] | None = None,
+        match_by_position: bool = False,
     ) -> None:
         """Reads and checks the annotations; images are decoded by `load`.
 
@@ -77,6 +78,7 @@ class DotaDataset(CocoDataset):
             skip_bad: leave out, and count in `skipped`, what is otherwise an error, malformed lines for instance.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             class_names: the classes and their order, of a model for instance; others of the files are left out.
+            match_by_position: of the classes of a JSON file, as in CocoDataset.
 
         Raises UserError, which names the file and line, or entry, at fault.
         """
@@ -89,6 +91,7 @@ class DotaDataset(CocoDataset):
             training=training,
             min_size=min_size,
             class_names=class_names,
+            match_by_position=match_by_position,
         )
         self.image_names = tuple(Path(name).stem for name in self._files)
 

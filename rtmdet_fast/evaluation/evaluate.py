@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -154,12 +155,22 @@ def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
         raise UserError(f"{dataset.annotation_path}: has no image to evaluate on")
     by_name = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     if all(name in by_name for name in model.class_names):
-        return [by_name[name] for name in model.class_names]
-    # Names may differ ("class 0", another language) where the classes are the same ones in the same order.
-    if len(model.class_names) == len(dataset.class_names) and not set(by_name) & set(model.class_names):
+        ids = [by_name[name] for name in model.class_names]
+        missing = next((name for name, ident in zip(model.class_names, ids, strict=True) if ident < 0), None)
+    elif len(model.class_names) == len(dataset.class_names) and not set(by_name) & set(model.class_names):
+        # Names may differ ("class 0", another language) where the classes are the same ones in the same order.
+        warnings.warn(
+            f"the classes of {dataset.annotation_path} ({', '.join(dataset.class_names[:8])}, …) have other names than "
+            f"the model's ({', '.join(model.class_names[:8])}, …) and are taken for the same ones in that order",
+            stacklevel=3,
+        )
         return list(dataset.category_ids)
-    missing = next(name for name in model.class_names if name not in by_name)
+    else:
+        missing = next(name for name in model.class_names if name not in by_name)
+    if missing is None:
+        return ids
+    named = [name for name, ident in by_name.items() if ident >= 0]
     raise UserError(
         f"the model's class {missing!r} is not in {dataset.annotation_path}, whose classes are "
-        f"{', '.join(dataset.class_names[:8])}{', …' if len(dataset.class_names) > 8 else ''}"
+        f"{', '.join(named[:8])}{', …' if len(named) > 8 else ''}"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from rtmdet_fast.data.masks import Outlines
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_atomically
 from rtmdet_fast.inference.drawing import draw_detections
 from rtmdet_fast.inference.results import Results
 
@@ -112,13 +111,8 @@ def write_report(
         + "\n</body></html>\n"
     )
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with write_atomically(path) as file:
+        file.write(page.encode(errors="replace"))
     return path
 
 

@@ -312,4 +312,4 @@ def save_atomically(content: Any, path: str | Path) -> None:
             reason: BaseException | None = error
             while reason is not None and not isinstance(reason, OSError):
                 reason = reason.__context__
-            raise reason or error
+            raise (reason or error) from None

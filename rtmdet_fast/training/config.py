@@ -14,6 +14,20 @@ from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.detector import check_image_size
 from rtmdet_fast.models.rtmdet.model import TASKS, default_image_size
+from rtmdet_fast.training.distributed import process_count
+
+BOUNDS = {
+    "epochs": (1, 10**6),
+    "batch_size": (1, 2**16),
+    "accumulate": (1, 2**16),
+    "val_interval": (1, 10**6),
+    "warmup_iterations": (0, 10**9),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "weight_decay": (0, 1e9),
+    "ema_momentum": (0, 1),
+}
+"""The least and the greatest value of a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +63,8 @@ class TrainConfig:
     image_size: int | None = None
     """Side of the training images in pixels, a multiple of 32; 640 (nano: 320, rotated: 1024) where not given."""
     lr: float | None = None
-    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step, rotated 2.5e-4 at 8, times the square root of the
-    batch's share of it."""
+    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step of all processes, rotated 2.5e-4 at 8, times the square
+    root of the step's share of it."""
     weight_decay: float = 0.05
     """Weight decay of AdamW on convolution weights."""
     warmup_iterations: int | None = None
@@ -105,17 +119,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config = replace(config, epochs=36 if rotated else 300)
     if config.batch_size is None:
         config = replace(config, batch_size=8 if rotated else 32)
-    for name, least in (
-        *((name, 1) for name in ("epochs", "batch_size", "accumulate", "val_interval")),
-        *((name, 0) for name in ("num_workers", "warmup_iterations", "seed", "weight_decay", "ema_momentum")),
-    ):
+    for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if config.seed >= 2**32:
-        raise UserError(f"--seed is {config.seed}; it must be below {2**32}")
-    if config.ema_momentum > 1:
-        raise UserError(f"--ema-momentum is {config.ema_momentum}; it must be at most 1")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     if config.data is not None:
@@ -145,6 +152,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         stage2 = max(round(config.epochs * 20 / 300), 1) if config.epochs > 1 else 0
     if not 0 <= stage2 <= config.epochs:
         raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {config.epochs}")
+    images_per_step = config.batch_size * config.accumulate * process_count()
     workers = config.num_workers
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
@@ -157,5 +165,5 @@ def resolve(config: TrainConfig) -> TrainConfig:
         image_size=check_image_size(
             default_image_size(config.size, config.task) if config.image_size is None else config.image_size
         ),
-        lr=config.lr or base_lr * math.sqrt(config.batch_size * config.accumulate / base_batch),
+        lr=config.lr or base_lr * math.sqrt(images_per_step / base_batch),
     )

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-from rtmdet_fast.training.config import TrainConfig
+
+def process_count() -> int:
+    """Of the processes that torchrun started; 1 for one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_processes(config: TrainConfig) -> tuple[int, int]:
+def join_processes(device: torch.device) -> tuple[int, int]:
     """Rank and number of the processes that torchrun started, joined; (0, 1) for one alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = process_count()
     if world_size == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
         # The others wait while the first validates.
-        torch.distributed.init_process_group(
-            "nccl" if config.device.startswith("cuda") else "gloo", timeout=timedelta(hours=6)
-        )
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return torch.distributed.get_rank(), world_size
 
 

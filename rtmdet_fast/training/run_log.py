@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
+
+from rtmdet_fast.files import write_atomically
 
 COLUMNS = (
     "epoch",
@@ -52,13 +55,21 @@ class Meter:
         """Losses of one batch, left on their device."""
         for name, value in losses.items():
             value = value.detach()
-            self._losses[name] = self._losses[name] + value if name in self._losses else value
+            self._losses[name] = self._losses[name].to(value.device) + value if name in self._losses else value
         self._batches += 1
         self._images += images
 
     def step(self) -> None:
         """The optimiser stepped."""
         self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses not read yet, so that a resumed run goes on with the same means; the pace starts anew."""
+        return {"losses": {name: value.cpu() for name, value in self._losses.items()}, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, or from nothing where it is empty."""
+        self._losses, self._batches = dict(state.get("losses", {})), state.get("batches", 0)
 
     def read(self) -> dict[str, float]:
         """Means since the last reading; `data_wait` is a share of the time."""
@@ -79,10 +90,13 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.csv"
         kept = [row for row in read_metrics(self.path) if int(row["iteration"]) <= iteration] if iteration else []
-        self._file = self.path.open("w", newline="")
-        self._csv = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
-        self._csv.writeheader()
-        self._csv.writerows(kept)
+        text = io.StringIO(newline="")
+        _writer(text).writeheader()
+        _writer(text).writerows(kept)
+        with write_atomically(self.path) as file:  # a crash now must not cost the rows there are
+            file.write(text.getvalue().encode())
+        self._file = self.path.open("a", newline="")
+        self._csv = _writer(self._file)
         self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -97,6 +111,10 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _writer(file: TextIO) -> csv.DictWriter[str]:
+    return csv.DictWriter(file, COLUMNS, extrasaction="ignore")
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

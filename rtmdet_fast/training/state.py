@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.training.config import TrainConfig
+from rtmdet_fast.training.distributed import process_count
 
 STATE = frozenset(
     {
@@ -38,7 +38,7 @@ RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "
 def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
     if not last.exists():
-        raise UserError(f"there is nothing to resume: {last} does not exist")
+        raise UserError(f"there is nothing to resume: {last}, written after each epoch, does not exist")
     try:
         state = torch.load(last, map_location="cpu", weights_only=True).get("training")
     except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, OSError) as error:
@@ -51,9 +51,19 @@ def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
         before = state["config"].get(key)
         if key not in RESUMABLE and before != (str(value) if isinstance(value, Path) else value):
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     if len(state["samplers"]) != processes:
         raise UserError(
             f"the run in {last.parent} had {len(state['samplers'])} processes, and now there are {processes}"
         )
     return state
+
+
+def remove_run(out: Path) -> None:
+    """Delete what a run wrote into its folder.
+
+    The state that a run goes on from is the first to go: whatever comes between, no later `--resume` meets a mixture.
+    """
+    files = ("last.pth", "best.pth", "metrics.csv", "metrics.json", "detections.json", "report.html", "nan_batch.pt")
+    for path in (*(out / name for name in (*files, "config.json")), *out.glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)

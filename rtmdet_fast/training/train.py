@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -27,6 +27,7 @@ from rtmdet_fast.data.tasks import open_dataset
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
+from rtmdet_fast.files import write_json
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.models.checkpoint import read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Targets
@@ -36,15 +37,17 @@ from rtmdet_fast.training.config import TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import gather, join_processes
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
-from rtmdet_fast.training.state import read_training_state
+from rtmdet_fast.training.state import read_training_state, remove_run
 
 LOG_EVERY = 10
+SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
+"""Of the figures of a validation, those that an epoch's line shows."""
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
     config = resolve(config)
-    rank, world_size = join_processes(config)
+    rank, world_size = join_processes(torch.device(config.device))
     if rank > 0:
         config = replace(config, progress=False, report=False)
     assert (
@@ -60,8 +63,11 @@ def train(config: TrainConfig) -> TrainResult:
     device = torch.device(config.device)
     out = config.out
     last, best = out / "last.pth", out / "best.pth"
-    if last.exists() and not (config.resume or config.overwrite):
-        raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
+    if not (config.resume or config.overwrite):
+        if last.exists():
+            raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
+        if best.exists():
+            raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -72,10 +78,13 @@ def train(config: TrainConfig) -> TrainResult:
     dataset = open_dataset(config.task, config.train, config.train_images, skip_bad=config.skip_bad, training=True)
     val_dataset = None
     if config.val is not None and config.val_images is not None:
-        # text files hold no list of classes: a small part of a data set may lack some
-        names = dataset.class_names if rotated else None
         val_dataset = open_dataset(
-            config.task, config.val, config.val_images, skip_bad=config.skip_bad, class_names=names
+            config.task,
+            config.val,
+            config.val_images,
+            skip_bad=config.skip_bad,
+            class_names=dataset.class_names,  # labels are to index one list
+            match_by_position=True,
         )
     recipe = recipe_for(config.size, config.image_size, masks=config.task == "ins")
     sampler = PlanSampler(
@@ -102,7 +111,15 @@ def train(config: TrainConfig) -> TrainResult:
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     model = RTMDet(config.size, config.task, class_names=dataset.class_names)
     if config.init is not None:
-        model.load_weights(read_checkpoint(resolve_weights(config.init)))
+        checkpoint = read_checkpoint(resolve_weights(config.init))
+        model.load_weights(checkpoint)
+        before = checkpoint.class_names
+        if before and before != model.class_names and len(before) == len(model.class_names):
+            warnings.warn(
+                f"{config.init}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
+                f"({', '.join(model.class_names[:8])}, …) in that order",
+                stacklevel=2,
+            )
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.image_size = config.image_size
@@ -143,11 +160,15 @@ def train(config: TrainConfig) -> TrainResult:
         sampler.load_state_dict(state["samplers"][rank])
         torch.set_rng_state(state["torch_rng"])
         start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+    elif config.overwrite and rank == 0:
+        remove_run(out)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     log = RunLog(out, iteration) if rank == 0 else None
     if log is not None:
-        (out / "config.json").write_text(json.dumps(settings, indent=1))
+        write_json(out / "config.json", settings)
     meter = Meter()
+    if config.resume:
+        meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
     started, first_iteration = time.perf_counter(), iteration
     validating = 0.0
@@ -155,6 +176,7 @@ def train(config: TrainConfig) -> TrainResult:
     for epoch in range(start_epoch, config.epochs):
         sampler.set_stage2(rotated or epoch >= config.epochs - config.stage2_epochs)
         model.train()
+        epoch_loss = torch.zeros((), device=device)
         batches = timed(iter(loader), meter)
         bar = tqdm(
             range(steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", disable=not config.progress, leave=False
@@ -171,7 +193,8 @@ def train(config: TrainConfig) -> TrainResult:
                     losses = step_model(normalize(batch.images), targets)
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
-                meter.add(losses, len(batch.images))
+                meter.add(losses, len(batch.images) * world_size)
+                epoch_loss += loss.detach() / steps_per_epoch
                 # Looking at the loss one batch late keeps the host one batch ahead of the device.
                 stop_on_nan(previous, out, iteration)
                 previous = (on_its_way(loss.detach()), batch)
@@ -195,6 +218,7 @@ def train(config: TrainConfig) -> TrainResult:
         samplers = gather(sampler.state_dict(), world_size)
         if log is None:  # the first process alone validates and writes
             continue
+        told = {"loss": epoch_loss.item()}
         if val_dataset is not None and due(epoch + 1, config):
             validation_started = time.perf_counter()
             evaluation = evaluate(
@@ -206,12 +230,14 @@ def train(config: TrainConfig) -> TrainResult:
             )
             validating += time.perf_counter() - validation_started
             log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
-            if config.progress:
-                tqdm.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in evaluation.metrics.items()))
+            told |= {name: evaluation.metrics[name] for name in SHOWN if name in evaluation.metrics}
             if best_epoch is None or evaluation.metrics[criterion] > best_metrics[criterion]:
                 best_epoch, best_metrics = epoch + 1, evaluation.metrics
                 ema.model.save(best)
             meter.restart()
+        if config.progress:
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
+            tqdm.write(f"epoch {epoch + 1}/{config.epochs}: {figures}")
         ema.model.save(
             last,
             training={
@@ -226,6 +252,7 @@ def train(config: TrainConfig) -> TrainResult:
                 "iteration": iteration,
                 "best_epoch": best_epoch,
                 "best_metrics": best_metrics,
+                "meter": meter.state_dict(),
             },
         )
         if val_dataset is None:
@@ -299,11 +326,12 @@ def report_run(
         evaluation = evaluate(model, val_dataset, batch_size=config.batch_size or 8, progress=config.progress)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
         curves = evaluation.pr_curves
-        (config.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        (config.out / "detections.json").write_text(json.dumps(evaluation.detections))
+        write_json(config.out / "metrics.json", metrics)
+        write_json(config.out / "detections.json", evaluation.detections, indent=None)
         for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
             sample = val_dataset.load(int(index))
-            samples.append(ReportSample(model.predict(sample.image), sample.boxes, sample.labels, sample.masks))
+            result = replace(model.predict(sample.image), path=sample.path)
+            samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
     return write_report(
         config.out / "report.html",
         title=f"RTMDet-{config.size} on {dataset.annotation_path.name}",

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, files, exit codes, one-line errors."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -226,3 +227,29 @@ def test_tells_its_version(program):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "rtmdet_fast", "predict"], capture_output=True, text=True)
     assert done.returncode == 2 and "--weights" in done.stderr + done.stdout
+
+
+def test_classes_of_other_names_are_asked_about(shapes, tmp_path, capsys):
+    names = [f"other {i}" for i in range(len(json.loads(shapes.val_ann.read_text())["categories"]))]
+    RTMDet("nano", class_names=names).save(tmp_path / "w.pth")
+    arguments = ["eval", "--weights", tmp_path / "w.pth", "--ann", shapes.val_ann, "--images", shapes.val_images]
+    arguments += ["--image-size", 64]
+    assert run(*arguments) == 2
+    assert "--match-by-position" in capsys.readouterr().err
+    assert run(*arguments, "--match-by-position") == 0
+    assert "taken for the same ones" in capsys.readouterr().err
+
+
+def test_a_console_that_lacks_letters_ends_no_command(shapes, tmp_path):
+    content = json.loads(shapes.val_ann.read_text())
+    for category in content["categories"]:
+        category["name"] = f"円 {category['id']}"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    RTMDet("nano", class_names=[c["name"] for c in content["categories"]]).save(tmp_path / "w.pth")
+    command = [sys.executable, "-m", "rtmdet_fast", "eval", "--weights", "w.pth", "--ann", "val.json"]
+    command += ["--images", str(shapes.val_images), "--image-size", "64", "--json", "found.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "円 1" in json.loads((tmp_path / "found.json").read_text())["per_class"]
+    assert b"-1.000" not in done.stdout

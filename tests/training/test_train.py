@@ -18,7 +18,9 @@ from rtmdet_fast.kernels import nms as nms_kernels
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig, resolve
+from rtmdet_fast.training.run_log import RunLog, read_metrics
 from rtmdet_fast.training.schedule import parameter_groups
+from rtmdet_fast.training.state import STATE, remove_run
 from rtmdet_fast.training.train import train
 
 
@@ -194,8 +196,8 @@ def test_a_model_learns_one_image_by_heart():
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=4e-3)
     targets = Targets(boxes.expand(4, -1, -1), labels.expand(4, -1), torch.full((4,), 3))
     batch = normalize(torch.from_numpy(image).permute(2, 0, 1).expand(4, -1, -1, -1))
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 4e-3 * (1 - step / 100)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 4e-3 * (1 - step / 200)
         losses = model(batch + 0.1 * torch.randn_like(batch), targets)
         sum(losses.values()).backward()
         optimizer.step()
@@ -274,7 +276,7 @@ def test_what_is_wrong_with_the_validation_file_is_said_at_the_start_and_what_is
 def test_a_damaged_run_is_not_resumed(config, damage):
     config.out.mkdir()
     last = config.out / "last.pth"
-    state = dict.fromkeys(train_module.STATE) | {"config": {}, "samplers": [None, None]}
+    state = dict.fromkeys(STATE) | {"config": {}, "samplers": [None, None]}
     match damage:
         case "truncated":
             torch.save({"training": state, "more": torch.zeros(10**4)}, last)
@@ -303,3 +305,150 @@ def test_prediction_leaves_frozen_parts_frozen(config):
     for name in ("batch_size", "max_detections"):
         with pytest.raises(UserError, match=f"{name} is -1"):
             model.predict(image, **{name: -1})
+
+
+def test_the_learning_rate_goes_by_the_images_of_all_processes(config, monkeypatch):
+    one = resolve(replace(config, batch_size=8)).lr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve(replace(config, batch_size=4)).lr == one == pytest.approx(4e-3 * (8 / 256) ** 0.5)
+
+
+def interrupt_evaluation(monkeypatch, at: int):
+    """`train` is interrupted in the validation with that number, counted from 1."""
+    evaluate, calls = train_module.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate", interrupted)
+
+
+def test_nothing_of_an_old_run_is_left_where_a_new_one_is_interrupted(config, monkeypatch):
+    train(replace(config, report=True))
+    (config.out / "mine.txt").write_text("not the run's")
+    old = {path.name for path in config.out.iterdir() if path.name.startswith("events")}
+    interrupt_evaluation(monkeypatch, at=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, overwrite=True))
+    left = {path.name for path in config.out.iterdir()}
+    assert not left & (old | {"last.pth", "best.pth", "report.html", "metrics.json", "detections.json"})
+    assert "mine.txt" in left
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(replace(config, resume=True))
+
+
+def test_the_state_is_the_first_to_go_with_an_old_run(config, monkeypatch):
+    """Wherever a crash comes while the old run is deleted, there is nothing of it to resume."""
+    train(replace(config, epochs=1, stage2_epochs=0))
+    gone = []
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, missing_ok=False: gone.append(path.name))
+    remove_run(config.out)
+    assert gone[0] == "last.pth" and {"best.pth", "metrics.csv", "config.json"} < set(gone)
+
+
+def test_a_mistake_costs_no_run(config):
+    done = train(replace(config, epochs=1, stage2_epochs=0))
+    with pytest.raises(UserError):
+        train(replace(config, overwrite=True, init="no such weights"))
+    assert done.last.exists() and done.best.exists()
+
+
+def test_running_means_go_on_where_a_run_is_resumed(config, tmp_path, monkeypatch):
+    """The row of iteration 6 is the mean over steps of two epochs, the first of which was before the interruption."""
+    monkeypatch.setattr(train_module, "LOG_EVERY", 6)
+    config = replace(config, val_interval=2)
+    train(config)
+    broken = replace(config, out=tmp_path / "broken")
+    with monkeypatch.context() as patched:
+        interrupt_evaluation(patched, at=1)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    train(replace(broken, resume=True))
+    drop = {"images_per_second", "data_wait"}
+    logs = [
+        [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader((out / "metrics.csv").open())]
+        for out in (config.out, broken.out)
+    ]
+    assert logs[0] == logs[1] and logs[0][0]["iteration"] == "6"
+
+
+def test_a_crash_while_a_log_is_taken_up_again_costs_no_row(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, 0)
+    for iteration in (10, 20, 30):
+        log.write({"epoch": 1, "iteration": iteration, "loss": 1.5})
+    log.close()
+    before = (tmp_path / "metrics.csv").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            RunLog(tmp_path, 20)
+    assert (tmp_path / "metrics.csv").read_text() == before
+    RunLog(tmp_path, 20).close()
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.csv")] == ["10", "20"]
+
+
+def changed_classes(config, tmp_path, change):
+    content = json.loads(config.val.read_text())
+    change(content)
+    val = tmp_path / "val.json"
+    val.write_text(json.dumps(content))
+    return replace(config, val=val, epochs=1, stage2_epochs=0, report=True)
+
+
+@pytest.mark.parametrize("kind", ["one more", "another order"])
+def test_validation_classes_are_those_of_training(config, tmp_path, monkeypatch, kind):
+    def change(content):
+        if kind == "one more":
+            new = {"id": 99, "name": "zebra"}
+            content["categories"].insert(0, new)
+            content["annotations"].append({**content["annotations"][0], "id": 10**6, "category_id": 99})
+        else:
+            content["categories"].reverse()
+
+    drawn = []
+    write = train_module.write_report
+
+    def written(path, **parts):
+        drawn.extend(parts["samples"])
+        assert "zebra" not in parts["evaluation"]["per_class"]
+        return write(path, **parts)
+
+    monkeypatch.setattr(train_module, "write_report", written)
+    train(changed_classes(config, tmp_path, change))
+    content = json.loads(config.train.read_text())
+    names = [category["name"] for category in content["categories"]]
+    of_id = {category["id"]: category["name"] for category in content["categories"]}
+    truth = json.loads(config.val.read_text())
+    image_ids = {image["file_name"]: image["id"] for image in truth["images"]}
+    for sample in drawn:
+        ident = next(i for name, i in image_ids.items() if name.endswith(os.path.basename(sample.result.path)))
+        expected = sorted(of_id[a["category_id"]] for a in truth["annotations"] if a["image_id"] == ident)
+        assert sorted(names[label] for label in sample.gt_labels) == expected
+
+
+def test_other_names_of_as_many_classes_are_told(config, tmp_path):
+    def change(content):
+        for category in content["categories"]:
+            category["name"] = f"other {category['name']}"
+
+    with pytest.warns(UserWarning, match="none of the classes wanted"):
+        train(replace(changed_classes(config, tmp_path, change), report=False))
+    model = RTMDet("nano", class_names=tuple("abcde"))
+    model.save(tmp_path / "other.pth")
+    with pytest.warns(UserWarning, match=r"its classes \(a, b, c, …\) are taken for those of the training data"):
+        train(replace(config, out=tmp_path / "b", epochs=1, stage2_epochs=0, init=str(tmp_path / "other.pth")))
+
+
+def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):
+    train(replace(config, task="ins", epochs=1, stage2_epochs=0, progress=True))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: "))
+    assert [figure.split()[0] for figure in line.split(": ")[1].split(", ")] == [
+        "loss",
+        "AP",
+        "AP50",
+        "segm_AP",
+        "segm_AP50",
+    ]
