@@ -438,7 +438,7 @@ def test_other_names_of_as_many_classes_are_told(config, tmp_path):
         train(replace(changed_classes(config, tmp_path, change), report=False))
     model = RTMDet("nano", class_names=tuple("abcde"))
     model.save(tmp_path / "other.pth")
-    with pytest.warns(UserWarning, match=r"its classes \(a, b, c, …\) are taken for those of the training data"):
+    with pytest.warns(UserWarning, match=r"its classes \(a, b, c, d, e, …\) are taken for those of the training data"):
         train(replace(config, out=tmp_path / "b", epochs=1, stage2_epochs=0, init=str(tmp_path / "other.pth")))
 
 
