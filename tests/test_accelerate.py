@@ -91,11 +91,11 @@ def fused_calls(monkeypatch):
     calls: list[str] = []
 
     def counting(name):
-        op = getattr(rtmdet_fast.layers, name)
+        op = getattr(rtmdet_fast.models.rtmdet.layers, name)
         return lambda *args, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
 
     for name in ("bn_silu", "dwconv_bn_silu"):
-        monkeypatch.setattr(rtmdet_fast.layers, name, counting(name))
+        monkeypatch.setattr(rtmdet_fast.models.rtmdet.layers, name, counting(name))
     return calls
 
 
