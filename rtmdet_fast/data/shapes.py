@@ -10,6 +10,7 @@ import colorsys
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,10 @@ def _drawn_before(ann: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(ann.read_text())
-        found["info"]["shapes"], found["images"]
+        found["info"]["shapes"]
+        # These files are deleted, and anybody may have written the annotations: only names that are given here.
+        if not all(re.fullmatch(r"\d{6,}\.jpg", image["file_name"], re.ASCII) for image in found["images"]):
+            raise ValueError("a name of another data set")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{ann} belongs to another data set: draw the shapes into an empty folder") from None
     return found

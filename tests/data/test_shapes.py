@@ -137,6 +137,23 @@ def test_never_overwrites_another_data_set(tmp_path):
     assert json.loads(other.read_text()) == data
 
 
+@pytest.mark.parametrize("entry", [{"file_name": "../../victim.txt"}, {"file_name": "victim.txt"}, {"file_name": 3}, 3])
+def test_deletes_only_what_it_drew(tmp_path, entry):
+    """An annotation file says which files are its own, and anybody may have written it."""
+    root = tmp_path / "demo"
+    paths = make_shapes(root, num_train=1, num_val=1, image_size=64)
+    victims = [tmp_path / "victim.txt", paths.train_images / "victim.txt"]
+    for victim in victims:
+        victim.write_text("mine")
+    data = json.loads(paths.train_ann.read_text())
+    data["images"].append(entry)
+    paths.train_ann.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"instances_train\.json"):
+        make_shapes(root, num_train=1, num_val=1, image_size=64, seed=1)
+    assert all(victim.read_text() == "mine" for victim in victims)
+    assert json.loads(paths.train_ann.read_text()) == data
+
+
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 8}])
 def test_wrong_arguments(tmp_path, wrong):
     with pytest.raises(UserError, match="at least"):
