@@ -1,7 +1,8 @@
 """The library against numbers of its own, which `make.py` beside this file wrote: silent drift shows.
 
-Tolerances are ten times or more what one thread and two differ by (AMD EPYC, torch 2.13): the last bits of convolutions
-differ between processors, and training carries them on.
+Tolerances of networks, gradients and predictions are ten times what one thread and two differ by (AMD EPYC, torch 2.13):
+the last bits of convolutions differ between processors, and training carries them on. Those of training's losses and of
+masks are guesses that hold on one thread there.
 """
 
 import make
