@@ -1,6 +1,6 @@
 """The library against numbers of its own, which `make.py` beside this file wrote: silent drift shows.
 
-Tolerances of networks, gradients and predictions are ten times what one thread and two differ by (AMD EPYC, torch 2.13):
+Tolerances of networks, gradients and predictions are ten times what one thread and two differ by (AMD EPYC):
 the last bits of convolutions differ between processors, and training carries them on. Those of training's losses and of
 masks are guesses that hold on one thread there.
 """
