@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
+import io
+import os
+import struct
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -12,23 +14,32 @@ from rtmdet_fast.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and height
+MAX_PIXELS = 178_956_970  # Pillow's limit too: a file of 3 MB may hold so many that decoding it takes gigabytes
+OPENCV_MAX_PIXELS = 1 << 30  # which OpenCV itself refuses to pass
 
 
-def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    path: str | Path, expected_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Decodes an image file to [H, W, 3] uint8 BGR.
 
     Grey becomes three equal channels, 16 bits lose the lower 8, transparency is dropped. The EXIF orientation is
     applied, unless `expected_size` (width, height), which an annotation was made for, is that of the pixels as stored.
-    Raises UserError where the file is missing, empty, truncated or not an image.
+    Raises UserError where the file is missing, empty, truncated or not an image, or where its header tells of more
+    than `max_pixels`; the environment variable RTMDET_FAST_MAX_PIXELS takes precedence.
     """
     import cv2
 
     try:
-        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this image: {error.strerror}") from None
-    if not len(data):
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        raise UserError(f"{path}: cannot read this image: {getattr(error, 'strerror', error)}") from None
+    if not content:
         raise UserError(f"{path}: this image file is empty")
+    header = _open_header(io.BytesIO(content))
+    if header:
+        check_pixels(path, header.size, max_pixels)
+    data = np.frombuffer(content, np.uint8)
     # From memory OpenCV refuses truncated data; its imread would fill the missing part with grey.
     image = _decode(data, cv2.IMREAD_COLOR)
     if image is None:
@@ -42,18 +53,29 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the upright image as its header tells it, or (0, 0) where it does not."""
-    from PIL import Image
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # aerial images are large, and nothing is decoded here
-            with Image.open(path) as file:
-                width, height = file.size
-                # a PNG would be decoded to look for it
-                turned = file.format in ("JPEG", "MPO", "TIFF") and file.getexif().get(ORIENTATION, 1) >= 5
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with open(path, "rb") as file:
+            image = _open_header(file)
+            width, height = image.size if image else (0, 0)
+            # a PNG would be decoded to look for it
+            turned = image and image.format in ("JPEG", "MPO", "TIFF") and image.getexif().get(ORIENTATION, 1) >= 5
+    except (OSError, ValueError, SyntaxError, TypeError):  # the last two of damaged EXIF
         return 0, 0
     return (height, width) if turned else (width, height)
+
+
+def check_pixels(path: str | Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UserError where an image of (width, height) has more than RTMDET_FAST_MAX_PIXELS, or else `max_pixels`."""
+    text = os.environ.get("RTMDET_FAST_MAX_PIXELS", "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise UserError(f"RTMDET_FAST_MAX_PIXELS is {text!r:.40}: give a whole number of pixels")
+    limit, pixels = int(text or max_pixels), size[0] * size[1]
+    if pixels > limit:
+        hint = f"{f'OPENCV_IO_MAX_IMAGE_PIXELS={pixels} and ' if pixels > OPENCV_MAX_PIXELS else ''}"
+        raise UserError(
+            f"{path}: this image has {size[0]}x{size[1]} pixels, more than the limit of {limit:,}; where that is no "
+            f"mistake, set {hint}RTMDET_FAST_MAX_PIXELS={pixels} in the environment"
+        )
 
 
 def as_bgr(image: Any) -> np.ndarray:
@@ -77,6 +99,26 @@ def as_bgr(image: Any) -> np.ndarray:
     return np.ascontiguousarray(image[:, :, :3])
 
 
+def _open_header(file: IO[bytes]) -> Any:
+    """A PIL image of which nothing was decoded, or None where Pillow knows no such format."""
+    from PIL import Image
+
+    # What Image.open does, but for its limit of pixels, which is the process's, not ours, and hides the size.
+    Image.init()
+    prefix = file.read(16)
+    for name in Image.ID:
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or accept(prefix)
+        if not accepted or isinstance(accepted, str):  # which tells why not
+            continue
+        file.seek(0)
+        try:
+            return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, ValueError, OSError, struct.error):
+            continue
+    return None
+
+
 def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
     import cv2
 
@@ -87,6 +129,10 @@ def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
 
 
 def _from_pil(image: Any) -> np.ndarray:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot decode this PIL image: {error}") from None
     if image.mode == "F":
         raise UserError('a PIL image of mode "F" has no fixed range; scale it to 0..255 first')
     if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255

@@ -1,11 +1,16 @@
 """Decoding of every kind of image, and of none."""
 
+import io
+import struct
+import warnings
+import zlib
+
 import cv2
 import numpy as np
 import pytest
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import as_bgr, read_image
+from rtmdet_fast.images import as_bgr, read_image, read_size
 
 Image = pytest.importorskip("PIL.Image", reason="writes its odd images with Pillow")
 
@@ -130,9 +135,47 @@ def test_not_an_image(tmp_path):
         ("empty.jpg", "empty"),
         ("text.jpg", "not an image"),
         ("folder.jpg", "directory"),
+        ("null\0.jpg", "null"),
     ]:
         with pytest.raises(UserError, match=rf"{name}.*{message}"):
             read_image(tmp_path / name)
+
+
+def png_of_zeros(width, height):
+    """A grey PNG of any size, which takes a thousandth of its pixels' memory to make."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows, packer = bytes(width + 1), zlib.compressobj()
+    data = b"".join(packer.compress(rows) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_told_by_its_header(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png_of_zeros(20_000, 10_000))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"bomb\.png.*20000x10000 pixels.*RTMDET_FAST_MAX_PIXELS=200000000 "):
+        read_image(tmp_path / "bomb.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's own of large images
+        assert read_size(tmp_path / "bomb.png") == (20_000, 10_000)
+
+
+def test_the_limit_of_pixels_can_be_set(tmp_path, pixels, monkeypatch):
+    path = write(tmp_path / "a.png", pixels)
+    with pytest.raises(UserError, match="limit of 639"):
+        read_image(path, max_pixels=639)
+    monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", "640")
+    assert read_image(path, max_pixels=639).shape == (20, 32, 3)
+    monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", "639")
+    with pytest.raises(UserError, match="limit of 639"):
+        read_image(path)
+    for wrong in ("1e9", "-1", "9" * 5000):
+        monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", wrong)
+        with pytest.raises(UserError, match=r"RTMDET_FAST_MAX_PIXELS is .* whole number"):
+            read_image(path)
 
 
 def test_arrays(pixels):
@@ -161,6 +204,15 @@ def test_arrays(pixels):
 def test_refused(image, message):
     with pytest.raises(UserError, match=message):
         as_bgr(image)
+
+
+def test_truncated_pil_image(pixels):
+    for form in ("png", "jpeg"):
+        file = io.BytesIO()
+        Image.fromarray(np.tile(pixels, (9, 9, 1))).save(file, form)
+        image = Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
+        with pytest.raises(UserError, match=r"PIL image.*truncated"):
+            as_bgr(image)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])

@@ -28,38 +28,39 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    from rtmdet_fast.data.shapes import make_shapes
-    from rtmdet_fast.training.config import TrainConfig
+    from rtmdet_fast.data.shapes import make_shapes, shapes_paths
+    from rtmdet_fast.training.config import TrainConfig, resolve
     from rtmdet_fast.training.train import train
 
-    shapes = make_shapes(config.out / "data", num_train=1500, num_val=120, image_size=128, seed=config.seed)
+    shapes = shapes_paths(config.out / "data")
+    training = TrainConfig(
+        train=shapes.train_ann,
+        train_images=shapes.train_images,
+        val=shapes.val_ann,
+        val_images=shapes.val_images,
+        out=config.out / "run",
+        size="tiny",
+        task=config.task,
+        epochs=config.epochs,
+        # More than the 20 of 300 epochs of a full run: mosaics of small scenes are hard.
+        stage2_epochs=config.epochs // 3,
+        batch_size=8,
+        image_size=128,
+        # at 2e-3 the angles get worse again after the third epoch
+        lr=1e-3 if config.task == "rotated" else 2e-3,
+        num_workers=0,
+        val_interval=max(config.epochs // 3, 1),
+        device=config.device,
+        seed=config.seed,
+        overwrite=True,
+    )
+    resolve(training)  # what is wrong with the arguments is told before anything is drawn
+    make_shapes(shapes.root, num_train=1500, num_val=120, image_size=128, seed=config.seed)
     print(
         f"drew {shapes.train_images} and {shapes.val_images}; training RTMDet-tiny for {config.epochs} epochs",
         flush=True,
     )
-    result = train(
-        TrainConfig(
-            train=shapes.train_ann,
-            train_images=shapes.train_images,
-            val=shapes.val_ann,
-            val_images=shapes.val_images,
-            out=config.out / "run",
-            size="tiny",
-            task=config.task,
-            epochs=config.epochs,
-            # More than the 20 of 300 epochs of a full run: mosaics of small scenes are hard.
-            stage2_epochs=config.epochs // 3,
-            batch_size=8,
-            image_size=128,
-            # at 2e-3 the angles get worse again after the third epoch
-            lr=1e-3 if config.task == "rotated" else 2e-3,
-            num_workers=0,
-            val_interval=max(config.epochs // 3, 1),
-            device=config.device,
-            seed=config.seed,
-            overwrite=True,
-        )
-    )
+    result = train(training)
     summary = run_predict(
         PredictConfig(
             source=str(shapes.val_images),

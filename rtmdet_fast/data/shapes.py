@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_json
 from rtmdet_fast.geometry.masks import Region, outline
 
 CLASSES = ("circle", "rectangle", "triangle", "star", "ellipse")
@@ -36,6 +36,8 @@ MIN_CONTRAST = 90
 # Standard deviation of an object's hue around its class's, in degrees; the classes are 360 / 5 = 72 apart.
 HUE_SPREAD = 10
 
+FILE_NAME = re.compile(r"[0-9]{6,}\.jpg")  # of what is drawn
+
 
 @dataclass(frozen=True, slots=True)
 class ShapesPaths:
@@ -44,6 +46,19 @@ class ShapesPaths:
     train_images: Path
     val_ann: Path
     val_images: Path
+
+
+def shapes_paths(root: str | Path) -> ShapesPaths:
+    """Where `make_shapes` puts what it draws."""
+    root = Path(root)
+    annotations = root / "annotations"
+    return ShapesPaths(
+        root=root,
+        train_ann=annotations / "instances_train.json",
+        train_images=root / "train",
+        val_ann=annotations / "instances_val.json",
+        val_images=root / "val",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,78 +79,78 @@ def make_shapes(
     (polygons), and `rbox` [cx, cy, w, h, radians] along the object's own axes with w >= h and the angle in
     [-pi/2, pi/2); all but the angle in pixels.
     The same arguments give the same files; a complete data set of the same arguments is left as it is.
-    Raises UserError where `root` holds annotations of something else.
+    Raises UserError where `root` holds annotations or images of something else, or leads elsewhere by a link.
     """
-    root = Path(root)
     if min(num_train, num_val) < 1 or image_size < 64:
         raise UserError(
             "shapes need num_train and num_val of at least 1 and image_size of at least 64, "
             f"not {num_train}, {num_val} and {image_size}"
         )
+    if seed < 0:
+        raise UserError(f"the seed of shapes is {seed}; it must be at least 0")
     recipe = _Recipe(num_train, num_val, image_size, seed)
-    annotations = root / "annotations"
-    paths = ShapesPaths(
-        root=root,
-        train_ann=annotations / "instances_train.json",
-        train_images=root / "train",
-        val_ann=annotations / "instances_val.json",
-        val_images=root / "val",
-    )
+    paths = shapes_paths(root)
     splits = ((paths.train_ann, paths.train_images, num_train), (paths.val_ann, paths.val_images, num_val))
-    old = [_drawn_before(ann) for ann, _, _ in splits]
-    if all(
-        found is not None
-        and found["info"]["shapes"] == asdict(recipe)
-        and all((folder / image["file_name"]).is_file() for image in found["images"])
-        for found, (_, folder, _) in zip(old, splits, strict=True)
-    ):
+    old = [_drawn_before(ann, folder, recipe) for ann, folder, _ in splits]
+    if all(complete for _, complete in old):
         return paths
 
-    for found, (ann, folder, _) in zip(old, splits, strict=True):
-        ann.unlink(missing_ok=True)
-        for image in found["images"] if found else ():
-            (folder / image["file_name"]).unlink(missing_ok=True)
+    for names, _ in old:
+        for name in names:
+            name.unlink(missing_ok=True)
     for split, (ann, folder, count) in enumerate(splits):
         _write_split(ann, folder, count, split, recipe)
     return paths
 
 
-def _drawn_before(ann: Path) -> dict[str, Any] | None:
-    if not ann.exists():
-        return None
-    try:
-        found = json.loads(ann.read_text())
-        found["info"]["shapes"]
-        # These files are deleted, and anybody may have written the annotations: only names that are given here.
-        if not all(re.fullmatch(r"\d{6,}\.jpg", image["file_name"], re.ASCII) for image in found["images"]):
-            raise ValueError("a name of another data set")
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{ann} belongs to another data set: draw the shapes into an empty folder") from None
-    return found
+def _drawn_before(ann: Path, folder: Path, recipe: _Recipe) -> tuple[list[Path], bool]:
+    """The images drawn into `folder` by an earlier call, and whether they are all that `recipe` asks for.
+
+    Raises UserError where anything there was not drawn: what is not ours is neither deleted nor overwritten.
+    """
+    for path in (ann.parent, ann, folder):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link, which may lead to what is not ours: draw the shapes into an empty folder"
+            )
+    names: list[str] = []
+    complete = False
+    if ann.exists():
+        try:
+            found = json.loads(ann.read_text())
+            names = [image["file_name"] for image in found["images"]]
+            complete = found["info"]["shapes"] == asdict(recipe) and "annotations" in found
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UserError(f"{ann} belongs to another data set: draw the shapes into an empty folder") from None
+    # Only names such as were drawn: an annotation file from elsewhere may name anything, ../../victim.txt too.
+    if not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
+        raise UserError(f"{ann} belongs to another data set: draw the shapes into an empty folder")
+    if folder.exists() and (rest := sorted({path.name for path in folder.iterdir()} - set(names))):
+        raise UserError(f"{folder / rest[0]} was not drawn here: draw the shapes into an empty folder")
+    paths = [folder / name for name in names]
+    return paths, complete and all(path.is_file() for path in paths)
 
 
 def _write_split(ann: Path, folder: Path, count: int, split: int, recipe: _Recipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    ann.parent.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
     size = recipe.image_size
-    for i in range(count):
+    content: dict[str, Any] = {
+        "info": {"description": "shapes drawn by rtmdet_fast", "shapes": asdict(recipe)},
+        "images": [{"id": i + 1, "file_name": f"{i:06d}.jpg", "width": size, "height": size} for i in range(count)],
+        "categories": [{"id": c + 1, "name": name, "supercategory": "shape"} for c, name in enumerate(CLASSES)],
+    }
+    # Without annotations yet: after an interruption it tells which images are ours.
+    write_json(ann, content, indent=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations: list[dict[str, Any]] = []
+    for i, image in enumerate(content["images"]):
         # One generator per image: it does not depend on how many there are.
         scene, objects = draw_scene(np.random.default_rng([recipe.seed, split, i]), size)
-        name = f"{i:06d}.jpg"
-        if not cv2.imwrite(str(folder / name), scene, [cv2.IMWRITE_JPEG_QUALITY, 95]):
-            raise UserError(f"cannot write {folder / name}: check the space and rights there")
-        images.append({"id": i + 1, "file_name": name, "width": size, "height": size})
+        path = folder / image["file_name"]
+        if not cv2.imwrite(str(path), scene, [cv2.IMWRITE_JPEG_QUALITY, 95]):
+            raise UserError(f"cannot write {path}: check the space and rights there")
         for obj in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "iscrowd": 0, **obj})
-    categories = [{"id": c + 1, "name": name, "supercategory": "shape"} for c, name in enumerate(CLASSES)]
-    info = {"description": "shapes drawn by rtmdet_fast", "shapes": asdict(recipe)}
-    temporary = ann.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"info": info, "images": images, "annotations": annotations, "categories": categories})
-    )
-    os.replace(temporary, ann)
+    write_json(ann, {**content, "annotations": annotations}, indent=None)
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict[str, Any]]]:

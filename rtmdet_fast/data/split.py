@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +20,10 @@ from rtmdet_fast.data.dota import Label, find_images, read_labels
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, quads_to_boxes
 from rtmdet_fast.geometry.windows import crop, windows
-from rtmdet_fast.images import read_image, read_size, write_image
+from rtmdet_fast.images import OPENCV_MAX_PIXELS, read_image, read_size, write_image
 
 MARKER = "split.json"
+PATCH = "*__*__*___*"  # names of patches, without suffix
 # A patch has to hold at least this share of image, where any does; a small image at a small scale adds nothing else.
 MIN_IMAGE = 0.6
 DIFFICULT = 2  # of a box of which too little is in the patch
@@ -222,8 +222,8 @@ def _prepare(images: Path, labels: Path | None, out: Path, settings: SplitSettin
     marker = out / MARKER
     if marker.is_file():
         if overwrite:
-            for folder in (out / "images", out / "labelTxt"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for path in (*out.glob(f"images/{PATCH}.png"), *out.glob(f"labelTxt/{PATCH}.txt")):
+                path.unlink()  # and nothing else that may lie there
         elif _read_marker(marker) != described:
             raise UserError(
                 f"{out} holds patches of other images or settings: give another folder, or --overwrite to replace them"
@@ -239,7 +239,7 @@ def _prepare(images: Path, labels: Path | None, out: Path, settings: SplitSettin
 def _read_marker(path: Path) -> object:
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -293,7 +293,7 @@ def _split_image(job: _Job) -> SplitSummary:
         patches = _patches(job, width, height) if width else []
         image = np.empty((0, 0, 3), np.uint8)
         if not all(done for *_, done in patches) or not width:
-            image = read_image(job.image)
+            image = read_image(job.image, max_pixels=OPENCV_MAX_PIXELS)  # to cut such images is what this is for
             if image.shape[:2] != (height, width):
                 patches = _patches(job, image.shape[1], image.shape[0])
     except UserError:

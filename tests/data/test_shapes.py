@@ -137,6 +137,10 @@ def test_never_overwrites_another_data_set(tmp_path):
     assert json.loads(other.read_text()) == data
 
 
+def small(root, **more):
+    return make_shapes(root, **{"num_train": 2, "num_val": 1, "image_size": 64, **more})
+
+
 @pytest.mark.parametrize("entry", [{"file_name": "../../victim.txt"}, {"file_name": "victim.txt"}, {"file_name": 3}, 3])
 def test_deletes_only_what_it_drew(tmp_path, entry):
     """An annotation file says which files are its own, and anybody may have written it."""
@@ -154,7 +158,34 @@ def test_deletes_only_what_it_drew(tmp_path, entry):
     assert json.loads(paths.train_ann.read_text()) == data
 
 
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 8}])
+def test_images_of_the_user_are_not_drawn_over(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/000000.jpg").write_text("a holiday")
+    with pytest.raises(UserError, match=r"val.000000\.jpg was not drawn here"):
+        small(tmp_path)
+    assert (tmp_path / "val/000000.jpg").read_text() == "a holiday" and not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("place", ["train", "annotations", "annotations/instances_val.json"])
+def test_links_are_not_followed(tmp_path, place):
+    paths = small(tmp_path / "a")
+    (tmp_path / "elsewhere").mkdir()
+    (paths.root / place).rename(tmp_path / "elsewhere/it")
+    (paths.root / place).symlink_to(tmp_path / "elsewhere/it")
+    with pytest.raises(UserError, match="is a link"):
+        small(paths.root, seed=1)
+
+
+def test_an_interrupted_drawing_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("rtmdet_fast.data.shapes._annotation", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path, num_train=9)
+    paths = small(tmp_path)
+    assert len(list(paths.train_images.iterdir())) == 2 and json.loads(paths.train_ann.read_text())["annotations"]
+
+
+@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 8}, {"seed": -1}])
 def test_wrong_arguments(tmp_path, wrong):
     with pytest.raises(UserError, match="at least"):
         make_shapes(tmp_path, **wrong)

@@ -183,6 +183,23 @@ def test_nothing_else_is_overwritten(source, tmp_path):
     assert names(tmp_path / "mine") == ["notes.txt"]
 
 
+def test_overwriting_takes_patches_away_and_nothing_else(source):
+    split(source)
+    (source / "out/images/holiday.png").write_bytes(b"mine")
+    (source / "out/labelTxt/notes.txt").write_text("mine")
+    summary = split(source, settings=SplitSettings(size=96, overlap=0), overwrite=True)
+    assert len(names(source / "out/images")) == summary.patches + 1 and "holiday.png" in names(source / "out/images")
+    assert len(names(source / "out/labelTxt")) == summary.patches + 1
+
+
+def test_larger_images_than_elsewhere_are_read(source, monkeypatch):
+    monkeypatch.setattr("rtmdet_fast.data.split.OPENCV_MAX_PIXELS", 6000)
+    with pytest.raises(UserError, match="limit of 6,000"):
+        split(source)
+    monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", "100000")
+    assert split(source).patches == 7
+
+
 def test_bad_input(source):
     (source / "labelTxt/P2.txt").write_text("\n1 2 3")
     with pytest.raises(UserError, match=r"labelTxt/P2\.txt, line 2: malformed line .*--skip-bad"):

@@ -1,0 +1,19 @@
+"""Mistakes in the demo's arguments are told before anything is drawn."""
+
+import pytest
+
+from rtmdet_fast.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "bogus"], "--task 'bogus'"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--device", "bogus"], "--device"),
+    ],
+)
+def test_wrong_arguments(tmp_path, capsys, arguments, message):
+    assert main(["demo", "--out", str(tmp_path / "demo"), *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "demo").exists()
