@@ -218,7 +218,9 @@ def test_masks_from_end_to_end(shapes, tmp_path, capsys):
     assert code == 2 and "has no segmentation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", (["-m", "rtmdet_fast"], ["-m", "rtmdet_fast.cli"], ["-c", "from rtmdet_fast.cli import main; main()"]))
+@pytest.mark.parametrize(
+    "program", (["-m", "rtmdet_fast"], ["-m", "rtmdet_fast.cli"], ["-c", "from rtmdet_fast.cli import main; main()"])
+)
 def test_tells_its_version(program):
     done = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"rtmdet-fast {rtmdet_fast.__version__}\n"), done.stderr
