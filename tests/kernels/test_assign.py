@@ -580,7 +580,11 @@ print(status("VmHWM") - before)
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        },
     )  # what is freed goes back at once
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 34e6
