@@ -6,6 +6,7 @@
 # make bench   benches beside the peers that are installed; writes benches/results, benches/README.md and its pictures
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make bench-compare   measures anew and prints what is slower than in the committed results by more than the spread
+# make docs    the documentation as a site, in site/
 # make gpu     parity, then benches, within 9 minutes on a CUDA machine with its own Python (torch, triton, numpy)
 # make test-gpu bench-gpu   the same in full and without a time limit (needs pytest there)
 
@@ -25,7 +26,7 @@ MMROTATE_VENV ?= .venv-mmrotate
 MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := "numpy<2" "setuptools<81" opencv-python==4.11.0.86 mmengine==0.10.7
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -112,3 +113,11 @@ gpu:
 
 clean:
 	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs build dist *.egg-info
+
+# The site, in site/: warnings of mkdocs and griffe are errors, links and anchors are checked, nothing is fetched.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@

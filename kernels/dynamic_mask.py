@@ -92,8 +92,9 @@ def dynamic_mask_dice_loss(
 ) -> Tensor:
     """Dice loss of each of K instances -> [K] float32, differentiable in `features` and `kernels`.
 
+    The arguments of `dynamic_mask_logits`, and:
+
     Args:
-        features, kernels, points, strides, image_index, feature_stride: as for `dynamic_mask_logits`.
         gt_masks: [B, M, 2H, 2W] bool or uint8 (not 0: inside), masks of the input's size sampled
             [feature_stride / 4 :: feature_stride / 2] along both sides; may be padded along M.
         gt_index: [K] int64, the instance's ground truth among the M of its image.

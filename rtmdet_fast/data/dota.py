@@ -48,10 +48,11 @@ class DotaDataset(CocoDataset):
     samples; `ground_truth` has them. In training, as in the published recipe, difficult 1 is no difference; what a
     split cut off (2), `ignore` and `iscrowd` are left out.
 
-    class_names: where not given, those of the text files in the order of DOTA-v1.0 if they are all among its 15
-        classes, else by name; or the JSON's categories in its order
-    image_names: the names of the images by index, without folder and suffix, as submissions and patches have them
-    crossing_count: quadrilaterals whose edges cross; the smallest rectangle around the corners stands for these too
+    Attributes:
+        class_names: where not given, those of the text files in the order of DOTA-v1.0 if they are all among its 15
+            classes, else by name; or the JSON's categories in its order
+        image_names: the names of the images by index, without folder and suffix, as submissions and patches have them
+        crossing_count: quadrilaterals whose edges cross; the smallest rectangle around the corners stands for these too
     """
 
     box_dim = 5

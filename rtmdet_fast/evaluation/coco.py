@@ -17,12 +17,16 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`: the twelve COCO figures, in [0, 1], -1 where there is nothing to measure; of rotated boxes DOTA's mAP
-    (VOC07 11 points) at IoU 0.5 as AP50, at 0.75 as AP75, and the mean of 0.5 to 0.95 as AP.
+    """Figures of a data set.
 
-    A model with masks has twelve more, of which the names start with segm_, for its masks.
-    per_class: name → AP and AP50. pr_curves: name → (recall [101], precision [101]) at IoU 0.5.
-    detections: COCO results entries. skipped: images that could not be read.
+    Attributes:
+        metrics: the twelve COCO figures, in [0, 1], -1 where there is nothing to measure; of rotated boxes DOTA's mAP
+            (VOC07 11 points) at IoU 0.5 as AP50, at 0.75 as AP75, and the mean of 0.5 to 0.95 as AP. A model with
+            masks has twelve more, of which the names start with segm_, for its masks
+        per_class: name → AP and AP50
+        pr_curves: name → (recall [101], precision [101]) at IoU 0.5
+        detections: COCO results entries
+        skipped: images that could not be read
     """
 
     metrics: dict[str, float]

@@ -98,7 +98,9 @@ class Results:
         Of rotated boxes that is the upright box around them; they themselves are `rbox`, and their corners the
         `segmentation`.
 
-        category_ids: the data set's category id of each class index; the index itself where it is not given.
+        Args:
+            image_id: of each entry.
+            category_ids: the data set's category id of each class index; the index itself where it is not given.
         """
         corners = self.corners()
         low, high = corners.min(1), corners.max(1)

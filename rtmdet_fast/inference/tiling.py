@@ -31,7 +31,8 @@ def predict_tiled(
         image: [H, W, 3] uint8 BGR.
         overlap: of neighbouring windows, in pixels: objects up to this size are whole in one of them.
         batch_size: patches per call of `detect`.
-        iou_threshold, max_detections: of the non-maximum suppression over all windows, class by class.
+        iou_threshold: of the non-maximum suppression over all windows, class by class.
+        max_detections: that it leaves.
 
     Returns:
         boxes [D, 4 or 5] in pixels of `image`, scores [D], labels [D], best score first; on the device of `detect`.

@@ -49,9 +49,13 @@ class Inspected(NamedTuple):
 class Detector(nn.Module):
     """The base of a family, which adds the network and what stands below as not implemented.
 
-    size, task: by which the family builds the model; class_names: of the labels 0, 1, …
-    image_size: side in pixels of the square network input
-    patch_size: side in image pixels of what a training image showed; `predict` cuts larger images into windows of it
+    Attributes:
+        size: by which, with `task`, the family builds the model
+        task: what it finds
+        class_names: of the labels 0, 1, …
+        image_size: side in pixels of the square network input
+        patch_size: side in image pixels of what a training image showed; `predict` cuts larger images into windows of
+            it
     """
 
     size: str
@@ -107,9 +111,15 @@ class Detector(nn.Module):
     ) -> list[Detections]:
         """Detections in pixels of the original images, from letterboxed canvases [B, 3, S, S] uint8 BGR.
 
-        scales: canvas pixels per image pixel (x, y); shapes: original (height, width). The default settings are the
-        published ones, which let boxes reach into the padding of the canvas: figures compare with published ones only
-        so (on real images `clip_to_image`, which `predict` uses, gains some 0.002 AP).
+        The default settings are the published ones, which let boxes reach into the padding of the canvas: figures
+        compare with published ones only so (on real images `clip_to_image`, which `predict` uses, gains some 0.002 AP).
+
+        Args:
+            canvases: as `to_canvas` makes them.
+            scales: of each, canvas pixels per image pixel (x, y).
+            shapes: of each, the original (height, width).
+            settings: thresholds and limits.
+            clip_to_image: at the image's edges, not the canvas's.
         """
         parameter = next(self.parameters())
         images = self.normalize(canvases.to(parameter.device)).to(parameter.dtype)
@@ -163,10 +173,17 @@ class Detector(nn.Module):
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
 
         An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
-        iou_threshold (of NMS) and max_detections are the published ones of the task where not given.
-        image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
-        patch_size: images with a longer side in pixels are cut into windows of that side, a quarter of which overlaps,
-            and what is found in them is merged; the model's own (rotated boxes only) where not given, 0 for never.
+
+        Args:
+            images: an image, or a list of them.
+            score_threshold: least score of a detection.
+            iou_threshold: of NMS; the published one of the task where not given.
+            max_detections: of an image; the published number where not given.
+            image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
+            patch_size: images with a longer side in pixels are cut into windows of that side, a quarter of which
+                overlaps, and what is found in them is merged; the model's own (rotated boxes only) where not given, 0
+                for never.
+            batch_size: images, or windows, in a pass.
         """
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")

@@ -71,8 +71,11 @@ TASKS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "ins": InstanceHe
 class RTMDet(Detector):
     """Backbone, neck and the head of one task; state_dict keys are those of the published checkpoints.
 
-    size: nano, tiny, s, m, l or x. task: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
-    class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
+    Args:
+        size: nano, tiny, s, m, l or x.
+        task: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
+        num_classes: their number, where there are no names.
+        class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
     """
 
     def __init__(
