@@ -290,7 +290,7 @@ def test_a_damaged_run_is_not_resumed(config, damage):
         case "part of a state":
             torch.save({"training": {"config": {}}}, last)
         case "two processes":
-            torch.save({"training": state | {"config": train_module.asdict(resolve(config))}}, last)
+            torch.save({"training": state | {"config": resolve(config).as_json()}}, last)
     with pytest.raises(UserError, match=r"last\.pth|2 processes, and now there are 1"):
         train(replace(config, resume=True))
 
