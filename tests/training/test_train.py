@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +216,17 @@ def test_recipe_defaults():
     at = resolve(TrainConfig(train="a", train_images="b", epochs=30, size="x", batch_size=64, device="cpu"))
     assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 2
     assert resolve(TrainConfig(train="a", train_images="b", size="nano", device="cpu")).image_size == 320
+
+
+def test_the_command_lines_own_options_are_no_settings_of_the_run():
+    """A run goes on with another --json, or without."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(TrainConfig):
+        json: Path | None = None
+
+    settings = resolve(Command(train="a", train_images="b", json=Path("x.json"), device="cpu"))
+    assert settings.as_json().keys() == {field.name for field in fields(TrainConfig)}
 
 
 @pytest.mark.parametrize(
