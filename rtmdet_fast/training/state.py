@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.training.config import TrainConfig
+from rtmdet_fast.training.config import Settings
 from rtmdet_fast.training.distributed import process_count
 
 STATE = frozenset(
@@ -35,7 +34,7 @@ STATE = frozenset(
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
 
 
-def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
+def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
     if not last.exists():
         raise UserError(f"there is nothing to resume: {last}, written after each epoch, does not exist")
@@ -47,9 +46,9 @@ def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{last} holds weights but no training state to resume from")
     if not state.keys() >= STATE:
         raise UserError(f"{last}: its training state lacks {sorted(STATE - state.keys())[0]!r}")
-    for key, value in asdict(config).items():
+    for key, value in settings.as_json().items():
         before = state["config"].get(key)
-        if key not in RESUMABLE and before != (str(value) if isinstance(value, Path) else value):
+        if key not in RESUMABLE and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before}")
     processes = process_count()
     if len(state["samplers"]) != processes:

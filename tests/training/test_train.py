@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,17 @@ def test_recipe_defaults():
     assert resolve(TrainConfig(train="a", train_images="b", size="nano", device="cpu")).image_size == 320
 
 
+def test_the_command_lines_own_options_are_no_settings_of_the_run():
+    """A run goes on with another --json, or without."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(TrainConfig):
+        json: Path | None = None
+
+    settings = resolve(Command(train="a", train_images="b", json=Path("x.json"), device="cpu"))
+    assert settings.as_json().keys() == {field.name for field in fields(TrainConfig)}
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -290,7 +302,7 @@ def test_a_damaged_run_is_not_resumed(config, damage):
         case "part of a state":
             torch.save({"training": {"config": {}}}, last)
         case "two processes":
-            torch.save({"training": state | {"config": train_module.asdict(resolve(config))}}, last)
+            torch.save({"training": state | {"config": resolve(config).as_json()}}, last)
     with pytest.raises(UserError, match=r"last\.pth|2 processes, and now there are 1"):
         train(replace(config, resume=True))
 
