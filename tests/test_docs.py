@@ -135,6 +135,13 @@ def names_of(module):
     return {*dir(importlib.import_module(module)), *submodules}
 
 
+def test_architecture_has_the_floors_that_imports_are_held_to():
+    floors = runpy.run_path(str(ROOT / "tests/test_imports.py"))["FLOORS"]
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    (drawn,) = (code for kind, code in BLOCK.findall(page) if kind == "text")
+    assert drawn.splitlines() == list(reversed(floors))
+
+
 def test_drawings_are_those_of_the_script(tmp_path):
     script = runpy.run_path(str(ROOT / "docs/drawings/draw.py"))
     made = {drawing.__name__ for drawing in script["DRAWINGS"]}
