@@ -41,11 +41,10 @@ class Sample:
 class CocoDataset:
     """The images of an annotation file, in its order.
 
-    Attributes:
-        class_names: of the labels 0, 1, …; the file's categories in its order, or those given
-        category_ids: the file's id of each class, -1 for a given class that the file does not know
-        image_ids: of the images by index
-        has_masks: whether it was made with masks=True
+    class_names: of the labels 0, 1, …; the file's categories in its order, or those given
+    category_ids: the file's id of each class, -1 for a given class that the file does not know
+    image_ids: of the images by index
+    has_masks: whether it was made with masks=True
     """
 
     box_dim = 4
