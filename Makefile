@@ -2,6 +2,8 @@
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
 # make test-openmmlab   the drop-in parts beside mmdet and mmrotate, in two environments of their own
+# make test-package   builds sdist and wheel, and tests each in an environment of its own, away from the sources
+# make test-oldest test-newest   the tests with the wheel and the oldest versions of pyproject.toml, or the newest there are
 # make test-slow   every configuration of the kernels, compiled for four GPUs
 # make bench   benches beside the peers that are installed; writes benches/results, benches/README.md and its pictures
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
@@ -14,6 +16,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # A build of torch for CPUs brings no Triton; the bounds on registers in the tests are this one's.
 TRITON ?= triton==3.6.0
+# On Linux PyPI's builds bring CUDA, gigabytes of it.
+TORCH_OLDEST ?= torch==2.11.0
+TORCH_NEWEST ?= torch
 # Of the demo: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
 TASK ?= det
 VENV ?= .venv
@@ -26,7 +31,7 @@ MMROTATE_VENV ?= .venv-mmrotate
 MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := "numpy<2" "setuptools<81" opencv-python==4.11.0.86 mmengine==0.10.7
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -61,8 +66,8 @@ test-triton: setup
 	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
 
 test-openmmlab: $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed
-	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest -rs --disable-warnings tests/openmmlab --ignore tests/openmmlab/test_rotated.py
-	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs --disable-warnings tests/openmmlab
+	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab --ignore tests/openmmlab/test_rotated.py
+	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab
 
 $(MMDET_VENV)/.installed: REQUIREMENTS = mmdet==3.3.0 mmcv-lite==2.1.0
 $(MMROTATE_VENV)/.installed: REQUIREMENTS = mmrotate==1.0.0rc1 mmdet==3.0.0 mmcv-lite==2.0.1 e2cnn
@@ -73,6 +78,41 @@ $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed: pyproject.toml
 	$(@D)/bin/python -m pip install --quiet $(REQUIREMENTS) $(OPENMMLAB) pytest --editable .
 	touch $@
 
+# The wheel is built from the sdist.
+package: setup
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+
+# $(call environment,FOLDER,ARGUMENTS OF PIP): an empty environment, and the tests without the sources.
+define environment
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)/venv
+	$(1)/venv/bin/python -m pip install --quiet --upgrade pip
+	$(1)/venv/bin/python -m pip install --quiet $(2)
+	cp -r pyproject.toml tests $(1)
+endef
+IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto
+PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py tests/cli tests/golden
+
+# The sdist follows the wheel in an environment that has what the wheel asked for.
+test-package: package
+	$(call environment,build/package,"$(TORCH)" "$$(echo build/dist/*.whl)[test]")
+	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)
+	build/package/venv/bin/python -m pip uninstall --quiet --yes rtmdet-fast
+	build/package/venv/bin/python -m pip install --quiet build/dist/*.tar.gz
+	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)
+
+# Old versions have warnings of their own. The oldest NumPy and Pillow have wheels for Python 3.10 and 3.11.
+test-oldest: package
+	sed -n '/"torch>/!s/^    "\([^"> ]*\)>=\([0-9.]*\)[";].*/\1==\2/p' pyproject.toml > build/oldest.txt
+	$(call environment,build/oldest,"$(TORCH_OLDEST)" "$$(echo build/dist/*.whl)[test]" --constraint build/oldest.txt)
+	cd build/oldest && $(IN_ENVIRONMENT) -W default tests --ignore tests/test_benches.py
+
+# Bounds on registers are those of one Triton, so what is compiled for GPUs is left out.
+test-newest: package
+	$(call environment,build/newest,"$(TORCH_NEWEST)" "$$(echo build/dist/*.whl)[test]")
+	cd build/newest && $(IN_ENVIRONMENT) tests --ignore tests/test_benches.py
+
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
 # of training steps on boxes of every size.
 test-slow: setup
@@ -80,7 +120,7 @@ test-slow: setup
 
 # On a CPU, what the assigner gains depends on malloc, whose settings take a process of their own.
 bench: setup
-	$(BIN)/python -m pytest benches --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest -W default benches --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m benches.run --malloc pinned --ops assign
 
 bench-compare: setup
@@ -103,7 +143,7 @@ $(MMCV_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-gpu:
-	$(PYTHON) -m pytest $(KERNEL_TESTS)
+	$(PYTHON) -m pytest -W default $(KERNEL_TESTS)
 
 bench-gpu:
 	$(PYTHON) -m benches.run
@@ -112,7 +152,7 @@ gpu:
 	$(PYTHON) -m benches.gpu
 
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs site build dist *.egg-info
 
 # The site, in site/: warnings of mkdocs and griffe are errors, links and anchors are checked, nothing is fetched.
 docs: $(VENV)/.docs

@@ -113,6 +113,7 @@ def run_tests(seconds: float, names: tuple[str, ...]) -> dict[str, Any]:
     tail = []
     for i, name in enumerate(names):
         command = [sys.executable, "-u", "-m", "pytest", f"tests/kernels/test_{name}.py", "-v", "--tb=short"]
+        command += ["-W", "default"]  # warnings of whatever versions are here are no verdict on the kernels
         # what only compiles is the same on every machine, and would take most of the time
         command += ["-p", "no:cacheprovider", "-k", "not (lowering or traces or exports)"]
         left = max(seconds - (time.monotonic() - start), 1)

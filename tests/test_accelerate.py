@@ -368,7 +368,7 @@ def test_all_or_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace_passes_its_own_check():
     """Which traces again without gradients, where a SiLU that comes last used to run in place."""
     x = torch.randn(1, 4, 8, 8)

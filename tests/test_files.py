@@ -63,7 +63,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path,
     assert all(writer.stdout.readline() == b"ready\n" for writer in writers)
     killed, alive = writers
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert len(os.listdir(tmp_path)) == 2
     keep = tmp_path / f".{name}.backup"
     keep.write_text("mine")

@@ -108,6 +108,7 @@ def test_exchanged_size_without_exif_is_no_reason_to_turn(tmp_path, pixels):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
 @pytest.mark.parametrize("kept", [0.999, 0.9, 0.5, 0.1])
+@pytest.mark.filterwarnings("ignore:(Corrupt EXIF|Truncated File):UserWarning")  # Pillow's, of a TIFF's header
 def test_truncated(tmp_path, suffix, kept):
     noise = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (200, 240, 3), np.uint8), (0, 0), 2)
     path = write(tmp_path / f"cut{suffix}", noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,10 @@ def cropped_rle(rle: dict[str, Any], width: int, height: int) -> dict[str, Any]:
 
     if isinstance(rle["counts"], list):
         rle = mask.frPyObjects(rle, *rle["size"])
-    return encode(Region(0, 0, mask.decode(rle)[:height, :width].astype(bool)), (height, width))
+    with warnings.catch_warnings():  # of pycocotools' decode under NumPy 2
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        pixels = mask.decode(rle)
+    return encode(Region(0, 0, pixels[:height, :width].astype(bool)), (height, width))
 
 
 def outline(region: Region) -> list[list[float]]:

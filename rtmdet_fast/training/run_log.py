@@ -95,21 +95,18 @@ class RunLog:
         _writer(text).writerows(kept)
         with write_atomically(self.path) as file:  # a crash now must not cost the rows there are
             file.write(text.getvalue().encode())
-        self._file = self.path.open("a", newline="")
-        self._csv = _writer(self._file)
         self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row: `epoch` and `iteration`, and the values that there are."""
-        self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self._file.flush()
+        with self.path.open("a", newline="") as file:  # a run that fails leaves nothing open
+            _writer(file).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         for name, value in row.items():
             if name not in ("epoch", "iteration"):
                 group = "val" if name.startswith(("A", "segm_")) else "train"
                 self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
 
     def close(self) -> None:
-        self._file.close()
         self._board.close()
 
 

@@ -231,6 +231,7 @@ def test_runs_as_a_module():
     assert done.returncode == 2 and "--weights" in done.stderr + done.stdout
 
 
+@pytest.mark.filterwarnings("default:.*taken for the same ones")  # the command prints it
 def test_classes_of_other_names_are_asked_about(shapes, tmp_path, capsys):
     names = [f"other {i}" for i in range(len(json.loads(shapes.val_ann.read_text())["categories"]))]
     RTMDet("nano", class_names=names).save(tmp_path / "w.pth")

@@ -408,6 +408,7 @@ def test_torchvision_forms(backend):
         assert own_torchvision.batched_nms(boxes, scores, labels, 0.3).tolist() == greedy(boxes, scores, labels, 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated in torch 2.13
 def test_what_torchvision_takes_and_refuses():
     none = torch.empty(0, dtype=torch.int64)
     assert torch.equal(own_torchvision.batched_nms(none, None, None, None), none)

@@ -1,6 +1,5 @@
 """Rotated boxes from the folder to the submission: training, evaluation, prediction on images of any size."""
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rtmdet_fast.geometry.rotated import boxes_to_quads
 from rtmdet_fast.inference.detections import Detections
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig, resolve
+from rtmdet_fast.training.run_log import read_metrics
 from rtmdet_fast.training.train import train
 
 
@@ -106,7 +106,7 @@ def test_train_eval_predict_from_the_command_line(dota, tmp_path):
     assert {"AP", "AP50", "AP75"} <= told["metrics"].keys()
     html = (out / "report.html").read_text()
     assert "AP50" in html and html.count('src="data:image') == 8  # truth and prediction of four images
-    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    rows = read_metrics(out / "metrics.csv")
     assert [row["AP50"] != "" for row in rows if row["AP"]] == [True, True]
     model = RTMDet.from_pretrained(out / "best.pth")
     assert (model.task, model.image_size, model.patch_size) == ("rotated", 64, 64)

@@ -1,6 +1,5 @@
 """The trainer on drawn scenes: what it writes, that a resumed run equals an unbroken one, how it fails."""
 
-import csv
 import json
 import os
 import subprocess
@@ -64,7 +63,7 @@ def test_a_run_writes_what_it_promises(config):
     assert result.report == out / "report.html"
     html = result.report.read_text()
     assert "AP50" in html and "<svg" in html and 'src="data:image' in html
-    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    rows = read_metrics(out / "metrics.csv")
     steps = [row for row in rows if row["loss"]]
     assert int(steps[-1]["iteration"]) == 3 * (18 // 4)
     assert all(float(row["loss"]) > 0 and 0 <= float(row["data_wait"]) <= 1 for row in steps)
@@ -104,7 +103,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, tmp_path, monke
     assert resumed.metrics == unbroken.metrics
     drop = {"images_per_second", "data_wait"}
     logs = [
-        [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader((out / "metrics.csv").open())]
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(out / "metrics.csv")]
         for out in (config.out, broken.out)
     ]
     assert logs[0] == logs[1]
@@ -145,7 +144,7 @@ def test_masks_are_trained_validated_and_reported(config):
     config = replace(config, task="ins", report=True, epochs=2)
     result = train(config)
     assert {"AP", "AP50", "segm_AP", "segm_AP50"} <= result.metrics.keys()
-    rows = list(csv.DictReader((config.out / "metrics.csv").open()))
+    rows = read_metrics(config.out / "metrics.csv")
     assert any(row["loss_mask"] for row in rows) and any(row["segm_AP"] for row in rows)
     assert "mask AP" in result.report.read_text()
     model = RTMDet.from_pretrained(result.best)
@@ -381,7 +380,7 @@ def test_running_means_go_on_where_a_run_is_resumed(config, tmp_path, monkeypatc
     train(replace(broken, resume=True))
     drop = {"images_per_second", "data_wait"}
     logs = [
-        [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader((out / "metrics.csv").open())]
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(out / "metrics.csv")]
         for out in (config.out, broken.out)
     ]
     assert logs[0] == logs[1] and logs[0][0]["iteration"] == "6"
