@@ -154,14 +154,8 @@ def _assign(
         raise ValueError(f"{name} has shape {tuple(scores.shape)}: expected {[*boxes.shape[:2]]} and C > 0 classes")
     if gt_boxes.ndim != 3:
         raise ValueError(f"gt_boxes has shape {tuple(gt_boxes.shape)}: expected [B, M, {boxes.shape[2]}]")
-    (B, N, box), M = boxes.shape, gt_boxes.shape[1]
-    shapes = {
-        "priors": (N, 4),
-        "gt_boxes": (B, M, box),
-        "gt_labels": (B, M),
-        "gt_counts": (B,),
-        "gt_centers": (B, M, 2),
-    }
+    (B, N, D), M = boxes.shape, gt_boxes.shape[1]
+    shapes = {"priors": (N, 4), "gt_boxes": (B, M, D), "gt_labels": (B, M), "gt_counts": (B,), "gt_centers": (B, M, 2)}
     for key in shapes.keys() & tensors.keys():
         if tensors[key].shape != shapes[key]:
             raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}: expected {list(shapes[key])}")

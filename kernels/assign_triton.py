@@ -25,8 +25,8 @@ from rtmdet_fast.kernels.rotated_iou import _cos_sin, rotated_iou_pair
 # Read at each launch. All blocks are as large as fits the registers without spilling (tests: test_lowering).
 TUNING = {
     "prior": {"BLOCK": 32, "BLOCK_M": 32, "BLOCK_C": 16, "num_warps": 4},  # priors times ground truths, or classes
-    "match": {"BLOCK": 256, "num_warps": 1},  # one warp: its two lists are reduced without shared memory
-    "match_rotated": {"BLOCK": 32, "num_warps": 1},  # a prior a lane, since a rotated IoU takes some 100 registers
+    "match": {"BLOCK": 256, "num_warps": 1},  # one warp: no reduction waits for another
+    "match_rotated": {"BLOCK": 32, "num_warps": 1},  # a prior a lane: a rotated IoU takes more registers
     "resolve": {"BLOCK": 128, "num_warps": 4},  # a prior a thread
 }
 
@@ -53,12 +53,12 @@ def _load_prior(prior_ptr, index, mask):
 
 
 @triton.jit
-def _load_gt(gt_ptrs, j, mask, C, BOX: tl.constexpr):
-    """Ground truth(s) j of an image; the invalid ones have size 0 and label 0 and stand at inf."""
-    box_ptr, label_ptr, center_ptr = gt_ptrs
+def _load_gt(gts, j, mask, C, BOX: tl.constexpr):
+    """Ground truth(s) j of the image that begins at `row`; invalid ones have size 0 and label 0 and stand at inf."""
+    box_ptr, label_ptr, center_ptr, row = gts
     j = j.to(tl.int64)
-    box = _load_box(box_ptr, j, mask, BOX)
-    label = tl.load(label_ptr + j, mask, -1)
+    box = _load_box(box_ptr + row * BOX, j, mask, BOX)
+    label = tl.load(label_ptr + row + j, mask, -1)
     inf = float("inf")
     if BOX == 5:
         cx, cy, w, h, angle = box
@@ -66,6 +66,7 @@ def _load_gt(gt_ptrs, j, mask, C, BOX: tl.constexpr):
         x1, y1, x2, y2 = box
         cx, cy, w, h, angle = (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1, x1 * 0
     if center_ptr is not None:
+        center_ptr += row * 2
         cx = tl.load(center_ptr + j * 2, mask, 0).to(tl.float32)
         cy = tl.load(center_ptr + j * 2 + 1, mask, 0).to(tl.float32)
     valid = mask & (label >= 0) & (label < C) & (w >= 0) & (h >= 0) & (w * h < inf)
@@ -135,7 +136,7 @@ def _iou_and_cost(score_ptr, C, prior, gt, weights, METHOD: tl.constexpr):
     """Of one ground truth with a tile of priors; 0 and inf where the class sum is inf."""
     index, x, y, stride, class_sum, box = prior
     gt_box, cx, cy, label, _ = gt
-    radius, iou_weight, cls_weight = weights
+    radius, iou_weight, cls_weight = [tl.full([], weight, tl.float32) for weight in weights]  # may come in float64
     usable = class_sum < float("inf")
     iou = tl.where(usable, _iou(gt_box, box), 0.0)
     score_ptr += index.to(tl.int64) * C + label
@@ -176,15 +177,13 @@ def _prior_kernel(
     # comparisons keep out NaN, which tl.maximum does not
     usable = usable & (stride > 0) & (tl.abs(x) + tl.abs(y) + stride < inf)
     if METHOD != "task_aligned":
-        if center_ptr is not None:
-            center_ptr += image * M * 2
-        gt_ptrs = gt_ptr + image * M * BOX, label_ptr + image * M, center_ptr
+        gts = gt_ptr, label_ptr, center_ptr, image * M
         count = tl.minimum(tl.load(count_ptr + image), M).to(tl.int32)
         deepest = tl.full([BLOCK], -inf, tl.float32)
         first = count * 0
         while first < count:
             j = first + tl.arange(0, BLOCK_M)
-            gt_box, cx, cy, _, _ = _load_gt(gt_ptrs, j, j < count, C, BOX)
+            gt_box, cx, cy, _, _ = _load_gt(gts, j, j < count, C, BOX)
             depth = _depth(x[:, None], y[:, None], [side[None] for side in gt_box])
             if METHOD == "simota":
                 reach = tl.full([], radius, tl.float32)
@@ -226,13 +225,11 @@ def _match_kernel(
     believe that every input is written, and clone the logits.
     """
     j, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if center_ptr is not None:
-        center_ptr += image * M * 2
-    gt_ptrs = gt_ptr + image * M * BOX, label_ptr + image * M, center_ptr
-    gt = _load_gt(gt_ptrs, j, j < tl.load(count_ptr + image), C, BOX)
+    gts = gt_ptr, label_ptr, center_ptr, image * M
+    gt = _load_gt(gts, j, j < tl.load(count_ptr + image), C, BOX)
     gt_box, valid = gt[0], gt[4]
     box_ptr, score_ptr, sum_ptr = box_ptr + image * N * BOX, score_ptr + image * N * C, sum_ptr + image * N
-    weights = tl.full([], radius, tl.float32), tl.full([], iou_weight, tl.float32), tl.full([], cls_weight, tl.float32)
+    weights = radius, iou_weight, cls_weight
     inf = float("inf")
     lane, slot = tl.arange(0, BLOCK), tl.arange(0, LIST)
     # slots past topk are never the worst
@@ -292,9 +289,7 @@ def _resolve_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     out = image * N + n
     won = tl.load(won_ptr + out, n < N, 0)
-    if center_ptr is not None:
-        center_ptr += image * M * 2
-    gt_ptrs = gt_ptr + image * M * BOX, label_ptr + image * M, center_ptr
+    gts = gt_ptr, label_ptr, center_ptr, image * M
     box = _load_box(box_ptr + image * N * BOX, n, won > 0, BOX)
     if METHOD == "task_aligned":
         assigned = 0x7FFFFFFF - (won & 0xFFFFFFFF).to(tl.int32)
@@ -302,24 +297,20 @@ def _resolve_kernel(
         contested = (won >> 40) > 1
         assigned = tl.where(contested, -1, (won & ((1 << 40) - 1)).to(tl.int32))
         if tl.max(contested.to(tl.int32), 0) > 0:
-            weights = (
-                tl.full([], radius, tl.float32),
-                tl.full([], iou_weight, tl.float32),
-                tl.full([], cls_weight, tl.float32),
-            )
+            weights = radius, iou_weight, cls_weight
             x, y, stride = _load_prior(prior_ptr, n, contested)
             prior = n, x, y, stride, tl.load(sum_ptr + out, contested, float("inf")), box
             least = tl.full([BLOCK], float("inf"), tl.float32)
             count = tl.minimum(tl.load(count_ptr + image), M).to(tl.int32)
             j = count * 0
             while j < count:
-                gt = _load_gt(gt_ptrs, j, j >= 0, C, BOX)
+                gt = _load_gt(gts, j, j >= 0, C, BOX)
                 _, cost = _iou_and_cost(score_ptr + image * N * C, C, prior, gt, weights, METHOD)
                 assigned = tl.where(cost < least, j, assigned)
                 least = tl.minimum(least, cost)
                 j += 1
     match = (won > 0) & (assigned >= 0)
-    gt_box, _, _, label, _ = _load_gt((gt_ptrs[0], gt_ptrs[1], None), assigned, match, C, BOX)
+    gt_box, _, _, label, _ = _load_gt((gt_ptr, label_ptr, None, image * M), assigned, match, C, BOX)
     tl.store(assigned_ptr + out, tl.where(match, assigned, -1), n < N)
     tl.store(iou_ptr + out, tl.where(match, _iou(gt_box, box), 0.0), n < N)
     tl.store(assigned_label_ptr + out, tl.where(match, label, -1), n < N)
