@@ -52,8 +52,8 @@ def lower(
 
     `signature` maps each run-time argument to its type: "*fp16", "*fp32", "i32", "i64", "fp32", ... A ":16"
     behind it says that the pointer or integer is a multiple of 16, which Triton finds out at a launch and
-    which decides the width of loads. Constexprs, and integer arguments that a launch specialises because
-    they equal 1, go into `constexprs`. An argument in neither, or in both, is an error.
+    which decides the width of loads. Constexprs, and arguments that a launch specialises because they are
+    None or an integer equal to 1, go into `constexprs`. An argument in neither, or in both, is an error.
     """
     from triton.backends.compiler import GPUTarget
 
@@ -145,7 +145,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[Laun
             signature, constexprs = {}, {}
             for parameter in self.kernel.params:
                 value = given[parameter.name]
-                if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                     constexprs[parameter.name] = value
                 else:
                     signature[parameter.name] = _type(value)

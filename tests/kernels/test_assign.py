@@ -16,6 +16,7 @@ from lowering import TARGETS, lower, needs_lowering
 from torch import Tensor
 
 from rtmdet_fast.kernels import assign as m
+from rtmdet_fast.kernels import assign_torch, assign_triton
 from rtmdet_fast.kernels._dispatch import use_triton
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
@@ -611,7 +612,7 @@ def test_exports():
 @not_interpreted
 def test_opcheck():
     problem, _ = solved("soft_label")
-    op = m._forward if TRITON else m._reference
+    op = (assign_triton if TRITON else assign_torch).assign
     torch.library.opcheck(op, (*problem, None, "soft_label", 13, 3.0, 3.0, 1.0))
 
 
@@ -631,7 +632,6 @@ def lowered() -> list[Any]:
 @needs_lowering
 @pytest.mark.parametrize("target, dtype, cost, box", lowered())
 def test_lowering(target, dtype, cost, box):
-    same = dict(BOX=box, COST=cost, CENTERS=cost == "soft_label")
     types = {
         "count_ptr": "*i64:16",
         "label_ptr": "*i64:16",
@@ -651,12 +651,16 @@ def test_lowering(target, dtype, cost, box):
         "iou_weight": "fp32",
         "cls_weight": "fp32",
     }
-    for kernel, blocks, num_warps, registers in (
-        (m._prior_kernel, dict(BLOCK=m._PRIOR_BLOCK, BLOCK_M=32, BLOCK_C=16), 4, 64),
-        (m._match_kernel, dict(BLOCK=m._MATCH_BLOCK[box], LIST=16), 1, 128),
-        (m._resolve_kernel, dict(BLOCK=m._RESOLVE_BLOCK), 4, 96),
+    tuning, rotated = assign_triton.TUNING, box == 5
+    for kernel, blocks, registers in (
+        (assign_triton._prior_kernel, tuning["prior"], 64),
+        (assign_triton._match_kernel, tuning["match_rotated" if rotated else "match"] | {"LIST": 16}, 128),
+        (assign_triton._resolve_kernel, tuning["resolve"], 96),
     ):
-        constexprs = {**same, **blocks}
+        constexprs = {"BOX": box, "METHOD": cost, **blocks}
+        if cost != "soft_label":
+            constexprs["center_ptr"] = None
+        num_warps = constexprs.pop("num_warps")
         signature = {name: types.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constexprs}
         used = lower(kernel, signature, constexprs, target, num_warps=num_warps)
         assert used.spills == 0 and used.registers <= registers, (kernel.__name__, used.registers, used.spills)
