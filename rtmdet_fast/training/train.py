@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.augment import Augmenter, Batch, collate, init_worker
 from rtmdet_fast.data.augment_rotated import RotatedAugmenter
+from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.data.recipes import recipe_for, rotated_recipe
@@ -86,6 +87,7 @@ def train(config: TrainConfig) -> TrainResult:
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
         )
+    check = ImageCheck(dataset, *([val_dataset] if val_dataset is not None else [])) if rank == 0 else None
     recipe = recipe_for(config.size, config.image_size, masks=config.task == "ins")
     sampler = PlanSampler(
         len(dataset),
@@ -141,6 +143,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.compile:
         step_model = torch.compile(step_model)
 
+    if check is not None:
+        check.report(wait=CHECK_SECONDS, progress=config.progress)
     steps_per_epoch = math.ceil(len(sampler) / config.accumulate)
     total = steps_per_epoch * config.epochs
     warmup = config.warmup_iterations
@@ -257,6 +261,8 @@ def train(config: TrainConfig) -> TrainResult:
         )
         if val_dataset is None:
             ema.model.save(best)
+        if check is not None:
+            check.report()
 
     if log is not None:
         log.close()
@@ -265,10 +271,16 @@ def train(config: TrainConfig) -> TrainResult:
     report = None
     if config.report:
         report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
-    skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
-    if val_dataset is not None:
-        skipped |= {f"{reason}, of validation": len(what) for reason, what in val_dataset.skipped.items()}
-    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
+    skipped, noticed = (
+        {
+            f"{reason}{which}": len(what)
+            for part, which in ((dataset, ""), (val_dataset, ", of validation"))
+            if part is not None
+            for reason, what in getattr(part, told).items()
+        }
+        for told in ("skipped", "noticed")
+    )
+    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped, noticed)
 
 
 def due(epoch: int, config: TrainConfig) -> bool:

@@ -312,8 +312,8 @@ def test_bad_polygons_are_left_out_and_counted(folder):
             "polygon of fewer than 3 points": ["annotation 2"],
             "polygon outside the image": ["annotation 3"],
             "annotation without a mask": ["annotation 3", "annotation 4", "annotation 6"],
-            "polygon that crosses itself (kept, filled by the even-odd rule)": ["annotation 5"],
         }
+        assert dataset.noticed == {"polygon that crosses itself, filled by the even-odd rule": ["annotation 5"]}
         assert dataset.load(0).masks.render(30, 40).areas.tolist()[:2] == [192, 192]
         assert len(dataset.load(0).boxes) == 3
     coco = folder.dataset(masks=True).to_coco()
@@ -328,8 +328,8 @@ def test_masks_without_a_pixel(folder):
     training, evaluation = (folder.dataset(masks=True, training=training) for training in (True, False))
     assert training.skipped == {"mask without a pixel": ["annotation 2", "annotation 3"]}
     assert len(training.load(0).boxes) == len(training.load(0).masks) == 1
-    assert evaluation.skipped == {
-        "mask without a pixel (kept: COCO counts it as missed)": ["annotation 2", "annotation 3"]
+    assert not evaluation.skipped and evaluation.noticed == {
+        "mask without a pixel, which COCO counts as missed": ["annotation 2", "annotation 3"]
     }
     assert len(evaluation.to_coco().getAnnIds()) == 3
 
