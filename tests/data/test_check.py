@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from rtmdet_fast import RTMDet
+from rtmdet_fast.cli import main
 from rtmdet_fast.data import check
 from rtmdet_fast.data.check import ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
@@ -88,6 +90,21 @@ def test_what_is_found_later_is_told_later(folder, monkeypatch):
     with pytest.raises(UserError, match=r"1 of its 6 images cannot be read: 5\.jpg \("):
         images.report(wait=None)
     images.report(wait=None)  # each once
+
+
+def test_eval_tells_before_it_detects(folder, monkeypatch, capsys):
+    monkeypatch.setattr(check, "CHECK_SECONDS", None)
+    RTMDet("nano", class_names=["a"]).save(folder / "a.pth")
+    truncate(folder / "4.jpg")
+    overwrite_end(folder / "5.jpg")
+    arguments = ["eval", "--weights", str(folder / "a.pth"), "--device", "cpu", "--image-size", "64"]
+    arguments += ["--ann", str(folder / "train.json"), "--images", str(folder)]
+    assert main(arguments) == 2
+    assert "1 of its 6 images cannot be read: 4.jpg (" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad"]) == 0
+    told = capsys.readouterr()
+    assert "warning" in told.err and "left out: 1 x unreadable image" in told.out
+    assert "noticed: 1 x image file without its end" in told.out
 
 
 def test_a_loading_error_names_the_way_out(folder):

@@ -111,10 +111,15 @@ def anywhere(rng: Rng, content: Any, odd: tuple[str, ...]) -> None:
     mutate_anywhere(rng, content)
 
 
+def entries(content: Any, key: str) -> list[dict[str, Any]]:
+    """The images, annotations or categories that an earlier mutation left."""
+    return [e for e in content[key] if isinstance(e, dict)] if isinstance(content.get(key), list) else []
+
+
 def entry_of(rng: Rng, content: Any, key: str) -> dict[str, Any]:
-    """One of the images, annotations or categories, or an empty one where an earlier mutation left none."""
-    entries = [e for e in content.get(key) or [] if isinstance(e, dict)] if isinstance(content.get(key), list) else []
-    return pick(rng, entries) if entries else {}
+    """One of them, or an empty one where there is none."""
+    found = entries(content, key)
+    return pick(rng, found) if found else {}
 
 
 def box(rng: Rng, content: Any, odd: tuple[str, ...]) -> None:
@@ -142,8 +147,8 @@ def rotated_box(rng: Rng, content: Any, odd: tuple[str, ...]) -> None:
 
 
 def corners(rng: Rng, content: Any, odd: tuple[str, ...]) -> None:
-    for a in content.get("annotations") or []:
-        if isinstance(a, dict) and isinstance(a.get("bbox"), list) and len(a["bbox"]) == 4:
+    for a in entries(content, "annotations"):
+        if isinstance(a.get("bbox"), list) and len(a["bbox"]) == 4:
             x, y, w, h = a["bbox"]
             if all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in a["bbox"]):
                 a["bbox"] = [x, y, x + w, y + h]
