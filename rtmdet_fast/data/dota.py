@@ -82,7 +82,7 @@ class DotaDataset(CocoDataset):
         Raises UserError, which names the file and line, or entry, at fault.
         """
         self.crossing_count = 0
-        self._wanted = class_names
+        self._wanted = [class_name(name) for name in class_names or ()]
         super().__init__(
             annotations,
             image_dir,
