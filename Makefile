@@ -114,9 +114,9 @@ test-newest: package
 	cd build/newest && $(IN_ENVIRONMENT) tests --ignore tests/test_benches.py
 
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
-# of training steps on boxes of every size.
+# of training steps on boxes of every size; and mutated annotation files, new ones with RTMDET_FAST_FUZZ_SEED=.
 test-slow: setup
-	$(PYTEST) -m slow $(KERNEL_TESTS) tests/models/rtmdet/test_rotated_head.py
+	$(PYTEST) -m slow $(KERNEL_TESTS) tests/models/rtmdet/test_rotated_head.py tests/fuzz
 
 # On a CPU, what the assigner gains depends on malloc, whose settings take a process of their own.
 bench: setup

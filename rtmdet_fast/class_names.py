@@ -1,6 +1,18 @@
-"""Class names of the data sets that published models were trained on."""
+"""Class names: the one form that every reader gives them, and those of the published models."""
 
 from __future__ import annotations
+
+import unicodedata
+
+
+def class_name(text: str) -> str:
+    """A name as it is compared, drawn and written: one line without control characters; empty where nothing is left.
+
+    Runs of white space, line breaks among them, become a space, at the ends nothing; control characters and lone
+    surrogates, which no file or font takes, become U+FFFD.
+    """
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split()))
+
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"

@@ -17,15 +17,23 @@ from rtmdet_fast.errors import UserError
 if sys.platform != "win32":
     import fcntl
 
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # their file descriptors
+
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
     """A file open for bytes that becomes `path`, whose folder is made, where the block ends without an exception.
 
-    It is a temporary file beside `path`, synced and renamed. What is no regular file (a pipe, /dev/stdout) is written
-    directly. Raises UserError where the system refuses: a full disk, a folder that cannot be written.
+    It is a temporary file beside `path`, synced and renamed. What is no regular file (a pipe) is written directly, and
+    so is /dev/stdout, wherever that leads. Raises UserError where the system refuses: a full disk, a folder that cannot
+    be written.
     """
     try:
+        if os.fspath(path) in STREAMS:  # opened by its name, a file that it leads to would be emptied
+            sys.stdout.flush()
+            with os.fdopen(os.dup(STREAMS[os.fspath(path)]), "wb") as file:
+                yield file
+            return
         if os.path.exists(path) and not os.path.isfile(path):
             with open(path, "wb") as file:
                 yield file
@@ -47,7 +55,7 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
             Path(temporary).unlink(missing_ok=True)  # there no more where an interrupt came after the renaming
             raise
     except OSError as error:
-        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror
+        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise UserError(f"cannot write {path}: {reason}") from error
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and height
 MAX_PIXELS = 178_956_970  # Pillow's limit too: a file of 3 MB may hold so many that decoding it takes gigabytes
 OPENCV_MAX_PIXELS = 1 << 30  # which OpenCV itself refuses to pass
+OPENCV_MAX_SIDE = 1 << 20
+PNG_END = b"IEND\xaeB`\x82"
+JPEG_END = b"\xff\xd9"
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # but those that have no length
 
 
 def read_image(
@@ -30,12 +36,13 @@ def read_image(
     """
     import cv2
 
+    name = shown(str(path))
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
-        raise UserError(f"{path}: cannot read this image: {getattr(error, 'strerror', error)}") from None
+        raise UserError(f"{name}: cannot read this image: {getattr(error, 'strerror', None) or error}") from None
     if not content:
-        raise UserError(f"{path}: this image file is empty")
+        raise UserError(f"{name}: this image file is empty")
     header = _open_header(io.BytesIO(content))
     if header:
         check_pixels(path, header.size, max_pixels)
@@ -43,12 +50,35 @@ def read_image(
     # From memory OpenCV refuses truncated data; its imread would fill the missing part with grey.
     image = _decode(data, cv2.IMREAD_COLOR)
     if image is None:
-        raise UserError(f"{path}: cannot decode this image: it is truncated, damaged or not an image")
+        raise UserError(f"{name}: cannot decode this image: it is truncated, damaged or not an image")
     if image.shape[:2] == expected_size:  # height and width exchanged
         stored = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored is not None and stored.shape[1::-1] == expected_size:
             return stored
     return image
+
+
+def check_image(path: str | Path) -> bool:
+    """Whether an image file is whole. Raises UserError where `read_image` does.
+
+    A file whose header and end are those of a JPEG or PNG is not decoded. False for a JPEG that OpenCV reads although
+    its end is missing: the lower part of its image is then grey, or that of an older file.
+    """
+    size = (0, 0)
+    whole: bool | None = None
+    with suppress(OSError, ValueError), open(path, "rb") as file:
+        header = _open_header(file)
+        if header and header.format in ("JPEG", "MPO", "PNG"):
+            size = header.size
+            file.seek(-min(len(PNG_END), os.fstat(file.fileno()).st_size), os.SEEK_END)
+            whole = file.read().endswith(PNG_END if header.format == "PNG" else JPEG_END) or None
+            if header.format != "PNG" and not whole:
+                file.seek(0)
+                whole = _jpeg_ends(file.read())
+    check_pixels(path, size)
+    if not whole:
+        read_image(path)
+    return whole is not False
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -73,8 +103,8 @@ def check_pixels(path: str | Path, size: tuple[int, int], max_pixels: int = MAX_
     if pixels > limit:
         hint = f"{f'OPENCV_IO_MAX_IMAGE_PIXELS={pixels} and ' if pixels > OPENCV_MAX_PIXELS else ''}"
         raise UserError(
-            f"{path}: this image has {size[0]}x{size[1]} pixels, more than the limit of {limit:,}; where that is no "
-            f"mistake, set {hint}RTMDET_FAST_MAX_PIXELS={pixels} in the environment"
+            f"{shown(str(path))}: this image has {size[0]}x{size[1]} pixels, more than the limit of {limit:,}; where "
+            f"that is no mistake, set {hint}RTMDET_FAST_MAX_PIXELS={pixels} in the environment"
         )
 
 
@@ -108,15 +138,25 @@ def _open_header(file: IO[bytes]) -> Any:
     prefix = file.read(16)
     for name in Image.ID:
         factory, accept = Image.OPEN[name]
-        accepted = accept is None or accept(prefix)
-        if not accepted or isinstance(accepted, str):  # which tells why not
-            continue
-        file.seek(0)
         try:
+            accepted = accept is None or accept(prefix)
+            if not accepted or isinstance(accepted, str):  # which tells why not
+                continue
+            file.seek(0)
             return factory(file, "")
         except (SyntaxError, IndexError, TypeError, ValueError, OSError, struct.error):
             continue
     return None
+
+
+def _jpeg_ends(content: bytes) -> bool:
+    """Whether the markers of a JPEG lead to that of its end; what may follow that, such as a video, does not matter."""
+    at = 2  # behind that of its start
+    while marker := _JPEG_MARKER.search(content, at):
+        if marker[1] == JPEG_END[1:]:
+            return True
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return False
 
 
 def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
@@ -168,5 +208,5 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded.tobytes())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return path

@@ -87,6 +87,31 @@ def test_links_stay_links_and_pipes_pipes(tmp_path):
     assert read == ["[2]"] and (tmp_path / "pipe").is_fifo()
 
 
+PRINTER = """
+from rtmdet_fast.files import write_json
+print("before")
+write_json("/dev/stdout", [2], indent=None)
+print("\\nafter")
+"""
+
+
+def test_stdout_that_leads_to_a_file(tmp_path):
+    (tmp_path / "out").write_text("older\n")
+    with (tmp_path / "out").open("a") as out:
+        subprocess.run([sys.executable, "-c", PRINTER], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "older\nbefore\n[2]\nafter\n"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_of_the_system_without_its_text(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the cable is out")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(UserError, match=r"cannot write .*a\.json: the cable is out$"):
+        write_json(tmp_path / "a.json", 1)
+
+
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="Is a directory"):
         write_json(tmp_path, 1)

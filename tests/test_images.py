@@ -1,6 +1,7 @@
 """Decoding of every kind of image, and of none."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import as_bgr, read_image, read_size
+from rtmdet_fast.images import as_bgr, check_image, read_image, read_size
 
 Image = pytest.importorskip("PIL.Image", reason="writes its odd images with Pillow")
 
@@ -137,9 +138,56 @@ def test_not_an_image(tmp_path):
         ("text.jpg", "not an image"),
         ("folder.jpg", "directory"),
         ("null\0.jpg", "null"),
+        ("line\nbreak.jpg", "No such file"),
     ]:
-        with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        with pytest.raises(UserError, match=rf"{re.escape(repr(name)[1:-1])}.*{message}"):
             read_image(tmp_path / name)
+
+
+def test_a_whole_image_is_not_decoded(tmp_path, pixels, monkeypatch):
+    paths = [write(tmp_path / name, pixels) for name in ("a.jpg", "a.png")]
+    paths.append(write(tmp_path / "video.jpg", pixels))
+    with paths[-1].open("ab") as file:  # as phones append it
+        file.write(b"ftyp\xff\xda\xff\x00" * 100)
+    thumbnail = Image.Exif()
+    thumbnail[0x9286] = "\xff\xd9" * 20  # a comment
+    Image.fromarray(pixels).save(tmp_path / "exif.jpg", exif=thumbnail, progressive=True)
+    with (tmp_path / "exif.jpg").open("ab") as file:
+        file.write(b"\0")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    assert all(check_image(path) for path in [*paths, tmp_path / "exif.jpg"])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
+def test_a_check_finds_what_cannot_be_read(tmp_path, pixels, suffix):
+    path = write(tmp_path / f"a{suffix}", np.tile(pixels, (5, 5, 1)))
+    assert check_image(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"a\{suffix}: cannot decode"):
+        check_image(path)
+
+
+def test_a_jpeg_whose_end_is_overwritten(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    path = write(tmp_path / "a.jpg", noise)
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    assert read_image(path).shape == (48, 64, 3) and check_image(path) is False
+
+
+@pytest.mark.parametrize("length", range(1, 8))
+def test_a_file_of_a_few_bytes(tmp_path, length):
+    (tmp_path / "a.bmp").write_bytes(b"x" * length)
+    assert read_size(tmp_path / "a.bmp") == (0, 0)
+    with pytest.raises(UserError, match=r"a\.bmp: cannot decode"):
+        read_image(tmp_path / "a.bmp")
+
+
+def test_a_check_of_no_image(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "bomb.png").write_bytes(png_of_zeros(20_000, 10_000))
+    for name, message in (("empty.jpg", "empty"), ("none.jpg", "No such file"), ("bomb.png", "limit")):
+        with pytest.raises(UserError, match=message):
+            check_image(tmp_path / name)
 
 
 def png_of_zeros(width, height):

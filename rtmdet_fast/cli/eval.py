@@ -43,6 +43,7 @@ class EvalConfig:
 
 
 def run_eval(config: EvalConfig) -> dict[str, Any]:
+    from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.models.rtmdet.model import RTMDet
@@ -65,6 +66,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         class_names=model.class_names,
         match_by_position=config.match_by_position,
     )
+    ImageCheck(dataset).report(wait=CHECK_SECONDS, progress=True)
     started = time.perf_counter()
     evaluation = evaluate(
         model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
@@ -78,7 +80,8 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     for name, figures in evaluation.per_class.items():
         print(f"{name:{width}} " + " ".join(f"{figure(value):>9}" for value in figures.values()))
     print()
-    print_skipped({reason: len(what) for reason, what in dataset.skipped.items()})
+    told = (dataset.skipped, dataset.noticed)
+    print_skipped(*({reason: len(what) for reason, what in counted.items()} for counted in told))
     unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""
     print(f"{len(dataset)} images in {seconds:.1f} s{unreadable}")
     if config.detections is not None:

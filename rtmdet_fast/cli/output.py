@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 
-def print_skipped(skipped: dict[str, int]) -> None:
-    for reason, count in skipped.items():
-        print(f"{'noticed' if '(kept' in reason else 'left out'}: {count} x {reason}")
+def print_skipped(skipped: dict[str, int], noticed: dict[str, int] | None = None) -> None:
+    for what, counts in (("left out", skipped), ("noticed", noticed or {})):
+        for reason, count in counts.items():
+            print(f"{what}: {count} x {reason}")
 
 
 def figure(value: float) -> str:

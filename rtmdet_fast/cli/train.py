@@ -17,7 +17,7 @@ def run_train(config: Any) -> dict[str, Any]:
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
         for name, value in result.metrics.items():
             print(f"{name:10} {figure(value)}")
-        print_skipped(result.skipped)
+        print_skipped(result.skipped, result.noticed)
         print(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
         report = f", report {result.report}" if result.report else ""
         print(f"best weights {result.best}, last {result.last}{report}")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 
+from rtmdet_fast.class_names import class_name
+from rtmdet_fast.data.annotation_file import FARTHEST, image_size, is_id, is_number, is_numbers, read_flag, read_json
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.masks import cropped_rle
 from rtmdet_fast.images import read_image
 
@@ -44,7 +45,9 @@ class CocoDataset:
     class_names: of the labels 0, 1, …; the file's categories in its order, or those given
     category_ids: the file's id of each class, -1 for a given class that the file does not know
     image_ids: of the images by index
+    files: their paths in `image_dir`
     has_masks: whether it was made with masks=True
+    noticed: what is odd and was used all the same, by what it is
     """
 
     box_dim = 4
@@ -73,27 +76,38 @@ class CocoDataset:
             match_by_position: where the file has as many classes as `class_names` and none of their names, take them
                 for the same ones in the same order, with a warning.
             masks: read the segmentations too: polygons and RLE. Polygons of fewer than three points or outside the
-                image, and annotations that then have no mask (in training: no pixel of one), are left out; polygons
-                that cross themselves are filled by the even-odd rule. All are counted in `skipped`. Other faults are
-                errors, as above.
+                image, and annotations that then have no mask (in training: no pixel of one), are left out and counted
+                in `skipped`; polygons that cross themselves are filled by the even-odd rule, and counted in `noticed`.
+                Other faults are errors, as above.
 
         Raises UserError, which names the file and the entry at fault.
         """
         self.annotation_path, self.image_dir = Path(annotation_file), Path(image_dir)
         self.skip_bad, self.training, self.has_masks = skip_bad, training, masks
         self._skipped: dict[str, list[str]] = {}
+        self.noticed: dict[str, list[str]] = {}
         if not self.image_dir.is_dir():
             raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
         content = self._read_content()
-        self._read_categories(content["categories"], class_names, match_by_position)
+        entries = content.get("annotations") or []
+        categories = self._read_categories(content["categories"], entries)
+        self._match_classes(categories, class_names, match_by_position)
         images = self._read_images(content["images"])
-        annotations = self._read_annotations(content.get("annotations") or [], images)
+        annotations = self._read_annotations(entries, images)
+        if self.box_dim == 4:
+            self._warn_of_corners(annotations, images)
         segmentations = None
         if masks:
             annotations, segmentations = self._read_masks(annotations, images)
         self._index(images, annotations, min_size, segmentations)
         # kept for to_coco; a training file's polygons would only fill the memory of every loader worker
-        self._content = None if training else {**content, "images": list(images.values()), "annotations": annotations}
+        self._content = None
+        if not training:
+            self._content = {
+                "images": list(images.values()),
+                "annotations": annotations,
+                "categories": [{"id": ident, "name": name} for ident, name in categories.items()],
+            }
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -114,7 +128,7 @@ class CocoDataset:
     @property
     def skipped(self) -> dict[str, list[str]]:
         """What was left out so far, by reason; images that loader workers found unreadable are among it."""
-        unreadable = [self._files[i] for i in self._unreadable.nonzero().flatten().tolist()]
+        unreadable = [shown(self.files[i]) for i in self._unreadable.nonzero().flatten().tolist()]
         unreadable = self._skipped.get("unreadable image", []) + unreadable
         return {**self._skipped, **({"unreadable image": unreadable} if unreadable else {})}
 
@@ -139,12 +153,11 @@ class CocoDataset:
         annotations: list[dict[str, Any]] = []
         for a in self._content["annotations"]:
             if a["category_id"] in labels:
-                area = a["area"] if _is_number(a.get("area")) else None
+                area = a["area"] if is_number(a.get("area")) else None
                 if area is None and not self.has_masks:
                     area = a["bbox"][2] * a["bbox"][3]
                 # ids from 1: pycocotools takes a match with annotation 0 for no match
-                ident, iscrowd = len(annotations) + 1, int(bool(a.get("iscrowd")))
-                annotations.append({**a, "id": ident, "iscrowd": iscrowd, "area": area})
+                annotations.append({**a, "id": len(annotations) + 1, "area": area})
         images = self._content["images"]
         if self.has_masks:
             # masks are compared in pixels of the images as they are
@@ -159,7 +172,7 @@ class CocoDataset:
                     a["segmentation"] = cropped_rle(a["segmentation"], **real[a["image_id"]])
         coco = COCO()
         coco.dataset = {
-            "info": self._content.get("info", {}),
+            "info": {},
             "images": images,
             "annotations": annotations,
             "categories": [c for c in self._content["categories"] if c["id"] in labels],
@@ -173,18 +186,19 @@ class CocoDataset:
         return coco
 
     def _load(self, index: int) -> Sample:
-        path = self.image_dir / self._files[index]
+        path = self.image_dir / self.files[index]
         width, height = self._sizes[index].tolist()
         try:
             image = read_image(path, (width, height) if width else None)
         except UserError as error:
-            raise UserError(f"{error} (listed in {self.annotation_path})") from None
+            how = "replace it, or leave such images out with --skip-bad"
+            raise UserError(f"{error} (listed in {self.annotation_path}); {how}") from None
         h, w = image.shape[:2]
         if width and (w, h) != (width, height):
             if not self._real_sizes.any():
                 warnings.warn(
-                    f"{path} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; the real size is "
-                    "used, here and for any other image like it",
+                    f"{shown(str(path))} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; "
+                    "the real size is used, here and for any other image like it",
                     stacklevel=2,
                 )
             self._real_sizes[index] = torch.tensor([w, h])
@@ -201,60 +215,94 @@ class CocoDataset:
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         return boxes, np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
 
+    def leave_out(self, indices: Sequence[int]) -> None:
+        """Counts images as unreadable in `skipped`; with skip_bad in training others serve in their place."""
+        self._unreadable[list(indices)] = True
+
     def _bad(self, what: str, reason: str, detail: object) -> None:
         """An error, or with skip_bad one more thing left out."""
         if not self.skip_bad:
-            text = f"{self.annotation_path}: {what}: {reason} ({detail!s:.400})"
+            text = f"{self.annotation_path}: {shown(what)}: {reason} ({shown(detail):.400})"
             raise UserError(f"{text}; correct it, or leave such entries out with --skip-bad")
         self._skip(what, reason)
 
     def _skip(self, what: str, reason: str) -> None:
-        self._skipped.setdefault(reason, []).append(what)
+        self._skipped.setdefault(reason, []).append(shown(what))
 
-    def _read_categories(
-        self, categories: list[Any], class_names: Sequence[str] | None, match_by_position: bool
-    ) -> None:
-        by_id: dict[int, str] = {}
-        for category in categories:
-            if not isinstance(category, dict) or not _is_int(category.get("id")) or "name" not in category:
-                text = f"{category!r:.80}"
-                raise UserError(f"{self.annotation_path}: a category needs an integer id and a name, not {text}")
-            if category["id"] in by_id:
-                raise UserError(f"{self.annotation_path}: category id {category['id']} occurs twice")
-            by_id[category["id"]] = str(category["name"])
-        if not by_id:
+    def _notice(self, what: str, oddity: str) -> None:
+        self.noticed.setdefault(oddity, []).append(shown(what))
+
+    def _read_categories(self, entries: list[Any], annotations: list[Any]) -> dict[int, str]:
+        """The names by id; of two of the same name the one without annotations is left out."""
+        names: dict[int, str] = {}
+        for entry in entries:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            name = class_name(name if isinstance(name, str) else str(name) if is_number(name) else "")
+            if not name or not is_id(entry.get("id")):
+                raise UserError(
+                    f"{self.annotation_path}: a category needs an integer id and a name, not {shown(entry)}"
+                )
+            if entry["id"] in names:
+                raise UserError(f"{self.annotation_path}: category id {entry['id']} occurs twice")
+            names[entry["id"]] = name
+        if not names:
             raise UserError(f"{self.annotation_path}: lists no categories")
-        self._known_categories = set(by_id)
+        if len(set(names.values())) < len(names):
+            self._drop_namesakes(names, annotations)
+        self._known_categories = set(names)
+        return names
+
+    def _drop_namesakes(self, names: dict[int, str], annotations: list[Any]) -> None:
+        """Leaves one category of each name in `names`; UserError where annotations have several of one name."""
+        categories = (a.get("category_id") for a in annotations if isinstance(a, dict))
+        used = {ident for ident in categories if is_id(ident) and ident in names}
+        # those with annotations first
+        first: dict[str, int] = {}
+        for ident in sorted(names, key=lambda ident: ident not in used):
+            other = first.setdefault(names[ident], ident)
+            if other != ident and ident in used:
+                raise UserError(
+                    f"{self.annotation_path}: the categories {other} and {ident} have the same name "
+                    f"{names[ident]!r}, and annotations both; give one of them another name"
+                )
+        for ident in [ident for ident, name in names.items() if first[name] != ident]:
+            self._skip(f"category {ident}", "category without annotations of the same name as another")
+            del names[ident]
+
+    def _match_classes(
+        self, categories: dict[int, str], class_names: Sequence[str] | None, match_by_position: bool
+    ) -> None:
         if class_names is None:
-            self.class_names, self.category_ids = tuple(by_id.values()), tuple(by_id)
+            self.class_names, self.category_ids = tuple(categories.values()), tuple(categories)
             return
-        by_name = {name: category for category, name in by_id.items()}
-        self.class_names = tuple(class_names)
+        by_name = {name: category for category, name in categories.items()}
+        self.class_names = tuple(map(class_name, class_names))
+        twice = [name for name, count in Counter(self.class_names).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.annotation_path}: cannot be matched with classes of which two are named {twice[0]!r}"
+            )
         self.category_ids = tuple(by_name.get(name, -1) for name in self.class_names)
         if set(self.category_ids) <= {-1}:
             others = (
                 f"{self.annotation_path}: its categories ({', '.join(list(by_name)[:8])}, …) are none of the classes "
                 f"wanted ({', '.join(self.class_names[:8])}, …)"
             )
-            if len(by_id) != len(self.class_names):
+            if len(by_name) != len(self.class_names):
                 raise UserError(others)
             if not match_by_position:
                 raise UserError(f"{others}; with --match-by-position they are taken for the same ones in that order")
             warnings.warn(
-                f"{others}; as they are as many, they are taken for the same ones in that order", stacklevel=2
+                f"{others}; as they are as many, they are taken for the same ones in that order", stacklevel=3
             )
-            self.category_ids = tuple(by_id)
+            self.category_ids = tuple(categories)
 
     def _read_images(self, entries: list[Any]) -> dict[int, dict[str, Any]]:
-        """The usable entries by id."""
+        """The usable entries by id; width and height are 0 where not told."""
         images: dict[int, dict[str, Any]] = {}
         self._listed: set[int] = set()
         for entry in entries:
-            if (
-                not isinstance(entry, dict)
-                or not _is_int(entry.get("id"))
-                or not isinstance(entry.get("file_name"), str)
-            ):
+            if not isinstance(entry, dict) or not is_id(entry.get("id")) or not isinstance(entry.get("file_name"), str):
                 self._bad("an image", "malformed, it needs an integer id and a file_name", entry)
                 continue
             ident, name = entry["id"], entry["file_name"]
@@ -264,19 +312,23 @@ class CocoDataset:
                 raise UserError(f"{self.annotation_path}: file_name {name!r} leaves the image folder {self.image_dir}")
             if ident in images:
                 self._bad(name, "duplicate image id", ident)
-            elif not (self.image_dir / path).is_file():
+            elif not os.path.isfile(self.image_dir / path):  # false, too, for a name that no file can have
                 self._bad(name, "missing image", f"{self.image_dir / path} does not exist")
             else:
-                images[ident] = entry
+                width, height = image_size(entry)
+                images[ident] = {"id": ident, "file_name": path, "width": width, "height": height}
         return images
 
     def _read_annotations(self, entries: list[Any], images: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries that are well formed and belong to an image and a category."""
+        """The entries that are well formed and belong to an image and a category, of their keys those used."""
         annotations: list[dict[str, Any]] = []
         seen: set[Any] = set()
+        # what is not used was not checked, and may be nested a thousand deep
+        keys = ["id", "image_id", "category_id", "bbox", "area"]
+        keys += ["segmentation"] if self.has_masks else ["rbox", "segmentation"] if self.box_dim == 5 else []
         for entry in entries:
             ids = [entry.get(k) for k in ("id", "image_id", "category_id")] if isinstance(entry, dict) else []
-            if not ids or any(isinstance(i, (list, dict)) for i in ids):
+            if not ids or any(isinstance(i, (list, dict)) or (isinstance(i, int) and not is_id(i)) for i in ids):
                 self._bad("an annotation", "malformed", entry)
                 continue
             ident, image_id, category_id = ids
@@ -291,9 +343,32 @@ class CocoDataset:
             elif (fault := self._box_fault(entry)) is not None:
                 self._bad(what, *fault)
             else:
-                annotations.append(entry)
+                try:
+                    flags = self._flags(entry)
+                except ValueError as error:
+                    self._bad(what, str(error), entry)
+                else:
+                    kept = {key: entry[key] for key in keys if key in entry}
+                    annotations.append({**kept, **flags})
             seen.add(ident)
         return annotations
+
+    def _flags(self, entry: dict[str, Any]) -> dict[str, int]:
+        """The flags of an annotation, 0 or 1. Raises ValueError where one is neither."""
+        return {key: read_flag(entry, key) for key in ("iscrowd", "ignore")}
+
+    def _warn_of_corners(self, annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]]) -> None:
+        """Corners x, y, x, y in place of x, y, width, height make boxes that pass their image's border."""
+        known = [a for a in annotations if images[a["image_id"]]["width"]]
+        boxes = np.array([a["bbox"] for a in known], np.float64).reshape(-1, 4)
+        sizes = np.array([image_size(images[a["image_id"]]) for a in known], np.float64).reshape(-1, 2)
+        passing = int((boxes[:, :2] + boxes[:, 2:] > 1.01 * sizes + 1).any(1).sum())
+        if 3 * passing > len(known):
+            warnings.warn(
+                f"{self.annotation_path}: {passing} of {len(known)} boxes pass the border of their image; are they "
+                "x, y, x, y, where COCO has x, y, width, height?",
+                stacklevel=3,
+            )
 
     def _read_masks(
         self, annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]]
@@ -304,9 +379,9 @@ class CocoDataset:
             what = f"annotation {a.get('id')}"
             segmentation = Segmentation([])
             if not (self.training and a.get("iscrowd")):  # which is not trained on
-                width, height = _size(images[a["image_id"]])
+                width, height = image_size(images[a["image_id"]])
                 if a.get("segmentation") is None:
-                    self._bad(what, "has no segmentation, which masks are trained and evaluated on", a.get("bbox"))
+                    self._bad(what, "has no segmentation, which masks are trained and evaluated on", a["bbox"])
                     continue
                 if not width:
                     self._bad(what, "is of an image without width and height, which masks need", a["image_id"])
@@ -325,15 +400,16 @@ class CocoDataset:
                     a = {**a, "segmentation": [ring.ravel().tolist() for ring in segmentation.rings]}
             kept.append(a)
             segmentations.append(segmentation)
-        sizes = np.array([_size(images[a["image_id"]]) for a in kept]).reshape(-1, 2)
+        sizes = np.array([image_size(images[a["image_id"]]) for a in kept]).reshape(-1, 2)
         store = MaskStore(segmentations)
         crossing = store.self_crossing()
         empty = store.without_pixels(sizes, crossing).tolist()
         segmentations = [s._replace(crossing=c) for s, c in zip(segmentations, crossing.tolist(), strict=True)]
         for a, none in zip(kept, empty, strict=True):
-            if none:
-                how = "" if self.training else " (kept: COCO counts it as missed)"
-                self._skip(f"annotation {a.get('id')}", f"mask without a pixel{how}")
+            if none and self.training:
+                self._skip(f"annotation {a.get('id')}", "mask without a pixel")
+            elif none:
+                self._notice(f"annotation {a.get('id')}", "mask without a pixel, which COCO counts as missed")
         if self.training:
             kept = [a for a, none in zip(kept, empty, strict=True) if not none]
             segmentations = [s for s, none in zip(segmentations, empty, strict=True) if not none]
@@ -342,7 +418,9 @@ class CocoDataset:
     def _box_fault(self, entry: dict[str, Any]) -> tuple[str, object] | None:
         """Why an annotation tells no box, and what it tells."""
         box = entry.get("bbox")
-        return None if is_numbers(box, 4) else ("bbox is not four finite numbers x, y, w, h", box)
+        if not is_numbers(box, 4):
+            return "bbox is not four finite numbers x, y, w, h", box
+        return None if max(map(abs, box)) <= FARTHEST else ("bbox reaches beyond 10,000,000 pixels", box)
 
     def _box(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[float, ...] | str:
         """The box of a proper annotation, or the reason to leave it out; size (width, height), 0 where unknown."""
@@ -365,10 +443,10 @@ class CocoDataset:
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
         # of each image: box, label, and which of the annotations it is
         boxes: dict[int, list[tuple[tuple[float, ...], int, int]]] = {image_id: [] for image_id in images}
-        sizes = {image_id: _size(entry) for image_id, entry in images.items()}
+        sizes = {image_id: image_size(entry) for image_id, entry in images.items()}
         for i, a in enumerate(annotations):
             what = f"annotation {a.get('id')}"
-            if a.get("iscrowd") or a.get("ignore"):
+            if a["iscrowd"] or a["ignore"]:
                 continue
             if a["category_id"] not in label_of:
                 self._skip(what, "category that is not among the classes")
@@ -379,7 +457,7 @@ class CocoDataset:
         if self.training:
             images = self._trainable(images, boxes, sizes, min_size)
         self.image_ids = tuple(images)
-        self._files = [os.path.normpath(e["file_name"]) for e in images.values()]
+        self.files = tuple(e["file_name"] for e in images.values())
         self._sizes = np.array([sizes[i] for i in images], np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(len(boxes[i]) for i in images)])
         flat = [box for i in images for box in boxes[i]]
@@ -390,7 +468,7 @@ class CocoDataset:
             self._masks = MaskStore([segmentations[i] for _, _, i in flat])
             for i in (i for _, _, i in flat if segmentations[i].crossing):
                 what = f"annotation {annotations[i].get('id')}"
-                self._skip(what, "polygon that crosses itself (kept, filled by the even-odd rule)")
+                self._notice(what, "polygon that crosses itself, filled by the even-odd rule")
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         # (width, height) of images loaded so far that have another than the annotated one
@@ -410,7 +488,7 @@ class CocoDataset:
                 try:
                     sizes[image_id] = read_image(self.image_dir / name).shape[1::-1]
                 except UserError as error:
-                    self._bad(name, "unreadable image", error)
+                    self._bad(name, "unreadable image", str(error))
                     continue
             if min(sizes[image_id]) < min_size:
                 self._skip(name, f"image below {min_size} pixels")
@@ -420,47 +498,3 @@ class CocoDataset:
             reasons = ", ".join(f"{reason}: {len(what)}" for reason, what in self._skipped.items())
             raise UserError(f"{self.annotation_path}: holds no box to train on ({reasons or 'it lists none'})")
         return kept
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this annotation file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a JSON file: it is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: is not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{path}: is nested too deeply for a COCO annotation file") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: is a JSON {type(content).__name__}, where COCO has an object of images and annotations"
-        )
-    for key in ("images", "annotations", "categories"):
-        # files of unannotated test images leave the annotations out
-        if not isinstance(content.get(key), list) and not (key == "annotations" and content.get(key) is None):
-            raise UserError(f'{path}: lacks the list "{key}" of a COCO annotation file')
-    return content
-
-
-def _size(entry: dict[str, Any]) -> tuple[int, int]:
-    """(width, height) of an image entry, or (0, 0) where it does not tell."""
-    width, height = entry.get("width"), entry.get("height")
-    if _is_number(width) and _is_number(height) and min(width, height) >= 1:
-        return int(width), int(height)
-    return 0, 0
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    # false for NaN, and for integers that no float can hold
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_numbers(value: Any, count: int) -> bool:
-    """Whether a value of a JSON file is a list of so many finite numbers."""
-    return isinstance(value, list) and len(value) == count and all(map(_is_number, value))

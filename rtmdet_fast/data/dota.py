@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rtmdet_fast.class_names import DOTA_CLASSES
-from rtmdet_fast.data.coco import CocoDataset, is_numbers, read_json
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.class_names import DOTA_CLASSES, class_name
+from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, is_numbers, read_flag, read_json
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
 from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
-
-FARTHEST = 1e7  # pixels: float32 still tells neighbours apart there
 
 Report = Callable[[str, str, object], None]  # what, the reason it is bad, detail
 
@@ -84,7 +83,7 @@ class DotaDataset(CocoDataset):
         Raises UserError, which names the file and line, or entry, at fault.
         """
         self.crossing_count = 0
-        self._wanted = class_names
+        self._wanted = [class_name(name) for name in class_names or ()]
         super().__init__(
             annotations,
             image_dir,
@@ -94,7 +93,7 @@ class DotaDataset(CocoDataset):
             class_names=class_names,
             match_by_position=match_by_position,
         )
-        self.image_names = tuple(Path(name).stem for name in self._files)
+        self.image_names = tuple(Path(name).stem for name in self.files)
 
     def ground_truth(self, index: int) -> GroundTruth:
         """All boxes of an image with area, for evaluation; not of a training=True dataset."""
@@ -137,7 +136,7 @@ class DotaDataset(CocoDataset):
             except UserError as error:
                 if not self.skip_bad:
                     raise
-                self._bad(path.name, "unreadable label file", error)
+                self._bad(path.name, "unreadable label file", str(error))
                 continue
             name = found[0].name if found else f"{path.stem}.png"  # which is then reported as missing
             width, height = read_size(found[0]) if found else (0, 0)
@@ -149,7 +148,7 @@ class DotaDataset(CocoDataset):
                     "image_id": ident,
                     "category_id": label.name,
                     "bbox": label.quad,
-                    "difficult": label.difficult,
+                    "difficult": min(label.difficult, 2),
                 }
                 for label in labels
             ]
@@ -185,6 +184,12 @@ class DotaDataset(CocoDataset):
             return "angle beyond a full turn, where radians are expected", numbers
         return None
 
+    def _flags(self, entry: dict[str, Any]) -> dict[str, int]:
+        """`difficulty` 0, 1, or 2 where it is no object to train on, and `iscrowd`. Raises ValueError, as there."""
+        flags = super()._flags(entry)
+        level = read_flag(entry, "difficult", LEVELS)
+        return {"iscrowd": flags["iscrowd"], "difficulty": 2 if any(flags.values()) else level}
+
     def _read_annotations(self, entries: list[Any], images: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         annotations = super()._read_annotations(entries, images)
         shapes = [_shape_of(a) or [] for a in annotations]
@@ -204,8 +209,7 @@ class DotaDataset(CocoDataset):
         around = np.concatenate([low, high - low], 1)
         made = []
         for a, box, bbox, quad in zip(annotations, boxes.tolist(), around.tolist(), quads.tolist(), strict=True):
-            level = _difficulty(a)
-            difficult = level > (1 if self.training else 0)
+            difficult = a.pop("difficulty") > (1 if self.training else 0)
             a = {**a, "rbox": box, "ignore": difficult, "bbox": bbox}
             if self.training:
                 if difficult:
@@ -231,17 +235,6 @@ class DotaDataset(CocoDataset):
         return boxes.copy(), np.ones(len(boxes), bool)
 
 
-def _difficulty(entry: dict[str, Any]) -> int:
-    """0, 1, or 2 where it is no object to train on."""
-    if entry.get("ignore") or entry.get("iscrowd"):
-        return 2
-    value = entry.get("difficult")
-    try:
-        return int(value or 0)
-    except (TypeError, ValueError):
-        return 1
-
-
 def find_images(folder: Path) -> dict[str, list[Path]]:
     """The image files of a folder by name without suffix, sorted."""
     if not folder.is_dir():
@@ -258,12 +251,13 @@ def read_labels(path: Path, bad: Report | None = None) -> list[Label]:
 
     Malformed lines go to `bad`, which may raise; without it they raise UserError, as a file does that is no text.
     """
+    name = shown(str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read this label file: {error.strerror}") from None
+        raise UserError(f"{name}: cannot read this label file: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: this label file is not UTF-8 text") from None
+        raise UserError(f"{name}: this label file is not UTF-8 text") from None
     labels = []
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.split()
@@ -281,12 +275,14 @@ def read_labels(path: Path, bad: Report | None = None) -> list[Label]:
             else:
                 if not all(abs(value) <= FARTHEST for value in quad) or difficult < 0:
                     fault = "a coordinate that is not finite or beyond 10,000,000 pixels, or difficult below 0"
+                elif class_name(fields[8]) != fields[8]:
+                    fault = "a control character in the name of the class"
         if fault is None:
             labels.append(Label(number, quad, fields[8], difficult))
             continue
         detail = f"{fault}: {line.strip()[:80]!r}"
         if bad is None:
-            raise UserError(f"{path}, line {number}: malformed line ({detail})")
+            raise UserError(f"{name}, line {number}: malformed line ({detail})")
         bad(f"{path.name}, line {number}", "malformed line", detail)
     return labels
 
@@ -308,7 +304,7 @@ def write_task1(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"Task1_{name}.txt" for name in class_names]
     for path, content in zip(paths, lines, strict=True):
-        path.write_text("".join(content), encoding="utf-8")
+        path.write_text("".join(content), encoding="utf-8", errors="surrogateescape")  # as files may be named
     return paths
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rtmdet_fast.geometry.masks import Region
+from rtmdet_fast.images import OPENCV_MAX_PIXELS, OPENCV_MAX_SIDE
 
 MASK_STRIDE = 4
 """The loss compares masks at the pixels [2::4, 2::4]."""
@@ -194,7 +195,7 @@ def read_segmentation(value: Any, width: int, height: int) -> tuple[Segmentation
     for polygon in value:
         try:
             ring = np.array(polygon)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError("holds a polygon that is not a list of numbers") from None
         if ring.size and ring.dtype.kind not in "if":
             raise ValueError("holds a polygon that is not a list of numbers")
@@ -214,17 +215,19 @@ def read_segmentation(value: Any, width: int, height: int) -> tuple[Segmentation
 
 def _read_rle(value: dict[str, Any], width: int, height: int) -> Segmentation:
     size, counts = value.get("size"), value.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
         raise ValueError("is an RLE without a size [height, width]")
+    if max(size) > OPENCV_MAX_SIDE or size[0] * size[1] > OPENCV_MAX_PIXELS:
+        raise ValueError("is an RLE larger than any image that can be read")
     if width and size != [height, width]:
         raise ValueError(f"is an RLE of {size[1]}x{size[0]} pixels in an image of {width}x{height}")
     try:
         runs = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
         if runs.size and runs.dtype.kind != "i":
             raise ValueError
-    except (ValueError, UnicodeEncodeError):
+    except (ValueError, OverflowError):
         raise ValueError("is an RLE whose counts cannot be read") from None
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
+    if runs.ndim != 1 or (runs < 0).any() or sum(runs.tolist()) != size[0] * size[1]:
         raise ValueError(f"is an RLE whose counts do not add up to {size[1]}x{size[0]} pixels")
     return Segmentation([], runs.astype(np.int32), size[0])
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rtmdet_fast.data.dota import Label, find_images, read_labels
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, quads_to_boxes
 from rtmdet_fast.geometry.windows import crop, windows
 from rtmdet_fast.images import OPENCV_MAX_PIXELS, read_image, read_size, write_image
@@ -283,7 +283,7 @@ def _split_image(job: _Job) -> SplitSummary:
     def bad(what: str, reason: str, detail: object) -> None:
         if not job.skip_bad:
             folder = (job.labels or job.image).parent
-            text = f"{folder / what}: {reason} ({detail!s:.400})"
+            text = f"{shown(str(folder / what))}: {reason} ({shown(detail):.400})"
             raise UserError(f"{text}; correct it, or leave such entries out with --skip-bad")
         summary.skipped.setdefault(reason, []).append(what)
 

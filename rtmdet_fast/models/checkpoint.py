@@ -23,6 +23,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
 
@@ -272,7 +273,7 @@ def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:
         if isinstance(names, str):  # mmdet writes a single class as a bare string
             names = (names,)
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-            return tuple(names)
+            return tuple(class_name(name) or f"class {i}" for i, name in enumerate(names))
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import as_bgr, read_image
 from rtmdet_fast.inference.detections import Detections, DetectSettings
@@ -341,4 +342,7 @@ def resolve_class_names(
         class_names = published if num_classes == len(published) else [f"class {i}" for i in range(num_classes)]
     if len(class_names) != num_classes:
         raise UserError(f"{len(class_names)} class names were given for num_classes={num_classes}")
-    return tuple(class_names)
+    names = tuple(class_name(str(name)) for name in class_names)
+    if "" in names:
+        raise UserError(f"class_names[{names.index('')}] is {class_names[names.index('')]!r}; each class needs a name")
+    return names

@@ -127,7 +127,9 @@ class TrainResult:
     best: Path
     report: Path | None
     skipped: dict[str, int]
-    """Images and annotations left out of training, and of validation, or else notable, by reason."""
+    """Images and annotations left out of training, and of validation, by reason."""
+    noticed: dict[str, int]
+    """Those that are odd and were used all the same."""
 
 
 def resolve(config: TrainConfig) -> Settings:

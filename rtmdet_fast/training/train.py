@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rtmdet_fast.data.augment import Batch, collate, init_worker
+from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.data.recipes import recipe_for
@@ -70,6 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
         )
+    check = ImageCheck(dataset, *([val_dataset] if val_dataset is not None else [])) if rank == 0 else None
     sampler = PlanSampler(
         len(dataset),
         settings.batch_size,
@@ -109,6 +111,8 @@ def train(config: TrainConfig) -> TrainResult:
     if settings.compile:
         step_model = torch.compile(step_model)
 
+    if check is not None:
+        check.report(wait=CHECK_SECONDS, progress=settings.progress)
     steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
     total = steps_per_epoch * settings.epochs
     warmup = settings.warmup_iterations
@@ -223,6 +227,8 @@ def train(config: TrainConfig) -> TrainResult:
         )
         if val_dataset is None:
             ema.model.save(best)
+        if check is not None:
+            check.report()
 
     if log is not None:
         log.close()
@@ -231,10 +237,12 @@ def train(config: TrainConfig) -> TrainResult:
     report = None
     if settings.report:
         report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
-    skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
+    skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
-        skipped |= {f"{reason}, of validation": len(what) for reason, what in val_dataset.skipped.items()}
-    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
+        skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
+        noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
+    counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
+    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts)
 
 
 def make_model(settings: Settings, dataset: CocoDataset) -> RTMDet:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 import warnings
 
 import cv2
@@ -170,7 +171,17 @@ def test_small_images_are_not_trained_on(folder):
     assert len(folder.dataset(training=True, min_size=7)) == 2
 
 
-@pytest.mark.parametrize("size", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}, {"width": "40"}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {},
+        {"width": None, "height": None},
+        {"width": 0, "height": 0},
+        {"width": "40"},
+        {"width": 10**30, "height": 30},
+        {"width": 40, "height": 1e7},
+    ],
+)
 def test_size_missing_from_the_file(folder, size):
     entry = folder.image(1, shape=(30, 40))
     del entry["width"], entry["height"]
@@ -242,6 +253,24 @@ def bad_cases():
     yield "of an image that is not listed", damaged(image_id=99), "annotation 2: of an image .*99"
     yield "of a category that is not listed", damaged(category_id=8), "annotation 2: of a category .*8"
     no_boxes = ([1, 2, 3], [1, 2, float("nan"), 4], [1, 2, 3, float("inf")], [1, 2, 3, 10**400], ["1", 2, 3, 4])
+    yield "bbox reaches beyond 10,000,000 pixels", damaged(bbox=[0, 0, 1e8, 5]), "annotation 2: bbox reaches"
+    for flag in ("iscrowd", "ignore"):
+        for value in (2, -1, 0.5, float("inf"), "no", [], {}):
+            yield f"{flag} is none of 0, 1, true and false", damaged(**{flag: value}), f"annotation 2: {flag} is none"
+    yield "malformed", damaged(id=2**63), "malformed"
+    yield "malformed", damaged(image_id=True), "malformed"
+    for ident in (2**63, 1.0, True):
+        yield (
+            "malformed, it needs an integer id and a file_name",
+            lambda f, i=ident: f.content["images"].append({"id": i, "file_name": "1.png"}),
+            "integer id",
+        )
+    for name in ("a" * 300 + ".png", "a\nb.png", "a\0b.png", "\ud83d.png"):
+        yield (
+            "missing image",
+            lambda f, n=name: f.content["images"].append({"id": 4, "file_name": n}),
+            "missing image .*does not exist",
+        )
     for bbox in (None, *no_boxes, 5, [True, 2, 3, 4]):
         yield "bbox is not four finite numbers x, y, w, h", damaged(bbox=bbox), "annotation 2: bbox"
     yield "malformed", lambda f: f.add("x"), "malformed"
@@ -258,6 +287,46 @@ def test_bad_entries(folder, reason, damage, message):
     assert {k: len(v) for k, v in dataset.skipped.items()} == {reason: 1}
     assert dataset.image_ids == (1,) and dataset.load(0).boxes.tolist() == [[2, 3, 12, 11]]
     assert len(folder.dataset(skip_bad=True).to_coco().dataset["annotations"]) == 1
+
+
+def test_flags(folder):
+    folder.image(1)
+    yes, no = (1, True, 1.0, "1", "true", "True"), (0, False, 0.0, "0", "false", "FALSE", None)
+    flags = [*({"iscrowd": n, "ignore": n} for n in no), *({"iscrowd": y} for y in yes), *({"ignore": y} for y in yes)]
+    folder.add(*(box(i, **f) for i, f in enumerate(flags)))
+    dataset = folder.dataset()
+    assert len(dataset.load(0).boxes) == len(no) and not dataset.skipped
+    found = [a["iscrowd"] for a in dataset.to_coco().dataset["annotations"]]
+    assert found == [0] * len(no) + [1] * len(yes) + [0] * len(yes) and all(type(flag) is int for flag in found)
+
+
+def test_two_categories_of_one_name(folder):
+    folder.image(1)
+    folder.add(box(1))
+    folder.content["categories"] += [{"id": 8, "name": "dog\n"}, {"id": 3, "name": " cat"}]
+    dataset = folder.dataset()
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (7, 90)
+    twins = "category without annotations of the same name as another"
+    assert dataset.skipped == {twins: ["category 8", "category 3"]}
+    folder.add(box(2, category_id=8))  # then 90 is the one without
+    dataset = folder.dataset(class_names=("dog", "cat"))
+    assert dataset.category_ids == (8, 7) and dataset.load(0).labels.tolist() == [1, 0]
+    folder.refuses("of which two are named 'cat'", class_names=("cat", "cat "))
+    folder.add(box(3, category_id=90))
+    folder.refuses("the categories 90 and 8 have the same name 'dog', and annotations both")
+    folder.refuses("the categories 90 and 8", skip_bad=True)
+
+
+def test_corners_in_place_of_width_and_height(folder):
+    folder.image(1)
+    folder.add(*(box(i, bbox=(4 * i, 10, 4 * i + 10, 25)) for i in range(6)), box(6), box(7))
+    with pytest.warns(UserWarning, match=r"train\.json: 6 of 8 boxes pass the border .* are they x, y, x, y, where"):
+        folder.dataset()
+    folder.content["annotations"] = [box(i, bbox=(1, 1, 40.4, 30.2)) for i in range(9)]  # by more than a pixel
+    folder.content["annotations"][:3] = [box(i, bbox=(1, 1, 90, 5)) for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder.dataset()
 
 
 SQUARE = [[4, 4, 20, 4, 20, 16, 4, 16]]
@@ -312,8 +381,8 @@ def test_bad_polygons_are_left_out_and_counted(folder):
             "polygon of fewer than 3 points": ["annotation 2"],
             "polygon outside the image": ["annotation 3"],
             "annotation without a mask": ["annotation 3", "annotation 4", "annotation 6"],
-            "polygon that crosses itself (kept, filled by the even-odd rule)": ["annotation 5"],
         }
+        assert dataset.noticed == {"polygon that crosses itself, filled by the even-odd rule": ["annotation 5"]}
         assert dataset.load(0).masks.render(30, 40).areas.tolist()[:2] == [192, 192]
         assert len(dataset.load(0).boxes) == 3
     coco = folder.dataset(masks=True).to_coco()
@@ -328,8 +397,8 @@ def test_masks_without_a_pixel(folder):
     training, evaluation = (folder.dataset(masks=True, training=training) for training in (True, False))
     assert training.skipped == {"mask without a pixel": ["annotation 2", "annotation 3"]}
     assert len(training.load(0).boxes) == len(training.load(0).masks) == 1
-    assert evaluation.skipped == {
-        "mask without a pixel (kept: COCO counts it as missed)": ["annotation 2", "annotation 3"]
+    assert not evaluation.skipped and evaluation.noticed == {
+        "mask without a pixel, which COCO counts as missed": ["annotation 2", "annotation 3"]
     }
     assert len(evaluation.to_coco().getAnnIds()) == 3
 
@@ -350,6 +419,13 @@ def test_the_area_of_a_mask_where_the_file_tells_none(folder):
         ("x", "segmentation is neither a list of polygons nor an RLE"),
         ({"size": [40, 30], "counts": [1200]}, "segmentation is an RLE of 30x40 pixels in an image of 40x30"),
         ({"size": [30, 40], "counts": "~"}, "segmentation is an RLE whose counts cannot be read"),
+        ({"size": [30, 40], "counts": [10**400, 0.5]}, "segmentation is an RLE whose counts cannot be read"),
+        ([[10**400, 1.5, 2, 2, 2, 2]], "segmentation holds a polygon that is not a list of numbers"),
+        (
+            {"size": [30, 40], "counts": [2**62] * 3 + [2**62 + 1200]},  # 1200 in 64 bits
+            "segmentation is an RLE whose counts do not add up to 40x30 pixels",
+        ),
+        ({"size": [2**17, 2**17], "counts": [2**34]}, "segmentation is an RLE larger than any image that can be read"),
     ],
 )
 def test_malformed_masks(folder, segmentation, reason):
@@ -389,7 +465,7 @@ def test_truncated_file(folder):
         folder.add(box(i, i))
     truncate(folder.path / "2.png")
     for options in ({}, {"training": True}, {"skip_bad": True}):  # evaluation must not take one image for another
-        with pytest.raises(UserError, match=r"2\.png.*truncated.*train\.json"):
+        with pytest.raises(UserError, match=r"2\.png.*truncated.*train\.json.*--skip-bad"):
             folder.dataset(**options).load(1)
     dataset = folder.dataset(training=True, skip_bad=True)
     assert dataset.skipped == {}
@@ -447,6 +523,11 @@ def test_skips_in_loader_workers_are_seen_by_the_main_process(folder):
             '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "category id 1 occurs twice",
         ),
+        ('{"images": [], "categories": [{"id": 18446744073709551616, "name": "a"}]}', "an integer id and a name"),
+        ('{"images": [], "categories": [{"id": 1, "name": "\\n"}]}', "an integer id and a name"),
+        ('{"images": [], "categories": [{"id": 1, "name": ["a"]}]}', "an integer id and a name"),
+        ('{"images": [], "categories": [{"id": 1, "name": ' + "[" * 900 + "]" * 900 + "}]}", "integer id|nested"),
+        ('{"images": [' + "9" * 5000 + '], "categories": []}', "thousands of digits|integer id"),
         ("[" * 100_000, "nested|line"),
     ],
 )
@@ -471,6 +552,17 @@ def test_an_empty_file_is_an_empty_dataset(folder):
     dataset = folder.dataset()
     assert len(dataset) == 0 and dataset.skipped == {} and dataset.to_coco().getImgIds() == []
     folder.refuses("no box to train on", training=True)
+
+
+def test_what_is_not_used_may_be_anything(folder):
+    folder.image(1)
+    nested = json.loads("[" * 800 + "]" * 800)  # too deep for pickle and deepcopy
+    folder.content["info"] = folder.content["categories"][0]["more"] = nested
+    folder.add(box(1, more=nested, segmentation=nested))
+    dataset = folder.dataset()
+    pickle.dumps(dataset)
+    coco = dataset.to_coco()
+    coco.loadRes([{"image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 8], "score": 0.9}])
 
 
 def test_byte_order_mark(folder):

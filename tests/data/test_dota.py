@@ -196,6 +196,7 @@ def test_classes_in_dotas_order_or_by_name_or_as_given(folder):
         f"{UPRIGHT} 0 ship",
         f"{UPRIGHT} ship 0.5",
         f"{UPRIGHT} ship -1",
+        f"{UPRIGHT} sh\0ip 0",
     ],
 )
 def test_malformed_lines(folder, line):
@@ -313,6 +314,27 @@ def test_json_difficult(folder, flag):
     assert len(training.load(0).boxes) == (2 if flag == "difficult" else 1)
 
 
+def test_forms_of_difficult(folder):
+    levels = [0, "0", False, None, "false", 1, 1.0, "1", True, "true", 2, "2"]
+    dataset = json_dataset(folder, *({"bbox": QUAD, "difficult": level} for level in levels))
+    assert dataset.ground_truth(0).difficult.tolist() == [False] * 5 + [True] * 7
+    training = json_dataset(folder, *({"bbox": QUAD, "difficult": level} for level in levels), training=True)
+    assert len(training.load(0).boxes) == 10
+    folder.add(f"{UPRIGHT} ship {9**30}\n{UPRIGHT} ship 0")
+    assert folder.dataset().ground_truth(0).difficult.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("flag", ["difficult", "ignore", "iscrowd"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1, 3, "hard", [1]])
+def test_malformed_flags(folder, flag, value):
+    annotations = ({"bbox": QUAD}, {"bbox": QUAD, flag: value})
+    with pytest.raises(UserError, match=f"annotation 2: {flag} is none of 0, 1, true and false.*--skip-bad"):
+        json_dataset(folder, *annotations)
+    dataset = json_dataset(folder, *annotations, skip_bad=True)
+    assert len(dataset.load(0).boxes) == 1
+    assert dataset.skipped == {f"{flag} is none of 0, 1, true and false": ["annotation 2"]}
+
+
 @pytest.mark.parametrize("polygon", [[5, 5] * 3, [5, 5] * 5])
 def test_a_polygon_that_is_one_point_has_no_area(folder, polygon):
     dataset = json_dataset(folder, {"segmentation": [polygon]}, {"bbox": QUAD})
@@ -387,6 +409,8 @@ def test_task1_submission(tmp_path, rng):
     scores, labels = np.array([0.9, 0.5, 0.25, 0.125, 1e-7]), np.array([0, 2, 0, 2, 2])
     nothing = (np.zeros((0, 5)), np.zeros(0), np.zeros(0, int))
     files = write_task1(tmp_path / "out", ("a", "b-c", "d"), [("P1", boxes, scores, labels), ("P2", *nothing)])
+    odd = write_task1(tmp_path, ("a",), [("\udcff", boxes[:1], scores[:1], labels[:1])])  # a name that is not UTF-8
+    assert odd[0].read_bytes().startswith(b"\xff 0.9")
     assert [f.name for f in files] == ["Task1_a.txt", "Task1_b-c.txt", "Task1_d.txt"]
     assert files[1].read_text() == ""
     for file, label in ((files[0], 0), (files[2], 2)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -281,6 +282,31 @@ def test_what_is_wrong_with_the_validation_file_is_said_at_the_start_and_what_is
     with pytest.raises(UserError, match=f"class {missing['name']!r} is not in .*val.json"):
         train(replace(config, val=val, skip_bad=True, out=tmp_path / "other"))
     assert not (tmp_path / "other" / "metrics.csv").exists()
+
+
+def test_unreadable_images_are_told_before_anything_is_done(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "CHECK_SECONDS", None)  # however long it takes here
+    changed = {}
+    for part in ("train_images", "val_images"):
+        changed[part] = shutil.copytree(getattr(config, part), tmp_path / part)
+        victim = sorted(changed[part].iterdir())[1]
+        victim.write_bytes(victim.read_bytes()[:-1])
+    config = replace(config, **changed, epochs=1, stage2_epochs=0)
+    config.out.mkdir()
+    (config.out / "last.pth").write_text("the old run's")
+    with pytest.raises(UserError, match=r"1 of its \d+ images cannot be read: 000001\.jpg \(.*--skip-bad"):
+        train(replace(config, overwrite=True))
+    assert (config.out / "last.pth").read_text() == "the old run's"
+    with pytest.warns(UserWarning, match="1 of its 4 images cannot be read"):
+        result = train(replace(config, overwrite=True, skip_bad=True))
+    assert result.skipped["unreadable image"] == result.skipped["unreadable image, of validation"] == 1
+
+
+def test_images_checked_while_it_trains_are_told_each_epoch(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module.ImageCheck, "report", lambda self, **options: calls.append(options))
+    train(replace(config, epochs=2))
+    assert calls == [{"wait": 10, "progress": False}, {}, {}]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "a list", "no state", "part of a state", "two processes"])
