@@ -18,8 +18,9 @@ Counts, for an instance and a pixel of the features; no GPU was at hand, nothing
 Each launch has at most two buffers [K, H, W], or 169 partial sums a tile. There are no atomics: results are the same to
 the bit from run to run.
 
-Kernels take no tuples: `torch.compile` loses the tensors in one, and the class of a NamedTuple also inside a kernel.
-Each line of a kernel's signature is a group, which its jit functions take as a plain tuple:
+Kernels take no tuples, for the sake of `torch.compile` (2.13): it loses tensors that a launch passes in one, and copies
+a kernel's source without the class of a NamedTuple. Hence a signature has a group on each line, and jit functions take
+plain tuples:
 
     instances  features, kernels, points, strides, index (of the image): pointers; how many images there are
     grid       width, pixels (height width), input pixels per pixel
@@ -39,16 +40,16 @@ from rtmdet_fast.kernels.bn_silu import sigmoid
 
 # Read at each launch. Tiles and blocks in pixels; a program walks over its tile block by block.
 TUNING = {
-    "tile": 2048,  # of logits and losses, at least a row: repays loading 169 parameters
+    # Of logits and losses at least a row: repays loading 169 parameters. Of the gradients of the parameters: the sums
+    # over the lanes at the end cost as much as two of 16 steps.
+    "tile": {"logits": 2048, "dkernels": 1024},
     # A thread has one pixel at a time. With two, loads want neighbours and arithmetic does not, and all 18 tensors of a
     # step change layout through shared memory.
-    "block": 128,
-    "warps": 4,
-    "dkernels_tile": 1024,  # the sums over the lanes at its end cost as much as two of 16 steps
-    "dkernels_block": 64,  # a warp's: two pixels a thread, each parameter loaded once for both
-    "dfeatures_block": 128,  # a warp's: four pixels a thread, as above; the tile too
-    "dfeatures_programs": 2048,  # the instances of an image in groups, to fill a GPU also where the batch is small
-    "dfeatures_groups": 8,  # at most: each has a buffer like the features
+    "logits": {"BLOCK": 128, "num_warps": 4},
+    "dkernels": {"BLOCK": 64, "num_warps": 1},  # two pixels a thread share the load of a parameter
+    "dfeatures": {"BLOCK": 128, "num_warps": 1},  # four; it is the tile too
+    # The instances of an image in groups, to fill a GPU also where the batch is small; each has a buffer of its own.
+    "groups": {"programs": 2048, "most": 8},
 }
 # where an instance's parameters start
 _W1, _W2, _W3 = tl.constexpr(0), tl.constexpr(80), tl.constexpr(144)
@@ -391,7 +392,7 @@ def _logits_buffer(features: Tensor, kernels: Tensor) -> Tensor:
 
 def _row_tiles(H: int, W: int) -> tuple[int, int]:
     """Rows of a tile of logits, and how many tiles an instance has."""
-    rows = cdiv(H, min(H, cdiv(H * W, TUNING["tile"])))
+    rows = cdiv(H, min(H, cdiv(H * W, TUNING["tile"]["logits"])))
     return rows, cdiv(H, rows)
 
 
@@ -405,7 +406,7 @@ def logits(
     out = _logits_buffer(features, kernels)
     if len(kernels):
         wrap_triton(_logits_kernel)[(len(kernels) * tiles,)](
-            *instances, out, B, H, W, feature_stride, rows, tiles, BLOCK=TUNING["block"], num_warps=TUNING["warps"]
+            *instances, out, B, H, W, feature_stride, rows, tiles, **TUNING["logits"]
         )
     return out
 
@@ -468,7 +469,7 @@ def _launch_dice(
         *(upstream or (out, out)),
         B, M, H, W, feature_stride,
         rows, tiles,
-        BACKWARD=upstream is not None, BLOCK=TUNING["block"], num_warps=TUNING["warps"],
+        BACKWARD=upstream is not None, **TUNING["logits"],
     )  # fmt: skip
 
 
@@ -479,21 +480,22 @@ def _gradients(dlogits: Tensor, instances: tuple[Tensor, ...], feature_stride: i
     if K == 0:
         return torch.zeros_like(features), torch.empty_like(kernels)
     sizes = B, W, H * W, feature_stride
-    tiles = cdiv(H * W, TUNING["dkernels_tile"])
+    tile = TUNING["tile"]["dkernels"]
+    tiles = cdiv(H * W, tile)
     dkernels = features.new_empty((K, tiles, parameters), dtype=torch.float32)
     for first_layer in (True, False):
         wrap_triton(_dkernels_kernel)[(K * tiles,)](
             *instances,
             dlogits, dkernels,
             *sizes,
-            TUNING["dkernels_tile"], tiles,
-            FIRST_LAYER=first_layer, BLOCK=TUNING["dkernels_block"], num_warps=1,
+            tile, tiles,
+            FIRST_LAYER=first_layer, **TUNING["dkernels"],
         )  # fmt: skip
     order = image_index.argsort(stable=True)
     images = torch.arange(B + 1, device=image_index.device)
     start = torch.searchsorted(image_index[order], images)  # an index out of range is in no image
-    tiles = cdiv(H * W, TUNING["dfeatures_block"])
-    groups = max(1, min(TUNING["dfeatures_groups"], TUNING["dfeatures_programs"] // (B * tiles)))
+    tiles = cdiv(H * W, TUNING["dfeatures"]["BLOCK"])
+    groups = max(1, min(TUNING["groups"]["most"], TUNING["groups"]["programs"] // (B * tiles)))
     dfeatures = features.new_empty((groups, B, 8, H, W), dtype=torch.float32)
     wrap_triton(_dfeatures_kernel)[(B * tiles, groups)](
         features, kernels, points, strides,
@@ -501,6 +503,6 @@ def _gradients(dlogits: Tensor, instances: tuple[Tensor, ...], feature_stride: i
         dfeatures,
         *sizes,
         tiles, groups,
-        BLOCK=TUNING["dfeatures_block"], num_warps=1,
+        **TUNING["dfeatures"],
     )  # fmt: skip
     return dfeatures.sum(0).to(features.dtype), dkernels.sum(1).to(kernels.dtype)

@@ -156,8 +156,8 @@ def test_chunks_of_the_reference(monkeypatch):
 @needs_triton
 def test_several_tiles_an_instance_and_one_group(monkeypatch):
     monkeypatch.setattr(m, "use_triton", lambda x: True)
-    for name, value in dict(tile=40, dkernels_tile=64, dfeatures_programs=1).items():
-        monkeypatch.setitem(dynamic_mask_triton.TUNING, name, value)
+    monkeypatch.setitem(dynamic_mask_triton.TUNING, "tile", {"logits": 40, "dkernels": 64})
+    monkeypatch.setitem(dynamic_mask_triton.TUNING["groups"], "programs", 1)
     check(inputs(1, 11, 13, 2), {})
 
 
