@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benches.harness import Case, Contender, compiled, own, relative_error
-from rtmdet_fast.kernels import dynamic_mask as m
+from rtmdet_fast.kernels import dynamic_mask_torch
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 
 GROUND_TRUTHS = 20
@@ -94,8 +94,8 @@ def _loss(*inputs: Tensor) -> Tensor:
 
 def _reference(logits: bool) -> Callable[..., Tensor]:
     if logits:
-        return lambda *tensors: m._logits_reference(*tensors, 8)
-    return lambda *inputs: m._dice_reference(*inputs[:5], inputs[6][:, :, 2::4, 2::4], inputs[5], 8, 5e-6)[0]
+        return lambda *tensors: dynamic_mask_torch.logits(*tensors, 8)
+    return lambda *inputs: dynamic_mask_torch.dice(*inputs[:5], inputs[6][:, :, 2::4, 2::4], inputs[5], 8, 5e-6)[0]
 
 
 def eager_logits(features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rtmdet_fast.devices import pick_device
-from rtmdet_fast.kernels import assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
+from rtmdet_fast.kernels import assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
 from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, wrap_triton
 
 
@@ -69,7 +69,7 @@ def test_the_dispatcher_is_left_out_only_where_nobody_watches():
         assert torch.equal(torch.compile(lambda x: x + unwatched(x), backend="eager")(x), x)
 
 
-@pytest.mark.parametrize("module", [assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou])
+@pytest.mark.parametrize("module", [assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou])
 def test_every_triton_op_has_a_kernel_for_gpus(module):
     ops = [op for op in vars(module).values() if isinstance(op, torch.library.CustomOpDef)]
     ops = [op for op in ops if "reference" not in op._name]

@@ -155,7 +155,9 @@ def test_drawings_are_those_of_the_script(tmp_path):
 def test_long_description_leads_nowhere_outside_of_it(monkeypatch):
     """PyPI shows README.md without the files it links to."""
     given = {}
-    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=given.update, find_packages=lambda include: include))
+    monkeypatch.setitem(
+        sys.modules, "setuptools", SimpleNamespace(setup=given.update, find_packages=lambda include: include)
+    )
     runpy.run_path(str(ROOT / "setup.py"))
     assert given["long_description"].startswith("# rtmdet_fast")
     assert all(target.startswith("https://") for target in LINK.findall(given["long_description"]))

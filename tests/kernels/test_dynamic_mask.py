@@ -23,7 +23,7 @@ from test_bn_silu import (  # noqa: F401 (fixtures)
 from torch.library import opcheck
 
 from rtmdet_fast import ops
-from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels import _dispatch, dynamic_mask_torch, dynamic_mask_triton
 from rtmdet_fast.kernels import dynamic_mask as m
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -148,17 +148,16 @@ def test_another_stride_of_the_features(backend):
 
 
 def test_chunks_of_the_reference(monkeypatch):
-    monkeypatch.setattr(m, "_CHUNK", 3 * 8 * 30)
+    monkeypatch.setattr(dynamic_mask_torch, "CHUNK", 3 * 8 * 30)
     monkeypatch.setattr(m, "use_triton", lambda x: False)
     check(inputs(2, 5, 6, 7), {})
 
 
 @needs_triton
-def test_several_programs_an_instance_and_one_group(monkeypatch):
+def test_several_tiles_an_instance_and_one_group(monkeypatch):
     monkeypatch.setattr(m, "use_triton", lambda x: True)
-    monkeypatch.setattr(m, "_STRIP", 40)
-    monkeypatch.setattr(m, "_TILE", 64)
-    monkeypatch.setattr(m, "_PROGRAMS", 1)
+    monkeypatch.setitem(dynamic_mask_triton.TUNING, "tile", {"logits": 40, "dkernels": 64})
+    monkeypatch.setitem(dynamic_mask_triton.TUNING["groups"], "programs", 1)
     check(inputs(1, 11, 13, 2), {})
 
 
@@ -351,23 +350,25 @@ def test_opcheck():
     tensors = inputs(2, 4, 5, 3)
     more = tuple(masks(tensors).values())
     tensors[0].requires_grad_()
-    opcheck(m._logits, (*tensors, 8), test_utils=tests)
-    opcheck(m._dice, (*tensors, *more, 8, 5e-6), test_utils=tests)
-    opcheck(m._logits_backward, (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8), test_utils=tests[:1])
+    opcheck(dynamic_mask_triton.logits, (*tensors, 8), test_utils=tests)
+    opcheck(dynamic_mask_triton.dice, (*tensors, *more, 8, 5e-6), test_utils=tests)
+    opcheck(
+        dynamic_mask_triton.logits_backward, (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8), test_utils=tests[:1]
+    )
     sums = torch.ones(3, 2, device=DEVICE)
-    opcheck(m._dice_backward, (sums[:, 0], sums, *tensors, *more, 8), test_utils=tests[:1])
+    opcheck(dynamic_mask_triton.dice_backward, (sums[:, 0], sums, *tensors, *more, 8), test_utils=tests[:1])
 
 
 def test_opcheck_of_the_reference():
     tensors = inputs(2, 4, 5, 3)
     more = tuple(masks(tensors).values())
     sums = torch.ones(3, 2, device=DEVICE)
-    opcheck(m._logits_reference_backward, (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8))
-    opcheck(m._dice_reference_backward, (sums[:, 0], sums, *tensors, *more, 8))
+    opcheck(dynamic_mask_torch.logits_backward, (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8))
+    opcheck(dynamic_mask_torch.dice_backward, (sums[:, 0], sums, *tensors, *more, 8))
     for tensor in tensors[:2]:
         tensor.requires_grad_()
-    opcheck(m._logits_reference, (*tensors, 8))
-    opcheck(m._dice_reference, (*tensors, *more, 8, 5e-6))
+    opcheck(dynamic_mask_torch.logits, (*tensors, 8))
+    opcheck(dynamic_mask_torch.dice, (*tensors, *more, 8, 5e-6))
 
 
 @not_interpreted
@@ -390,8 +391,8 @@ def test_traces_forward_and_backward(traced_for_cuda):  # noqa: F811
         return ops.dynamic_mask_dice_loss(features, kernels, *tensors[2:], **options)
 
     assert traced_kernels(function, dict(features=tensors[0], kernels=tensors[1])) == [
-        ("_dice_kernel", ["logits_ptr", "partial_ptr"]),
-        ("_dice_kernel", ["dlogits_ptr", "logits_ptr"]),
+        ("_dice_kernel", ["logits_ptr", "out_ptr"]),
+        ("_dice_kernel", ["logits_ptr", "out_ptr"]),
         ("_dkernels_kernel", ["partial_ptr"]),
         ("_dkernels_kernel", ["partial_ptr"]),
         ("_dfeatures_kernel", ["partial_ptr"]),
@@ -418,7 +419,7 @@ def test_lowering(case, dtype, target, monkeypatch):
     B, H, W, K = LOWERED[case]
     tensors = [t.cpu() for t in inputs(B, H, W, K, dtype)]
     options = {name: t.cpu() for name, t in masks(tensors).items()}
-    launches = record_launches(monkeypatch, m)
+    launches = record_launches(monkeypatch, dynamic_mask_triton)
     outputs(ops.dynamic_mask_logits, tensors)
     outputs(ops.dynamic_mask_dice_loss, tensors, **options)
     assert len(set(launches)) == 6  # dice forward and backward, dkernels of the first layer and the others
