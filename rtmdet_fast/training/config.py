@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ BOUNDS = {
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
     "warmup_iterations": (0, 10**9),
-    "num_workers": (0, 1024),
+    "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
     "weight_decay": (0, 1e9),
     "ema_momentum": (0, 1),
@@ -110,6 +111,14 @@ class TrainResult:
     """Images and annotations left out of training, and of validation, or else notable, by reason."""
 
 
+def check_bounds(config: Any) -> None:
+    """Raises UserError where a setting of a command lies outside its BOUNDS."""
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with every default worked out. Raises UserError for values that cannot be."""
     if config.task not in TASKS:
@@ -119,10 +128,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config = replace(config, epochs=36 if rotated else 300)
     if config.batch_size is None:
         config = replace(config, batch_size=8 if rotated else 32)
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+    check_bounds(config)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     if config.data is not None:
