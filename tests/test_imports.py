@@ -1,7 +1,14 @@
-"""What a machine with nothing but torch and numpy can do, and what an import must not cost."""
+"""What a machine with nothing but torch and numpy can do, and which room of the package may import which."""
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import rtmdet_fast
 
 CODE = """
 import sys
@@ -24,3 +31,72 @@ print("fine")
 def test_models_losses_and_detection_need_only_torch_and_numpy():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+PACKAGE = Path(rtmdet_fast.__file__).parent
+FLOORS = (
+    "errors",
+    "files class_names devices images",
+    "kernels geometry",
+    "ops compat inference",
+    "models",
+    "accelerate data",
+    "evaluation tasks",
+    "training",
+    "cli",
+)
+"""From the ground up: a room imports from itself and from the floors below."""
+
+
+def modules(folder: Path = PACKAGE) -> dict[str, Path]:
+    """Files of the package by the names they import by; `kernels`, a link, is gone into too."""
+    found = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            found |= modules(path)
+        elif path.suffix == ".py":
+            name = ".".join(("rtmdet_fast", *path.relative_to(PACKAGE).with_suffix("").parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Which of the known modules a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= members & known.keys() or {node.module}
+    return found & known.keys()
+
+
+def test_every_room_stands_on_a_floor_and_imports_downwards_only():
+    known = modules()
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+    front = ("rtmdet_fast", "rtmdet_fast.__main__")  # what users import and run
+    room_of = {name: name.split(".")[1] for name in known if name not in front}
+    assert set(room_of.values()) == floor_of.keys()
+    wrong = [
+        f"{name} imports {imported}"
+        for name, room in room_of.items()
+        for imported in imports(known[name], known) - {"rtmdet_fast"}
+        if room_of[imported] != room and floor_of[room_of[imported]] >= floor_of[room]
+    ]
+    assert not wrong
+
+
+def test_no_two_modules_import_each_other():
+    known = modules()
+    graph = {name: imports(path, known) - {name} for name, path in known.items()}
+    graphlib.TopologicalSorter(graph | {"rtmdet_fast": set()}).prepare()
+
+
+@pytest.mark.parametrize(
+    "text", ["from rtmdet_fast.cli import main", "import rtmdet_fast.cli", "from rtmdet_fast import cli"]
+)
+def test_an_import_of_any_form_is_seen(text, tmp_path):
+    (tmp_path / "a.py").write_text(f"def f():\n    {text}\n")
+    assert imports(tmp_path / "a.py", modules()) == {"rtmdet_fast.cli"}

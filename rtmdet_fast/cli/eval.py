@@ -41,10 +41,10 @@ class EvalConfig:
 
 
 def run_eval(config: EvalConfig) -> Outcome:
-    from rtmdet_fast.data.tasks import find_task_split, open_dataset
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.models.rtmdet.model import RTMDet
+    from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.config import check_bounds
 
     check_bounds(config)
@@ -55,11 +55,10 @@ def run_eval(config: EvalConfig) -> Outcome:
     elif annotations is None or images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    task = TASKS[model.task]
     if config.data is not None:
-        annotations, images = find_task_split(model.task, config.data, "val")
-    assert annotations and images
-    dataset = open_dataset(
-        model.task,
+        annotations, images = task.find_split(config.data, "val")
+    dataset = task.open_dataset(
         annotations,
         images,
         skip_bad=config.skip_bad,

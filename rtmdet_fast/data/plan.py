@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from rtmdet_fast.data.recipes import AugmentRecipe
 from rtmdet_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from rtmdet_fast.data.recipes import AugmentRecipe
 
 
 @dataclass(frozen=True, slots=True)

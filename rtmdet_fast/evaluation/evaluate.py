@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,8 @@ from rtmdet_fast.data.dota import DotaDataset
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections
 from rtmdet_fast.evaluation.dota import rotated_map
-from rtmdet_fast.inference.preprocess import letterbox
 from rtmdet_fast.inference.results import Results
-from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.models.rtmdet.model import RTMDet
+from rtmdet_fast.models.detector import Detector, check_image_size
 
 
 class _Images(Dataset):
@@ -40,12 +39,12 @@ class _Images(Dataset):
             return None
 
 
-class _LetterboxedImages(_Images):
+class _Canvases(_Images):
     """Network inputs of a data set: canvas [3, S, S] uint8, scale (x, y), (height, width), index."""
 
-    def __init__(self, dataset: CocoDataset, image_size: int):
+    def __init__(self, dataset: CocoDataset, to_canvas: Callable[..., Any], image_size: int):
         super().__init__(dataset)
-        self.image_size = image_size
+        self.to_canvas, self.image_size = to_canvas, image_size
 
     def __getitem__(  # type: ignore[override]
         self, index: int
@@ -54,12 +53,12 @@ class _LetterboxedImages(_Images):
         if loaded is None:
             return None
         image, _ = loaded
-        canvas, scale = letterbox(image, self.image_size)
+        canvas, scale = self.to_canvas(image, self.image_size)
         return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
 
 
 def evaluate(
-    model: RTMDet,
+    model: Detector,
     dataset: CocoDataset,
     *,
     image_size: int | None = None,
@@ -76,16 +75,17 @@ def evaluate(
     size = check_image_size(model.image_size if image_size is None else image_size)
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch size {batch_size} and {num_workers} workers: at least 1 and 0 are needed")
-    if model.task == "ins" and not dataset.has_masks:
+    if model.has_masks and not dataset.has_masks:
         raise UserError(f"{dataset.annotation_path} was read without its masks: make the data set with masks=True")
+    rotated = isinstance(dataset, DotaDataset)
+    if rotated != (model.task == "rotated"):
+        boxes = "rotated" if rotated else "upright"
+        raise UserError(f"{dataset.annotation_path} was read for {boxes} boxes, but the model's task is {model.task!r}")
     category_ids = match_categories(model, dataset)
     if isinstance(dataset, DotaDataset):
         return _evaluate_rotated(model, dataset, category_ids, size, batch_size, num_workers, progress)
     loader: DataLoader = DataLoader(
-        _LetterboxedImages(dataset, size),
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
+        _Canvases(dataset, model.to_canvas, size), batch_size, num_workers=num_workers, collate_fn=list
     )
     detections: list[dict[str, Any]] = []
     image_ids = []
@@ -109,7 +109,7 @@ def evaluate(
                 detections += results.to_coco(image_ids[-1], category_ids)
     skipped = len(dataset) - len(image_ids)
     evaluation = score_detections(dataset, detections, image_ids, skipped)
-    if model.task != "ins":
+    if not model.has_masks:
         return evaluation
     # without `bbox` pycocotools takes the areas of the masks
     masks = [{key: value for key, value in d.items() if key != "bbox"} for d in detections]
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def _evaluate_rotated(
-    model: RTMDet,
+    model: Detector,
     dataset: DotaDataset,
     category_ids: list[int],
     image_size: int,
@@ -149,7 +149,7 @@ def _evaluate_rotated(
     return Evaluation(metrics, figures.per_class, figures.pr_curves, entries, len(dataset) - len(truth))
 
 
-def match_categories(model: RTMDet, dataset: CocoDataset) -> list[int]:
+def match_categories(model: Detector, dataset: CocoDataset) -> list[int]:
     """The data set's category id of each class of the model; UserError where it lacks a class, or all images."""
     if not len(dataset):
         raise UserError(f"{dataset.annotation_path}: has no image to evaluate on")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rtmdet_fast.data.tasks import find_task_split
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.models.rtmdet.model import TASKS, default_image_size
+from rtmdet_fast.models.rtmdet.model import default_image_size
+from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.distributed import process_count
 
 BOUNDS = {
@@ -96,6 +96,25 @@ class TrainConfig:
     """Show progress bars."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainConfig):
+    """A config with every default worked out that does not hang on the data."""
+
+    train: Path
+    train_images: Path
+    epochs: int
+    stage2_epochs: int
+    batch_size: int
+    image_size: int
+    lr: float
+    """Of the first step after warm-up."""
+    num_workers: int
+
+    def as_json(self) -> dict[str, Any]:
+        """What config.json and the state in last.pth hold."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run gave: figures of its best epoch (empty without validation), and where things lie."""
@@ -119,57 +138,60 @@ def check_bounds(config: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig) -> Settings:
     """The config with every default worked out. Raises UserError for values that cannot be."""
     if config.task not in TASKS:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
-    rotated = config.task == "rotated"
-    if config.epochs is None:
-        config = replace(config, epochs=36 if rotated else 300)
-    if config.batch_size is None:
-        config = replace(config, batch_size=8 if rotated else 32)
+    task = TASKS[config.task]
     check_bounds(config)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
+    train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
     if config.data is not None:
-        if config.train or config.train_images or config.val or config.val_images:
+        if train or train_images or val or val_images:
             raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
-        train_file, train_images = find_task_split(config.task, config.data, "train")
-        val_file, val_images = find_task_split(config.task, config.data, "val")
-        config = replace(
-            config, data=None, train=train_file, train_images=train_images, val=val_file, val_images=val_images
-        )
-    if config.train is None or config.train_images is None:
+        train, train_images = task.find_split(config.data, "train")
+        val, val_images = task.find_split(config.data, "val")
+    if train is None or train_images is None:
         raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
-    if (config.val is None) != (config.val_images is None):
+    if (val is None) != (val_images is None):
         raise UserError("--val and --val-images go together")
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
-    assert config.epochs and config.batch_size
     device = pick_device(config.device)
     amp = config.amp
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; a CPU takes bf16 or none")
-    base_lr, base_batch = (2.5e-4, 8) if rotated else (2e-3 if config.size == "x" else 4e-3, 256)
-    stage2 = 0 if rotated else config.stage2_epochs
+    epochs = task.epochs if config.epochs is None else config.epochs
+    stage2 = config.stage2_epochs if task.two_stages else 0
     if stage2 is None:
-        stage2 = max(round(config.epochs * 20 / 300), 1) if config.epochs > 1 else 0
-    if not 0 <= stage2 <= config.epochs:
-        raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {config.epochs}")
-    images_per_step = config.batch_size * config.accumulate * process_count()
+        stage2 = max(round(epochs * 20 / 300), 1) if epochs > 1 else 0
+    if not 0 <= stage2 <= epochs:
+        raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {epochs}")
+    image_size = default_image_size(config.size, config.task) if config.image_size is None else config.image_size
+    batch_size = task.batch_size if config.batch_size is None else config.batch_size
+    lr = config.lr
+    if lr is None:
+        images_per_step = batch_size * config.accumulate * process_count()
+        lr = task.lr_of_size.get(config.size, task.lr) * math.sqrt(images_per_step / task.lr_batch)
     workers = config.num_workers
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
-    return replace(
-        config,
-        device=str(device),
-        amp=amp,
-        stage2_epochs=stage2,
-        num_workers=workers,
-        image_size=check_image_size(
-            default_image_size(config.size, config.task) if config.image_size is None else config.image_size
-        ),
-        lr=config.lr or base_lr * math.sqrt(images_per_step / base_batch),
-    )
+    resolved = {
+        "data": None,
+        "train": train,
+        "train_images": train_images,
+        "val": val,
+        "val_images": val_images,
+        "device": str(device),
+        "amp": amp,
+        "epochs": epochs,
+        "stage2_epochs": stage2,
+        "batch_size": batch_size,
+        "image_size": check_image_size(image_size),
+        "lr": lr,
+        "num_workers": workers,
+    }
+    return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.checkpoint import check_tensors, damage_told, load_archive
-from rtmdet_fast.training.config import TrainConfig
+from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.config import Settings
 from rtmdet_fast.training.distributed import process_count
 
 STATE: dict[str, type | tuple[type, ...]] = {
@@ -34,7 +34,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
 
 
-def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
+def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
     if not last.is_file():
         raise UserError(f"there is nothing to resume: {last}, written after each epoch, does not exist")
@@ -47,15 +47,14 @@ def read_training_state(last: Path, config: TrainConfig) -> dict[str, Any]:
                 raise UserError(f"{last} is damaged: its training state lacks {name!r}, or holds something else there")
         check_tensors(last, dict(_tensors(state)))
         figures = state["best_metrics"]
-        wanted = {"AP", "AP50", *(["segm_AP"] if config.task == "ins" else [])}
-        complete = state["best_epoch"] is None or figures.keys() >= wanted
+        complete = state["best_epoch"] is None or TASKS[settings.task].criterion in figures
         if not (complete and all(isinstance(value, float) for value in figures.values())):
             raise UserError(f"{last} is damaged: its best figures are missing, or no numbers")
-    for key, value in asdict(config).items():
+    for key, value in settings.as_json().items():
         before = state["config"].get(key)
-        if key not in RESUMABLE and before != (str(value) if isinstance(value, Path) else value):
+        if key not in RESUMABLE and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
-    if not (0 < state["epoch"] <= (config.epochs or 0) and 0 < state["iteration"] < 2**53):
+    if not (0 < state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
         raise UserError(f"{last} is damaged: it tells of epoch {state['epoch']}, step {state['iteration']}"[:400])
     processes = process_count()
     if len(state["samplers"]) != processes:

@@ -18,12 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rtmdet_fast.data.augment import Augmenter, Batch, collate, init_worker
-from rtmdet_fast.data.augment_rotated import RotatedAugmenter
+from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
-from rtmdet_fast.data.recipes import recipe_for, rotated_recipe
-from rtmdet_fast.data.tasks import open_dataset
+from rtmdet_fast.data.recipes import recipe_for
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
@@ -33,7 +31,8 @@ from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtmdet.layers import enable_sync_bn
 from rtmdet_fast.models.rtmdet.model import RTMDet
-from rtmdet_fast.training.config import TrainConfig, TrainResult, resolve
+from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import gather, join_processes
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
@@ -46,110 +45,79 @@ SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 
 def train(config: TrainConfig) -> TrainResult:
     """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
-    config = resolve(config)
-    rank, world_size = join_processes(torch.device(config.device))
+    settings = resolve(config)
+    rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
-        config = replace(config, progress=False, report=False)
-    assert (
-        config.train
-        and config.train_images
-        and config.lr
-        and config.image_size
-        and config.num_workers is not None
-        and config.stage2_epochs is not None
-        and config.epochs
-        and config.batch_size
-    )
-    device = torch.device(config.device)
-    out = config.out
+        settings = replace(settings, progress=False, report=False)
+    task, device, out = TASKS[settings.task], torch.device(settings.device), settings.out
     last, best = out / "last.pth", out / "best.pth"
-    if not (config.resume or config.overwrite):
+    if not (settings.resume or settings.overwrite):
         if last.exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
         if best.exists():
             raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
 
-    rotated = config.task == "rotated"
-    # The figure by which an epoch is the best; DOTA's mAP is at 0.5.
-    criterion = {"det": "AP", "ins": "segm_AP", "rotated": "AP50"}[config.task]
-    dataset = open_dataset(config.task, config.train, config.train_images, skip_bad=config.skip_bad, training=True)
+    dataset = task.open_dataset(settings.train, settings.train_images, skip_bad=settings.skip_bad, training=True)
     val_dataset = None
-    if config.val is not None and config.val_images is not None:
-        val_dataset = open_dataset(
-            config.task,
-            config.val,
-            config.val_images,
-            skip_bad=config.skip_bad,
+    if settings.val is not None and settings.val_images is not None:
+        val_dataset = task.open_dataset(
+            settings.val,
+            settings.val_images,
+            skip_bad=settings.skip_bad,
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
         )
-    recipe = recipe_for(config.size, config.image_size, masks=config.task == "ins")
     sampler = PlanSampler(
         len(dataset),
-        config.batch_size,
-        recipe,
-        config.seed,
-        config.num_workers,
+        settings.batch_size,
+        recipe_for(settings.size, settings.image_size),
+        settings.seed,
+        settings.num_workers,
         rank=rank,
         world_size=world_size,
     )
     loader = DataLoader(
-        RotatedAugmenter(dataset, rotated_recipe(config.image_size, dataset.class_names))
-        if rotated
-        else Augmenter(dataset, recipe),
+        task.augment(dataset, settings.size, settings.image_size),
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=config.num_workers,
+        num_workers=settings.num_workers,
         worker_init_fn=init_worker,
         pin_memory=device.type == "cuda",
-        persistent_workers=config.num_workers > 0,
+        persistent_workers=settings.num_workers > 0,
     )
 
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    model = RTMDet(config.size, config.task, class_names=dataset.class_names)
-    if config.init is not None:
-        checkpoint = read_checkpoint(resolve_weights(config.init))
-        model.load_weights(checkpoint)
-        before = checkpoint.class_names
-        if before and before != model.class_names and len(before) == len(model.class_names):
-            warnings.warn(
-                f"{config.init}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
-                f"({', '.join(model.class_names[:8])}, …) in that order",
-                stacklevel=2,
-            )
+    model = make_model(settings, dataset)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
-    model.image_size = config.image_size
-    if rotated:
-        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEMA(model, config.ema_momentum)
+    ema = ModelEMA(model, settings.ema_momentum)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, fused=device.type == "cuda"
+        parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    amp_dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+    amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
     if world_size > 1:
         enable_sync_bn(model)
         step_model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    if config.compile:
+    if settings.compile:
         step_model = torch.compile(step_model)
 
-    steps_per_epoch = math.ceil(len(sampler) / config.accumulate)
-    total = steps_per_epoch * config.epochs
-    warmup = config.warmup_iterations
+    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
+    total = steps_per_epoch * settings.epochs
+    warmup = settings.warmup_iterations
     if warmup is None:
         warmup = min(1000, total // 10)
     iteration = start_epoch = 0
     best_epoch, best_metrics = None, {}
-    if config.resume:
-        state = read_training_state(last, config)
+    if settings.resume:
+        state = read_training_state(last, settings)
         with damage_told(last):
             model.load_state_dict(state["model"])
             ema.model.load_state_dict(state["ema"])
@@ -159,37 +127,35 @@ def train(config: TrainConfig) -> TrainResult:
             torch.set_rng_state(state["torch_rng"])
         ema.step = iteration = state["iteration"]
         start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
-    elif config.overwrite and rank == 0:
+    elif settings.overwrite and rank == 0:
         remove_run(out)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     log = RunLog(out, iteration) if rank == 0 else None
     if log is not None:
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", settings.as_json())
     meter = Meter()
-    if config.resume:
+    if settings.resume:
         with damage_told(last):
             meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
     started, first_iteration = time.perf_counter(), iteration
     validating = 0.0
 
-    for epoch in range(start_epoch, config.epochs):
-        sampler.set_stage2(rotated or epoch >= config.epochs - config.stage2_epochs)
+    for epoch in range(start_epoch, settings.epochs):
+        sampler.set_stage2(not task.two_stages or epoch >= settings.epochs - settings.stage2_epochs)
         model.train()
         epoch_loss = torch.zeros((), device=device)
         batches = timed(iter(loader), meter)
-        bar = tqdm(
-            range(steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", disable=not config.progress, leave=False
-        )
+        name = f"epoch {epoch + 1}/{settings.epochs}"
+        bar = tqdm(range(steps_per_epoch), desc=name, disable=not settings.progress, leave=False)
         for step in bar:
-            lr = config.lr * learning_rate_factor(iteration, total, warmup)
+            lr = settings.lr * learning_rate_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            parts = min(config.accumulate, len(sampler) - step * config.accumulate)
+            parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
             for batch in itertools.islice(batches, parts):
                 batch = batch.to(device, non_blocking=True)
                 targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
-                with torch.autocast(device.type, amp_dtype, enabled=config.amp != "none"):
+                with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
                     losses = step_model(normalize(batch.images), targets)
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
@@ -219,29 +185,29 @@ def train(config: TrainConfig) -> TrainResult:
         if log is None:  # the first process alone validates and writes
             continue
         told = {"loss": epoch_loss.item()}
-        if val_dataset is not None and due(epoch + 1, config):
+        if val_dataset is not None and due(epoch + 1, settings):
             validation_started = time.perf_counter()
             evaluation = evaluate(
                 ema.model,
                 val_dataset,
-                batch_size=config.batch_size,
-                num_workers=config.num_workers,
-                progress=config.progress,
+                batch_size=settings.batch_size,
+                num_workers=settings.num_workers,
+                progress=settings.progress,
             )
             validating += time.perf_counter() - validation_started
             log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
             told |= {name: evaluation.metrics[name] for name in SHOWN if name in evaluation.metrics}
-            if best_epoch is None or evaluation.metrics[criterion] > best_metrics[criterion]:
+            if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
                 best_epoch, best_metrics = epoch + 1, evaluation.metrics
                 ema.model.save(best)
             meter.restart()
-        if config.progress:
-            figures = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
-            tqdm.write(f"epoch {epoch + 1}/{config.epochs}: {figures}")
+        if settings.progress:
+            figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in told.items())
+            tqdm.write(f"{name}: {figures}")
         ema.model.save(
             last,
             training={
-                "config": settings,
+                "config": settings.as_json(),
                 "model": model.state_dict(),
                 "ema": ema.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -263,22 +229,40 @@ def train(config: TrainConfig) -> TrainResult:
     seconds = time.perf_counter() - started
     pace = (seconds - validating) / max(iteration - first_iteration, 1)
     report = None
-    if config.report:
-        report = report_run(config, settings, dataset, val_dataset, best_epoch, seconds, pace)
+    if settings.report:
+        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
     skipped = {reason: len(what) for reason, what in dataset.skipped.items()}
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": len(what) for reason, what in val_dataset.skipped.items()}
     return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, skipped)
 
 
-def due(epoch: int, config: TrainConfig) -> bool:
+def make_model(settings: Settings, dataset: CocoDataset) -> RTMDet:
+    """The model to train on `dataset`, with the weights that it starts from."""
+    model = RTMDet(settings.size, settings.task, class_names=dataset.class_names)
+    if settings.init is not None:
+        checkpoint = read_checkpoint(resolve_weights(settings.init))
+        model.load_weights(checkpoint)
+        before = checkpoint.class_names
+        if before and before != model.class_names and len(before) == len(model.class_names):
+            warnings.warn(
+                f"{settings.init}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
+                f"({', '.join(model.class_names[:8])}, …) in that order",
+                stacklevel=2,
+            )
+    model.image_size = settings.image_size
+    if model.patch_size is not None:
+        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
+    return model
+
+
+def due(epoch: int, settings: Settings) -> bool:
     """Whether the epoch, counted from 1, ends with a validation."""
-    assert config.epochs is not None and config.stage2_epochs is not None
-    if epoch == config.epochs:
+    if epoch == settings.epochs:
         return True
-    if config.val_interval is not None:
-        return epoch % config.val_interval == 0
-    return epoch % max(config.epochs // 30, 1) == 0 or epoch > config.epochs - config.stage2_epochs
+    if settings.val_interval is not None:
+        return epoch % settings.val_interval == 0
+    return epoch % max(settings.epochs // 30, 1) == 0 or epoch > settings.epochs - settings.stage2_epochs
 
 
 def on_its_way(value: torch.Tensor) -> Callable[[], float]:
@@ -309,8 +293,7 @@ def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, i
 
 
 def report_run(
-    config: TrainConfig,
-    settings: dict[str, Any],
+    settings: Settings,
     dataset: CocoDataset,
     val_dataset: CocoDataset | None,
     best_epoch: int | None,
@@ -318,28 +301,28 @@ def report_run(
     pace: float,
 ) -> Path:
     """Evaluate the best weights once more, for curves and pictures, and write report.html."""
-    model = RTMDet.from_pretrained(config.out / "best.pth").to(config.device)
+    model = RTMDet.from_pretrained(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     samples = []
     if val_dataset is not None:
-        evaluation = evaluate(model, val_dataset, batch_size=config.batch_size or 8, progress=config.progress)
+        evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
         curves = evaluation.pr_curves
-        write_json(config.out / "metrics.json", metrics)
-        write_json(config.out / "detections.json", evaluation.detections, indent=None)
+        write_json(settings.out / "metrics.json", metrics)
+        write_json(settings.out / "detections.json", evaluation.detections, indent=None)
         for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
             sample = val_dataset.load(int(index))
             result = replace(model.predict(sample.image), path=sample.path)
             samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
     return write_report(
-        config.out / "report.html",
-        title=f"RTMDet-{config.size} on {dataset.annotation_path.name}",
-        history=read_metrics(config.out / "metrics.csv"),
+        settings.out / "report.html",
+        title=f"RTMDet-{settings.size} on {dataset.annotation_path.name}",
+        history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,
         samples=samples,
-        settings={**settings, "training images": len(dataset), "seconds per iteration": round(pace, 4)},
+        settings={**settings.as_json(), "training images": len(dataset), "seconds per iteration": round(pace, 4)},
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
     )

@@ -9,6 +9,7 @@ from pycocotools import mask
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.dota import DotaDataset
 from rtmdet_fast.evaluation.coco import METRICS, score_detections
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.inference.detections import Detections
@@ -190,3 +191,11 @@ def test_masks_are_not_evaluated_without_theirs(shared):
     dataset = CocoDataset(root / "instances_val.json", root / "val")
     with pytest.raises(UserError, match="masks=True"):
         evaluate(RTMDet("nano", "ins", class_names=dataset.class_names), dataset, progress=False)
+
+
+@pytest.mark.parametrize("task", ["det", "rotated"])
+def test_a_data_set_of_the_other_kind_of_boxes_is_refused(tmp_path, task):
+    upright = write_dataset(tmp_path)
+    dataset = upright if task == "rotated" else DotaDataset(upright.annotation_path, tmp_path)
+    with pytest.raises(UserError, match=f"boxes, but the model's task is '{task}'"):
+        evaluate(RTMDet("nano", task, class_names=("a", "b")), dataset, progress=False)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +221,17 @@ def test_recipe_defaults():
     assert resolve(TrainConfig(train="a", train_images="b", size="nano", device="cpu")).image_size == 320
 
 
+def test_the_command_lines_own_options_are_no_settings_of_the_run():
+    """A run goes on with another --json, or without."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(TrainConfig):
+        json: Path | None = None
+
+    settings = resolve(Command(train="a", train_images="b", json=Path("x.json"), device="cpu"))
+    assert settings.as_json().keys() == {field.name for field in fields(TrainConfig)}
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -300,8 +311,7 @@ def test_a_damaged_run_is_not_resumed(config, damage):
         case "folder":
             last.mkdir()
         case "two processes":
-            settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(resolve(config)).items()}
-            torch.save({"training": state | {"config": settings}}, last)
+            torch.save({"training": state | {"config": resolve(config).as_json()}}, last)
     word = {"two processes": "had 2 processes, and now there are 1", "no state": "no training state"}
     with pytest.raises(UserError, match=word.get(damage, r"last\.pth")):
         train(replace(config, resume=True))
@@ -556,6 +566,16 @@ def test_other_names_of_as_many_classes_are_told(config, tmp_path):
     model.save(tmp_path / "other.pth")
     with pytest.warns(UserWarning, match=r"its classes \(a, b, c, d, e, …\) are taken for those of the training data"):
         train(replace(config, out=tmp_path / "b", epochs=1, stage2_epochs=0, init=str(tmp_path / "other.pth")))
+
+
+def test_the_line_of_an_epoch_has_a_dash_for_what_was_not_measured(config, tmp_path, capsys):
+    content = json.loads(config.val.read_text())
+    content["annotations"] = []
+    val = tmp_path / "val.json"
+    val.write_text(json.dumps(content))
+    train(replace(config, val=val, epochs=1, stage2_epochs=0, progress=True))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: "))
+    assert line.endswith(", AP -, AP50 -")
 
 
 def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):

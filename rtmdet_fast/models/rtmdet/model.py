@@ -65,7 +65,7 @@ SIZES: dict[str, Callable[[], Architecture]] = {
     "l": rtmdet_l,
     "x": rtmdet_x,
 }
-TASKS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "ins": InstanceHead, "rotated": RotatedHead}
+HEADS: dict[str, type[DetectionHead]] = {"det": DetectionHead, "ins": InstanceHead, "rotated": RotatedHead}
 
 
 class RTMDet(Detector):
@@ -85,7 +85,7 @@ class RTMDet(Detector):
         super().__init__()
         image_size = default_image_size(size, task)
         architecture = SIZES[size]()
-        head = TASKS[task]
+        head = HEADS[task]
         self.size, self.task, self.image_size = size, task, image_size
         self.class_names = resolve_class_names(num_classes, class_names, head.published_classes)
         self.patch_size = image_size if head.in_windows else None
@@ -198,6 +198,6 @@ def default_image_size(size: str, task: str) -> int:
     """Side of the network input in pixels that a published model has. UserError where there is none such."""
     if size not in SIZES:
         raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
-    if task not in TASKS:
-        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
-    return TASKS[task].image_size or SIZES[size]().image_size
+    if task not in HEADS:
+        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(HEADS)}")
+    return HEADS[task].image_size or SIZES[size]().image_size
