@@ -127,7 +127,7 @@ def hostile(rng, content, canary):
         Runs(subprocess.check_call, ["touch", str(canary)]),
         Runs(Path.touch, canary),
         Runs(shutil.copy, __file__, canary),
-        Runs(getattr, os, "environ"),
+        Runs(os.mkdir, str(canary)),
     ]
     payload = runs[rng.integers(len(runs))]
     if rng.random() < 0.3:
