@@ -56,7 +56,7 @@ def run_predict(config: PredictConfig) -> Outcome:
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
     if config.format == "dota" and model.task != "rotated":
         raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
-    if config.format == "dota" and (wrong := [name for name in model.class_names if {*"/\0"} & {*name}]):
+    if config.format == "dota" and (wrong := [name for name in model.class_names if not _names_file(name)]):
         raise UserError(f"--format dota names a file after each class, which {wrong[0]!r} cannot be")
     source = iter_sources(config.source, skip_bad=config.skip_bad)
     images: list[dict[str, Any]] = []
@@ -136,6 +136,10 @@ def run_predict(config: PredictConfig) -> Outcome:
         "predictions": str(predictions),
     }
     return Outcome(summary, lines)
+
+
+def _names_file(name: str) -> bool:
+    return not {*"/\0"} & {*name} and name.encode(errors="replace").decode() == name
 
 
 def area_of(entry: dict[str, Any]) -> float:

@@ -307,7 +307,7 @@ def write_task1(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"Task1_{name}.txt" for name in class_names]
     for path, content in zip(paths, lines, strict=True):
-        path.write_text("".join(content), encoding="utf-8")
+        path.write_text("".join(content), encoding="utf-8", errors="surrogateescape")  # a file's name, byte by byte
     return paths
 
 

@@ -161,8 +161,9 @@ class VideoWriter:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+            name = _utf8(str(self.path))
             codec = "MJPG" if self.path.suffix.lower() == ".avi" else "mp4v"
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self.fps, size)
+            self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*codec), self.fps, size)
             self._size = size
             if not self._writer.isOpened():
                 self._writer = None
@@ -231,11 +232,20 @@ def _video_frames(address: str, stem: str, path: str | None, first: int) -> Iter
 def _open_video(address: str) -> Any:
     import cv2
 
-    capture = cv2.VideoCapture(int(address) if address.isdecimal() else address)
+    capture = cv2.VideoCapture(int(address) if address.isdecimal() else _utf8(address))
     if not capture.isOpened():
         kind = "camera" if address.isdecimal() else "video"
         raise UserError(f"cannot open the {kind} {address}: it is missing, in use, damaged or of an unknown format")
     return capture
+
+
+def _utf8(name: str) -> str:
+    """`name` itself; UserError where it is not UTF-8, on which OpenCV crashes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r}: OpenCV takes no video whose name is not UTF-8; rename it") from None
+    return name
 
 
 def _count_frames(paths: list[Path]) -> int | None:
@@ -246,7 +256,10 @@ def _count_frames(paths: list[Path]) -> int | None:
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             total += 1
             continue
-        capture = cv2.VideoCapture(str(path))
+        try:
+            capture = cv2.VideoCapture(_utf8(str(path)))
+        except UserError:  # which the iteration tells
+            return None
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if frames <= 0:

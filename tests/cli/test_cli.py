@@ -154,6 +154,24 @@ def test_predict_takes_images_folders_patterns_and_videos_at_once(weights, shape
     assert all((tmp_path / "p" / image["file_name"]).exists() for image in told if "in_" not in image["file_name"])
 
 
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_dotas_files_name_any_image(tmp_path, capsys):
+    torch.manual_seed(0)
+    for name, code in (("ship", 0), ("\ud800", 2), ("a/b", 2)):
+        model = RTMDet("nano", "rotated", class_names=[name])
+        for conv in model.bbox_head.rtm_reg:
+            torch.nn.init.constant_(conv.bias, 1.5)
+        model.image_size = 64
+        model.save(tmp_path / "w.pth")
+        path = os.path.join(os.fsencode(tmp_path), b"\xff.png")
+        with open(path, "wb") as file:
+            file.write(cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
+        arguments = ["--weights", tmp_path / "w.pth", os.fsdecode(path), "--out", tmp_path / "p"]
+        assert run("predict", *arguments, "--format", "dota", "--score-threshold", 0) == code
+    assert (tmp_path / "p/Task1/Task1_ship.txt").read_bytes().startswith(b"\xff 0.")
+    assert "names a file after each class" in capsys.readouterr().err
+
+
 def test_an_interrupted_predict_keeps_what_it_found(weights, shapes, tmp_path, monkeypatch):
     saved = []
 

@@ -55,6 +55,7 @@ PATHS = [
     "ann.json", "images", "w.pth", "empty", "file", "file/below", "nowhere", ".", "", "x" * 300, "a b", "円", "\udcff",
     "a\nb", "images/*.png", "images/[", "**", "bad.png", "bad.json", "bad.pth", "video.mp4", "/dev/null", "~nobody/x",
     "0", "97", "rtsp://127.0.0.1:1/x", "rtmdet-tiny", "--", "-", "\0", "labels", "link", "loop", "'", "%s", "../images",
+    "\udcff.png", "\udcff.mp4",
 ]  # fmt: skip
 WORDS = [
     "det", "ins", "rotated", "cpu", "cuda", "cuda:99", "meta", "auto", "nano", "tiny", "bf16", "coco", "dota", "None",
@@ -89,6 +90,9 @@ def library(tmp_path_factory):
     for value in range(3):
         video.write(np.full((48, 64, 3), 40 * value, np.uint8))
     video.release()
+    if sys.platform == "linux":  # elsewhere file names are Unicode
+        shutil.copy(next((folder / "images").iterdir()), folder / "\udcff.png")
+        shutil.copy(folder / "video.mp4", folder / "\udcff.mp4")
     return folder
 
 

@@ -1,4 +1,5 @@
 import logging
+import sys
 
 import cv2
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from full_disk import room_for
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.images import write_image
 from rtmdet_fast.inference.sources import VideoWriter, iter_sources
 
 
@@ -138,6 +140,24 @@ def test_several_sources_are_read_in_their_order_each_file_once(tmp_path, monkey
         iter_sources([tmp_path / "x", "missing.jpg"])
     with pytest.raises(UserError, match="give an image"):
         iter_sources([])
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_names_that_are_not_utf8(tmp_path):
+    """OpenCV crashes on them."""
+    picture(tmp_path / "a.png").rename(tmp_path / "\udcff.png")
+    clip(tmp_path / "a.mp4").rename(tmp_path / "\udcff.mp4")
+    source = iter_sources(tmp_path, skip_bad=True)
+    (frame,) = source
+    assert source.total is None and source.unreadable == [str(tmp_path / "\udcff.mp4")]
+    image = frame.image
+    assert write_image(tmp_path / "out" / frame.name, image).exists()
+    with pytest.raises(UserError, match="use a name that ends in"):
+        write_image(tmp_path / "a.\udcff", image)
+    with pytest.raises(UserError, match=r"\\udcff.mp4': OpenCV takes no video whose name is not UTF-8"):
+        list(iter_sources(tmp_path / "\udcff.mp4"))
+    with pytest.raises(UserError, match="not UTF-8"), VideoWriter(tmp_path / "\udcff.avi") as video:
+        video.write(image)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
