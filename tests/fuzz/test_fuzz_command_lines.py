@@ -205,7 +205,7 @@ def test_an_odd_command_line_works_or_is_one_sentence(library, tmp_path, monkeyp
     monkeypatch.setattr(shapes_module, "make_shapes", few_shapes)
     assert demo.PredictConfig is PredictConfig
     strays.clear()
-    watched.append(here)
+    watched.append(tmp_path)
     try:
         code = main(line)
     except SystemExit as stop:
