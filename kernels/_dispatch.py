@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rtmdet_fast.errors import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -22,15 +24,22 @@ else:
 
 # "auto" (default), "torch" (debugging, A/B timing) or "triton" (with TRITON_INTERPRET=1, on a CPU too)
 BACKEND = os.environ.get("RTMDET_FAST_KERNELS", "auto")
-if BACKEND not in ("auto", "torch", "triton"):
-    raise ValueError(f"RTMDET_FAST_KERNELS={BACKEND!r}: expected auto, torch or triton")
-if BACKEND == "triton" and not AVAILABLE:
-    raise ImportError("RTMDET_FAST_KERNELS=triton, but triton is not installed")
+
+
+def check_backend() -> None:
+    """Raises UserError where RTMDET_FAST_KERNELS is none of the three; not at import, where no command tells it."""
+    if BACKEND not in ("auto", "torch", "triton"):
+        raise UserError(f"RTMDET_FAST_KERNELS is {BACKEND!r:.40}: give auto, torch or triton")
+    if BACKEND == "triton" and not AVAILABLE:
+        raise UserError("RTMDET_FAST_KERNELS is triton, which is not installed: give auto or torch")
 
 
 def use_triton(x: torch.Tensor) -> bool:
     """True where the Triton op takes `x`; an explicit `triton` never falls back in silence."""
-    return BACKEND == "triton" or (BACKEND == "auto" and AVAILABLE and x.is_cuda)
+    if BACKEND == "auto":
+        return AVAILABLE and x.is_cuda
+    check_backend()
+    return BACKEND == "triton"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -16,9 +16,10 @@ def pick_device(name: str) -> torch.device:
         name = local if name == "cuda" or torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        torch.ones(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last where a backend is a package of its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--device {name!r} cannot be used here: {reason}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL gathers objects
     return device

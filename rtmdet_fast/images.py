@@ -200,7 +200,8 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
     import cv2
 
     path = Path(path)
-    known = path.suffix and cv2.haveImageWriter(path.name)
+    # OpenCV crashes on a name that is not UTF-8
+    known = path.suffix and path.suffix.isascii() and cv2.haveImageWriter(f"x{path.suffix}")
     done, encoded = cv2.imencode(path.suffix, image) if known else (False, np.empty(0))
     if not done:
         raise UserError(f"cannot write an image to {path}: use a name that ends in .jpg or .png")

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rtmdet_fast.cli import main
 from rtmdet_fast.devices import pick_device
-from rtmdet_fast.kernels import assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
-from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, wrap_triton
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.kernels import _dispatch, assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
+from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, use_triton, wrap_triton
 
 
 def twice(x: Tensor, times: int) -> Tensor:
@@ -79,14 +81,42 @@ def test_every_triton_op_has_a_kernel_for_gpus(module):
 
 def test_processes_take_the_gpu_that_torchrun_gives_them(monkeypatch):
     current = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
     expected = [torch.device("cuda:3")] * 2 + [torch.device("cuda:1")]
     assert [pick_device(name) for name in ("auto", "cuda", "cuda:1")] == current == expected
     assert pick_device("cpu") == torch.device("cpu") and len(current) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["meta", "hpu", "privateuseone", "mps", "vulkan", "mtia", "", "cuda:-1", "cuda:99", "tpu", "xla", "opengl"]
+)
+def test_a_device_that_holds_no_values_is_one_sentence(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(UserError, match=rf"^--device {name!r} cannot be used here: .+$"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(("backend", "rest"), [("bogus", "give auto, torch or triton"), ("triton", "not installed")])
+def test_an_unknown_backend_is_one_sentence(monkeypatch, capsys, backend, rest):
+    monkeypatch.setattr(_dispatch, "BACKEND", backend)
+    monkeypatch.setattr(_dispatch, "AVAILABLE", False)
+    with pytest.raises(UserError, match=rf"^RTMDET_FAST_KERNELS is .*{backend}.*{rest}"):
+        use_triton(torch.zeros(1))
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("error: RTMDET_FAST_KERNELS is ")
+
+
+def test_an_unknown_backend_does_not_end_the_import():
+    environment = {**os.environ, "RTMDET_FAST_KERNELS": "bogus"}
+    command = [sys.executable, "-m", "rtmdet_fast", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: RTMDET_FAST_KERNELS is 'bogus': give auto, torch or triton\n"
 
 
 @pytest.mark.parametrize("task", ["det", "ins", "rotated"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +18,23 @@ from rtmdet_fast import __version__
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.info import InfoConfig, run_info
+from rtmdet_fast.cli.output import Outcome, one_line
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
 from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.files import write_json
+from rtmdet_fast.kernels._dispatch import check_backend
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class name must not end a command where the console lacks a letter
+            stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
         print(f"rtmdet-fast {__version__}")
         return 0
-
-    import torch
 
     from rtmdet_fast.training.config import TrainConfig
 
@@ -39,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         """Write the result to this file."""
 
     TrainCommand.__doc__ = TrainConfig.__doc__
-    commands: dict[type, Callable[[Any], dict[str, Any]]] = {
+    commands: dict[type, Callable[[Any], Outcome]] = {
         TrainCommand: run_train,
         EvalConfig: run_eval,
         PredictConfig: run_predict,
@@ -59,28 +64,47 @@ def main(arguments: list[str] | None = None) -> int:
         description="RTMDet: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a class name must not end a command where the console lacks a letter
-            stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
+    threading.excepthook = _tell_of_thread
     try:
-        found = commands[type(config)](config)
-        if config.json is not None:
-            write_json(config.json, found)
+        check_backend()
+        if "\0" in "".join(arguments):  # only of a caller in Python
+            raise UserError("an argument holds the character NUL, which no path or name can")
+        outcome = commands[type(config)](config)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+            outcome.publish(config.json)
     except UserError as error:
-        # A loader process wraps the sentence in its traceback, whose last line it is.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("rtmdet_fast.errors.UserError: ")
-        print(f"error: {sentence}", file=sys.stderr)
+        # a loader process wraps the sentence in its traceback
+        print(f"error: {one_line(str(error).rpartition('rtmdet_fast.errors.UserError: ')[2])}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        hint = "a smaller --batch-size or --image-size needs less"
-        print(f"error: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
+        print(f"error: {error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
         print("interrupted" + ("; the training goes on with --resume" if begun else ""), file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        settings = [name for name in ("batch_size", "image_size", "num_workers", "workers") if hasattr(config, name)]
+        options = " or ".join(f"--{name.replace('_', '-')}" for name in settings)
+        hint = f"; a smaller {options} needs less" if options else ""
+        print(f"error: out of memory ({one_line(str(error)) or type(error).__name__}){hint}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python and NumPy, of a GPU, of PyTorch on a CPU, of OpenCV, or of a loader process that the system ended."""
+    import torch
+
+    told = ("DefaultCPUAllocator", "Insufficient memory", "is killed by signal: Killed", "Cannot allocate memory")
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in told)
+
+
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its OSError to who writes next, and that is told."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
 
 LR = {"rotated": 1e-3}  # at 2e-3, which boxes and masks take, the angles get worse again after the third epoch
@@ -29,7 +29,7 @@ class DemoConfig:
     """Write the figures to this file."""
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
+def run_demo(config: DemoConfig) -> Outcome:
     from rtmdet_fast.data.shapes import make_shapes, shapes_paths
     from rtmdet_fast.training.config import TrainConfig, resolve
     from rtmdet_fast.training.train import train
@@ -62,24 +62,29 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         flush=True,
     )
     result = train(training)
-    summary = run_predict(
+    pictures = run_predict(
         PredictConfig(
-            source=str(shapes.val_images),
+            source=(str(shapes.val_images),),
             weights=str(result.best),
             out=config.out / "pictures",
             device=config.device,
             limit=24,
         )
     )
-    print(f"\nAP50 {result.metrics['AP50']:.3f}, AP {result.metrics['AP']:.3f} on {shapes.val_ann}")
+    lines = [
+        *pictures.lines,
+        "",
+        f"AP50 {result.metrics['AP50']:.3f}, AP {result.metrics['AP']:.3f} on {shapes.val_ann}",
+    ]
     if "segm_AP" in result.metrics:
-        print(f"of masks: AP50 {result.metrics['segm_AP50']:.3f}, AP {result.metrics['segm_AP']:.3f}")
-    print(f"look at   {result.report}\n          {summary['out']}/*.jpg")
-    return {
+        lines.append(f"of masks: AP50 {result.metrics['segm_AP50']:.3f}, AP {result.metrics['segm_AP']:.3f}")
+    lines += [f"look at   {result.report}", f"          {pictures.found['out']}/*.jpg"]
+    found = {
         **result.metrics,
         "seconds": result.seconds,
         "seconds_per_iteration": result.seconds_per_iteration,
         "weights": str(result.best),
         "report": str(result.report),
-        "pictures": summary["out"],
+        "pictures": pictures.found["out"],
     }
+    return Outcome(found, lines)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rtmdet_fast.cli.output import figure, print_skipped
+from rtmdet_fast.cli.output import Outcome, figure, skipped_lines
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +40,15 @@ class EvalConfig:
     """Write the figures to this file."""
 
 
-def run_eval(config: EvalConfig) -> dict[str, Any]:
+def run_eval(config: EvalConfig) -> Outcome:
     from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.models.rtmdet.model import RTMDet
     from rtmdet_fast.tasks import TASKS
+    from rtmdet_fast.training.config import check_bounds
 
+    check_bounds(config)
     annotations, images = config.ann, config.images
     if config.data is not None:
         if annotations or images:
@@ -72,24 +72,21 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
     )
     seconds = time.perf_counter() - started
-    for name, value in evaluation.metrics.items():
-        print(f"{name:10} {figure(value)}")
+    lines = [f"{name:10} {figure(value)}" for name, value in evaluation.metrics.items()]
     width = max(len(name) for name in evaluation.per_class)
     columns = next(iter(evaluation.per_class.values()))
-    print(f"\n{'class':{width}} " + " ".join(f"{column:>9}" for column in columns))
+    lines += ["", f"{'class':{width}} " + " ".join(f"{column:>9}" for column in columns)]
     for name, figures in evaluation.per_class.items():
-        print(f"{name:{width}} " + " ".join(f"{figure(value):>9}" for value in figures.values()))
-    print()
-    told = (dataset.skipped, dataset.noticed)
-    print_skipped(*({reason: len(what) for reason, what in counted.items()} for counted in told))
+        lines.append(f"{name:{width}} " + " ".join(f"{figure(value):>9}" for value in figures.values()))
+    counts = ({reason: len(what) for reason, what in told.items()} for told in (dataset.skipped, dataset.noticed))
+    lines += ["", *skipped_lines(*counts)]
     unreadable = f", {evaluation.skipped} of them unreadable and skipped" if evaluation.skipped else ""
-    print(f"{len(dataset)} images in {seconds:.1f} s{unreadable}")
-    if config.detections is not None:
-        write_json(config.detections, evaluation.detections)
-    return {
+    lines.append(f"{len(dataset)} images in {seconds:.1f} s{unreadable}")
+    found = {
         **evaluation.metrics,
         "per_class": evaluation.per_class,
         "images": len(dataset),
         "skipped": evaluation.skipped,
         "seconds": seconds,
     }
+    return Outcome(found, lines, {} if config.detections is None else {config.detections: evaluation.detections})

@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from rtmdet_fast.cli.output import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class InfoConfig:
     """Write it to this file too."""
 
 
-def run_info(config: InfoConfig) -> dict[str, Any]:
+def run_info(config: InfoConfig) -> Outcome:
     import torch
 
     from rtmdet_fast.kernels._dispatch import AVAILABLE, BACKEND
@@ -39,6 +40,8 @@ def run_info(config: InfoConfig) -> dict[str, Any]:
         "kernels": "triton" if triton_runs else "torch",
         "weights": sorted(PRETRAINED),
     }
-    for name, value in found.items():
-        print(f"{name:14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
-    return found
+    lines = [
+        f"{name:14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}"
+        for name, value in found.items()
+    ]
+    return Outcome(found, lines)

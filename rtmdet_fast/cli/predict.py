@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
+from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_json
 
@@ -18,8 +20,8 @@ from rtmdet_fast.files import write_json
 class PredictConfig:
     """Detect objects in images or videos; write pictures with boxes and predictions.json (COCO results form)."""
 
-    source: tyro.conf.Positional[str]
-    """An image, a folder, a quoted pattern such as "photos/*.jpg", a video, or a camera's number."""
+    source: tyro.conf.Positional[tuple[str, ...]]
+    """Images, videos, folders and quoted patterns such as "photos/*.jpg", as many as wanted; or a camera's number."""
     weights: str
     """Weights file, or a published name such as rtmdet-tiny."""
     out: Path = Path("runs/predict")
@@ -43,16 +45,18 @@ class PredictConfig:
     """Write a summary to this file."""
 
 
-def run_predict(config: PredictConfig) -> dict[str, Any]:
+def run_predict(config: PredictConfig) -> Outcome:
     from rtmdet_fast.data.dota import write_task1
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.inference.sources import VideoWriter, iter_sources
     from rtmdet_fast.models.rtmdet.model import RTMDet
 
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f"--limit is {config.limit}; it must be at least 1")
     model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
     if config.format == "dota" and model.task != "rotated":
         raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
-    if config.format == "dota" and (wrong := [name for name in model.class_names if "/" in name]):
+    if config.format == "dota" and (wrong := [name for name in model.class_names if not _names_file(name)]):
         raise UserError(f"--format dota names a file after each class, which {wrong[0]!r} cannot be")
     source = iter_sources(config.source, skip_bad=config.skip_bad)
     images: list[dict[str, Any]] = []
@@ -63,53 +67,67 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
     video: VideoWriter | None = None
     video_path: str | None = None
     config.out.mkdir(parents=True, exist_ok=True)
+    predictions = config.out / "predictions.json"
+    total = source.total if config.limit is None else min(source.total or config.limit, config.limit)
+
+    def write_found() -> None:
+        categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, start=1)]
+        write_json(predictions, {"images": images, "annotations": annotations, "categories": categories})
+        if config.format == "dota":
+            write_task1(config.out / "Task1", model.class_names, found)
+
     started = time.perf_counter()
     try:
-        for frame in tqdm(source, total=source.total, desc="predict", unit="img"):
-            if config.limit is not None and len(images) >= config.limit:
-                break
-            results = model.predict(
-                frame.image,
-                score_threshold=config.score_threshold,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-            )
-            if config.format == "dota":
-                fields = (results.boxes, results.scores, results.labels)
-                stem = Path(frame.name).stem
-                if (twin := stems.setdefault(stem, frame.name)) != frame.name:
-                    raise UserError(f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them")
-                found.append((stem, *(field.numpy() for field in fields)))
-            image_id = len(images) + 1
-            height, width = results.shape
-            images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
-            for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
-                annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
-            # the frames of a video are named after it and numbered
-            target = config.out / (f"{frame.name.rsplit('_', 1)[0]}.mp4" if frame.is_video else frame.name)
-            if target.resolve() in inputs:
-                raise UserError(f"{target} is one of the files to look at: --out is for a folder of its own")
-            if not frame.is_video:
-                results.save(target)
-                continue
-            if video is None or frame.path != video_path:
-                if video is not None:
-                    video.close()
-                video, video_path = VideoWriter(target, frame.fps), frame.path
-            video.write(results.plot())
-    finally:
-        if video is not None:
-            video.close()
+        try:
+            for frame in tqdm(itertools.islice(source, config.limit), total=total, desc="predict", unit="img"):
+                # the frames of a video are named after it and numbered
+                target = config.out / (f"{frame.name.rsplit('_', 1)[0]}.mp4" if frame.is_video else frame.name)
+                if target.resolve() in inputs:
+                    raise UserError(f"{target} is one of the files to look at: --out is for a folder of its own")
+                results = model.predict(
+                    frame.image,
+                    score_threshold=config.score_threshold,
+                    image_size=config.image_size,
+                    patch_size=config.patch_size,
+                )
+                if config.format == "dota":
+                    fields = (results.boxes, results.scores, results.labels)
+                    stem = Path(frame.name).stem
+                    if (twin := stems.setdefault(stem, frame.name)) != frame.name:
+                        raise UserError(
+                            f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them"
+                        )
+                    found.append((stem, *(field.numpy() for field in fields)))
+                image_id = len(images) + 1
+                height, width = results.shape
+                images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
+                for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
+                    annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
+                if not frame.is_video:
+                    results.save(target)
+                    continue
+                if video is None or frame.path != video_path:
+                    if video is not None:
+                        video.close()
+                    video, video_path = VideoWriter(target, frame.fps), frame.path
+                video.write(results.plot())
+        finally:
+            if video is not None:
+                video.close()
+    except BaseException as error:  # an unreadable file, or Ctrl-C before a camera
+        if images:
+            write_found()
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; what was found before that is in {predictions}") from error
+        raise
+    write_found()
     seconds = time.perf_counter() - started
-    categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, start=1)]
-    predictions = config.out / "predictions.json"
-    write_json(predictions, {"images": images, "annotations": annotations, "categories": categories})
-    if config.format == "dota":
-        write_task1(config.out / "Task1", model.class_names, found)
     skipped = f", {len(source.unreadable)} unreadable files skipped" if source.unreadable else ""
-    print(f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}")
-    print(f"pictures in {config.out}, boxes in {predictions}")
-    return {
+    lines = [
+        f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}",
+        f"pictures in {config.out}, boxes in {predictions}",
+    ]
+    summary = {
         "images": len(images),
         "detections": len(annotations),
         "unreadable": source.unreadable,
@@ -117,6 +135,11 @@ def run_predict(config: PredictConfig) -> dict[str, Any]:
         "out": str(config.out),
         "predictions": str(predictions),
     }
+    return Outcome(summary, lines)
+
+
+def _names_file(name: str) -> bool:
+    return not {*"/\0"} & {*name} and name.encode(errors="replace").decode() == name
 
 
 def area_of(entry: dict[str, Any]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rtmdet_fast.cli.output import print_skipped
+from rtmdet_fast.cli.output import Outcome, skipped_lines
 from rtmdet_fast.errors import UserError
 
 
@@ -41,7 +41,7 @@ class SplitConfig:
     """Write the figures to this file."""
 
 
-def run_split(config: SplitConfig) -> dict[str, Any]:
+def run_split(config: SplitConfig) -> Outcome:
     from rtmdet_fast.data.layout import find_dota_splits
     from rtmdet_fast.data.split import SplitSettings, split_images
 
@@ -56,6 +56,7 @@ def run_split(config: SplitConfig) -> dict[str, Any]:
         assert config.data is not None
         sources = find_dota_splits(config.data)
     found: dict[str, Any] = {}
+    lines = []
     for name, (labels, images) in sources.items():
         out = config.out / name
         summary = split_images(
@@ -68,9 +69,11 @@ def run_split(config: SplitConfig) -> dict[str, Any]:
             overwrite=config.overwrite,
         )
         before = f" ({summary.patches - summary.written} there before)" if summary.written < summary.patches else ""
-        print(f"{out}: {summary.patches} patches{before} of {summary.images} images, {summary.boxes} boxes, ", end="")
-        print(f"{summary.cut} of them marked difficult for being cut off")
+        lines.append(
+            f"{out}: {summary.patches} patches{before} of {summary.images} images, {summary.boxes} boxes, "
+            f"{summary.cut} of them marked difficult for being cut off"
+        )
         skipped = {reason: len(what) for reason, what in summary.skipped.items()}
-        print_skipped(skipped | ({"box without area": summary.no_area} if summary.no_area else {}))
+        lines += skipped_lines(skipped | ({"box without area": summary.no_area} if summary.no_area else {}), {})
         found[name or "patches"] = asdict(summary)
-    return {**found, "out": str(config.out)}
+    return Outcome({**found, "out": str(config.out)}, lines)

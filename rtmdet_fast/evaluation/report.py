@@ -7,6 +7,7 @@ import io
 import math
 import platform
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -20,7 +21,7 @@ import torch
 
 from rtmdet_fast.data.masks import Outlines
 from rtmdet_fast.files import write_atomically
-from rtmdet_fast.inference.drawing import draw_detections
+from rtmdet_fast.inference.drawing import draw_detections, one_line_name
 from rtmdet_fast.inference.results import Results
 
 Row = Mapping[str, Any]
@@ -193,11 +194,10 @@ def _training(history: Sequence[Row]) -> str:
             if (ok := np.isfinite(at) & np.isfinite(y)).any()
         ]
 
-    validated = [row for row in history if not math.isnan(_ap(row.get("AP")))]
     ap_curves = [
-        _Curve(key, _column(validated, "epoch"), _column(validated, key), color)
+        _Curve(key, epoch[measured], values[measured], color)
         for key, color in zip(("AP", "AP50", "segm_AP", "segm_AP50"), LINE_COLORS, strict=False)
-        if validated and np.isfinite(_column(validated, key)).any()
+        if (measured := np.isfinite(values := np.array([_ap(row.get(key)) for row in history]))).any()
     ]
     losses = {"loss": "total", "loss_cls": "classification", "loss_bbox": "box", "loss_mask": "mask"}
     charts = (
@@ -258,7 +258,7 @@ def _precision_recall(per_class: Mapping[str, Row], pr_curves: PRCurves) -> str:
     named = ranked if len(ranked) <= MAX_NAMED_CURVES else ranked[: half - 1] + ranked[-half:]
     lines = [_Curve(None, *curves[name], "#88888866", 0.8) for name in ranked if name not in named]
     colors = dict(zip(named, LINE_COLORS, strict=False))
-    lines += [_Curve(f"{ap50(name):.3f} {name}", *curves[name], colors[name], 1.4) for name in named]
+    lines += [_Curve(f"{ap50(name):.3f} {one_line_name(name)}", *curves[name], colors[name], 1.4) for name in named]
     grids = [recall for recall, _ in curves.values()]
     if len(curves) > 1 and all(np.array_equal(grids[0], grid) for grid in grids):
         mean = np.nanmean([p for _, p in curves.values()], axis=0)
@@ -312,7 +312,10 @@ def _chart(
             axes.legend(frameon=False, fontsize=9, **(beside if len(curves) > 4 else {}))
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():
+            # matplotlib's font lacks letters; the browser, which gets them as text, has others
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"

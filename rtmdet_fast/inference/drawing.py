@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from rtmdet_fast.geometry.rotated import boxes_to_quads
 
 Array = np.ndarray | Tensor
 MASK_OPACITY = 0.45
+MAX_LETTERS = 60
 
 
 class Masks(Protocol):
@@ -50,6 +53,8 @@ def draw_detections(
     scores: [n], or None for ground truth
     line_width: in pixels, by default by the size of the image
     masks: in pixels of `image`; each is filled so that the image shows through, within a solid contour
+    Boxes that are not finite are left out. A name with letters that the font lacks is drawn as "#" and its label, of
+    which a warning tells.
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
     each other, the better score keeps its label and the other box goes without; so do the last boxes of a picture so
     small, or so crowded, that labels would cover more than a quarter of it.
@@ -60,6 +65,9 @@ def draw_detections(
     boxes_np = _array(boxes, np.float32)
     labels_np = _array(labels, np.int64)
     scores_np = None if scores is None else _array(scores, np.float32)
+    finite = np.flatnonzero(np.isfinite(boxes_np).all(-1))
+    boxes_np, labels_np = boxes_np[finite], labels_np[finite]
+    scores_np = None if scores_np is None else scores_np[finite]
     if not len(boxes_np):
         return canvas
     height, width = canvas.shape[:2]
@@ -71,7 +79,7 @@ def draw_detections(
     order = np.arange(len(boxes_np)) if scores_np is None else np.argsort(-scores_np, kind="stable")
     if masks is not None:
         for i in order[::-1]:
-            _put_mask(canvas, masks.region(int(i)), class_color(int(labels_np[i])), line)
+            _put_mask(canvas, masks.region(int(finite[i])), class_color(int(labels_np[i])), line)
     rotated = boxes_np.shape[1] == 5
     if rotated:
         quads = boxes_to_quads(boxes_np).reshape(-1, 4, 2).clip(-1e5, 1e5)
@@ -90,7 +98,7 @@ def draw_detections(
     taken = np.zeros((height, width), bool)
     left = height * width / 4
     for i in order:
-        text = str(names[labels_np[i]])
+        text = drawable_name(str(names[labels_np[i]]), int(labels_np[i]))
         if scores_np is not None:
             text += f" {scores_np[i]:.2f}"
         glyphs = _text(text, font_size)
@@ -155,6 +163,22 @@ def _put_label(canvas: np.ndarray, glyphs: np.ndarray, x: int, y: int, color: tu
     patch[:] = np.array(color, dtype=np.float32) * (1 - alpha) + ink * alpha
 
 
+def one_line_name(name: str) -> str:
+    """A class name for a place that takes one line of valid Unicode: what cannot be there is a space or U+FFFD."""
+    name = " ".join(name.split())
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
+
+
+@lru_cache(maxsize=4096)
+def drawable_name(name: str, label: int) -> str:
+    """What stands for a class on a picture: its name, cut where it is very long, or "#" and the label, told once."""
+    name = one_line_name(name)
+    if not all(_charmap().get_char_index(ord(c)) for c in name):
+        warnings.warn(f"on pictures #{label} stands for the class {name!r}, as their font lacks letters", stacklevel=2)
+        return f"#{label}"
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+
+
 @lru_cache(maxsize=4096)
 def _text(text: str, size: int) -> np.ndarray:
     """Opacity of the letters with a small margin, [h, w] uint8."""
@@ -171,8 +195,20 @@ def _text(text: str, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _font(size: int):  # type: ignore[no-untyped-def]  # PIL's type, and PIL is imported here
-    """DejaVu Sans, which comes with matplotlib: cv2's own letters are ASCII only and coarse when small."""
-    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+    return ImageFont.truetype(_font_file(), size)
+
+
+@lru_cache(maxsize=1)
+def _charmap():  # type: ignore[no-untyped-def]  # matplotlib's type; Pillow does not tell what a font lacks
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(_font_file())
+
+
+def _font_file() -> str:
+    """DejaVu Sans, which comes with matplotlib: cv2's own letters are ASCII only and coarse when small."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))

@@ -1,4 +1,4 @@
-"""Where `predict` reads from: a file, folder, glob pattern, video, camera or stream; and a video writer."""
+"""Where `predict` reads from: files, folders, glob patterns, videos, a camera or stream; and a video writer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,8 @@ class Source:
             yield from _video_frames(self.camera, "camera", None, 0)
             return
         # Names are relative to what the files have in common, so that a/1.jpg and b/1.jpg stay apart.
-        base = os.path.commonpath([path.parent.absolute() for path in self.paths])
-        names = [os.path.relpath(path.absolute(), base) for path in self.paths]
+        base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self.paths])
+        names = [os.path.relpath(path, base) for path in self.paths]
         # So do clip.avi and clip.mp4.
         stems = Counter(os.path.splitext(name)[0] for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
         self.unreadable = []
@@ -81,7 +81,7 @@ class Source:
                     frame = next(frames, None)
                 except UserError as error:
                     if not self.skip_bad:
-                        raise
+                        raise UserError(f"{error}; --skip-bad goes on over such files") from error
                     log.warning("%s", error)
                     self.unreadable.append(str(path))
                     break
@@ -91,19 +91,35 @@ class Source:
                 index += 1
 
 
-def iter_sources(source: str | Path, *, skip_bad: bool = False) -> Source:
-    """The frames of `source`: an image, a video, a folder (without its sub-folders), a glob pattern such as
-    "photos/**/*.jpg", a camera's number ("0") or the address of a stream ("rtsp://...").
+def iter_sources(sources: str | Path | Sequence[str | Path], *, skip_bad: bool = False) -> Source:
+    """The frames of one source, or of several in their order: an image, a video, a folder (without its sub-folders), a
+    glob pattern such as "photos/**/*.jpg"; or of a camera's number ("0") or the address of a stream ("rtsp://...").
 
-    Raises UserError at once where there is nothing to read, and in the iteration, naming the file, where one
-    cannot be decoded; with `skip_bad` the iteration goes on and counts it as `unreadable`.
+    A file that several name is read once. Raises UserError at once where there is nothing to read, and in the
+    iteration, naming the file, where one cannot be decoded; with `skip_bad` the iteration goes on and counts it as
+    `unreadable`.
     """
-    text = str(source)
-    if "://" in text or (text.isdecimal() and not Path(text).exists()):
-        return Source([], camera=text)
+    texts = [str(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    if not texts:
+        raise UserError("give an image, folder, glob pattern, video or camera number")
+    paths: dict[str, Path] = {}
+    skipped = 0
+    for text in texts:
+        if "://" in text or (text.isdecimal() and not Path(text).exists()):
+            if len(texts) > 1:
+                raise UserError(f"{text} is a camera or stream, which cannot be read beside other sources")
+            return Source([], camera=text)
+        files, others = _find_files(text)
+        paths |= {os.path.abspath(path): path for path in files}
+        skipped += others
+    return Source(list(paths.values()), skipped=skipped, skip_bad=skip_bad)
+
+
+def _find_files(text: str) -> tuple[list[Path], int]:
+    """The images and videos that a path or pattern names, and the number of other entries."""
     path = Path(text).expanduser()
     if path.is_file():
-        return Source([path], skip_bad=skip_bad)
+        return [path], 0
     if path.is_dir():
         found = sorted(path.iterdir())
     elif glob.has_magic(text):
@@ -118,13 +134,14 @@ def iter_sources(source: str | Path, *, skip_bad: bool = False) -> Source:
     skipped = len(found) - len(wanted)
     if skipped:
         log.warning("%s: %d of %d entries are neither image nor video and are skipped", text, skipped, len(found))
-    return Source(wanted, skipped=skipped, skip_bad=skip_bad)
+    return wanted, skipped
 
 
 class VideoWriter:
     """`with VideoWriter("out.mp4", fps) as video: video.write(image)`; the first image sets the size.
 
-    Raises UserError where OpenCV has no encoder for the suffix (.mp4 and .avi are always there).
+    Raises UserError where OpenCV has no encoder for the suffix (.mp4 and .avi are always there), and at the end where
+    frames are missing: OpenCV does not tell of a disk that is full.
     """
 
     def __init__(self, path: str | Path, fps: float = DEFAULT_FPS) -> None:
@@ -132,6 +149,7 @@ class VideoWriter:
         self.fps = fps
         self._writer: Any = None
         self._size = (0, 0)
+        self._written = 0
 
     def write(self, image: np.ndarray) -> None:
         """image: [H, W, 3] uint8 BGR, of the same size each time."""
@@ -139,19 +157,39 @@ class VideoWriter:
 
         size = (image.shape[1], image.shape[0])
         if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+            name = _utf8(str(self.path))
             codec = "MJPG" if self.path.suffix.lower() == ".avi" else "mp4v"
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self.fps, size)
+            self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*codec), self.fps, size)
             self._size = size
             if not self._writer.isOpened():
-                raise UserError(f"cannot write a video to {self.path}: take a name that ends in .mp4 or .avi")
+                self._writer = None
+                raise UserError(
+                    f"cannot write a video to {self.path}: take a name that ends in .mp4 or .avi, in a folder that can "
+                    "be written and has room"
+                )
         if size != self._size:
-            raise ValueError(f"image is {size[0]}x{size[1]}, the frames before it {self._size[0]}x{self._size[1]}")
+            before = f"{self._size[0]}x{self._size[1]}"
+            raise UserError(f"{self.path}: a frame is {size[0]}x{size[1]} pixels, but those before it {before}")
         self._writer.write(image)
+        self._written += 1
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
+        import cv2
+
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        capture = cv2.VideoCapture(str(self.path))
+        capture.set(cv2.CAP_PROP_POS_FRAMES, self._written - 1)
+        whole = capture.get(cv2.CAP_PROP_FRAME_COUNT) == self._written and capture.read()[0]
+        capture.release()
+        if not whole:
+            raise UserError(f"{self.path} lacks some of its {self._written} frames: the disk may be full")
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -194,11 +232,20 @@ def _video_frames(address: str, stem: str, path: str | None, first: int) -> Iter
 def _open_video(address: str) -> Any:
     import cv2
 
-    capture = cv2.VideoCapture(int(address) if address.isdecimal() else address)
+    capture = cv2.VideoCapture(int(address) if address.isdecimal() else _utf8(address))
     if not capture.isOpened():
         kind = "camera" if address.isdecimal() else "video"
         raise UserError(f"cannot open the {kind} {address}: it is missing, in use, damaged or of an unknown format")
     return capture
+
+
+def _utf8(name: str) -> str:
+    """`name` itself; UserError where it is not UTF-8, on which OpenCV crashes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r}: OpenCV takes no video whose name is not UTF-8; rename it") from None
+    return name
 
 
 def _count_frames(paths: list[Path]) -> int | None:
@@ -209,7 +256,10 @@ def _count_frames(paths: list[Path]) -> int | None:
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             total += 1
             continue
-        capture = cv2.VideoCapture(str(path))
+        try:
+            capture = cv2.VideoCapture(_utf8(str(path)))
+        except UserError:  # which the iteration tells
+            return None
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if frames <= 0:

@@ -13,7 +13,8 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,23 +170,38 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    try:
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False)
-        if not isinstance(content, Mapping):
-            raise UserError(f"{path} holds no state_dict")
+    with damage_told(path):
+        content = load_archive(path)
         state_dict = _tensors(_find_state_dict(content))
         if not any(key.startswith("backbone.stem.") for key in state_dict):
             raise UserError(f"{path} holds no RTMDet or CSPNeXt weights (no key starts with 'backbone.stem.')")
-        _check_tensors(path, state_dict)
+        check_tensors(path, state_dict)
+        meta = content.get("meta")
+        meta = dict(meta) if isinstance(meta, Mapping) else {}
+        return Checkpoint(path, state_dict, _class_names(meta) or _class_names({"classes": content.get("names")}), meta)
+
+
+def load_archive(path: Path) -> Mapping[Any, Any]:
+    """The mapping that `torch.save` wrote: tensors, plain containers and inert placeholders. To be read within
+    `damage_told`.
+    """
+    _check_archive(path)
+    content = torch.load(path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no state_dict")
+    return content
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Where a file is read in the block: a damaged or hostile one can raise anything, and what it raises is told."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # a damaged or hostile file can raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from error
-    meta = content.get("meta")
-    meta = dict(meta) if isinstance(meta, Mapping) else {}
-    return Checkpoint(path, state_dict, _class_names(meta) or _class_names({"classes": content.get("names")}), meta)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason:.200})") from error
 
 
 def trained_sizes(checkpoint: Checkpoint, check_image_size: Callable[[int], int]) -> dict[str, int | None]:
@@ -229,7 +245,7 @@ def _check_archive(path: Path) -> None:
             raise UserError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong")
 
 
-def _check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
+def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
     """Raises UserError for tensors larger than their file can hold, and for weights that are not finite."""
     size = path.stat().st_size
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}

@@ -23,7 +23,7 @@ BOUNDS = {
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
     "warmup_iterations": (0, 10**9),
-    "num_workers": (0, 1024),
+    "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
     "weight_decay": (0, 1e9),
     "ema_momentum": (0, 1),
@@ -132,15 +132,20 @@ class TrainResult:
     """Those that are odd and were used all the same."""
 
 
+def check_bounds(config: Any) -> None:
+    """Raises UserError where a setting of a command lies outside its BOUNDS."""
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+
+
 def resolve(config: TrainConfig) -> Settings:
     """The config with every default worked out. Raises UserError for values that cannot be."""
     if config.task not in TASKS:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     task = TASKS[config.task]
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+    check_bounds(config)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images

@@ -6,11 +6,13 @@ import csv
 import io
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch
 
+from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
 
 COLUMNS = (
@@ -68,8 +70,11 @@ class Meter:
         return {"losses": {name: value.cpu() for name, value in self._losses.items()}, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`, or from nothing where it is empty."""
-        self._losses, self._batches = dict(state.get("losses", {})), state.get("batches", 0)
+        """Go on from a `state_dict`, or from nothing where it is empty. ValueError where it is none."""
+        losses, batches = dict(state.get("losses", {})), state.get("batches", 0)
+        if not (type(batches) is int and all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in losses.values())):
+            raise ValueError("these are no means of losses")
+        self._losses, self._batches = losses, batches
 
     def read(self) -> dict[str, float]:
         """Means since the last reading; `data_wait` is a share of the time."""
@@ -82,32 +87,53 @@ class Meter:
 
 
 class RunLog:
-    """metrics.csv and TensorBoard events of a run; rows past `iteration`, where a resumed run goes on, are dropped."""
+    """metrics.csv and TensorBoard events of a run; rows past `iteration`, where a resumed run goes on, are dropped.
+
+    All of it raises UserError where the system refuses to write.
+    """
 
     def __init__(self, folder: Path, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.csv"
-        kept = [row for row in read_metrics(self.path) if int(row["iteration"]) <= iteration] if iteration else []
+        # a row that a crash cut off has no iteration
+        kept = (
+            [row for row in read_metrics(self.path) if _is_upto(row.get("iteration"), iteration)] if iteration else []
+        )
         text = io.StringIO(newline="")
         _writer(text).writeheader()
         _writer(text).writerows(kept)
         with write_atomically(self.path) as file:  # a crash now must not cost the rows there are
             file.write(text.getvalue().encode())
-        self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+        with _refusal_told(folder):
+            self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row: `epoch` and `iteration`, and the values that there are."""
-        with self.path.open("a", newline="") as file:  # a run that fails leaves nothing open
-            _writer(file).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        for name, value in row.items():
-            if name not in ("epoch", "iteration"):
-                group = "val" if name.startswith(("A", "segm_")) else "train"
-                self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
+        with _refusal_told(self.path.parent):
+            with self.path.open("a", newline="") as file:  # a run that fails leaves nothing open
+                _writer(file).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            for name, value in row.items():
+                if name not in ("epoch", "iteration"):
+                    group = "val" if name.startswith(("A", "segm_")) else "train"
+                    self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
 
     def close(self) -> None:
-        self._board.close()
+        with _refusal_told(self.path.parent):
+            self._board.flush()  # which tells what its thread could not write, as `close` does not
+            self._board.close()
+
+
+@contextmanager
+def _refusal_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write metrics.csv or TensorBoard's events in {folder}: {error.strerror}") from error
+
+
+def _is_upto(iteration: str | None, last: int) -> bool:
+    return iteration is not None and iteration.isdecimal() and int(iteration) <= last
 
 
 def _writer(file: TextIO) -> csv.DictWriter[str]:
@@ -115,11 +141,14 @@ def _writer(file: TextIO) -> csv.DictWriter[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; none where it is not there."""
+    """Rows of a metrics.csv; none where it is not there. UserError where it is something else."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: move it away, and the run goes on without its rows") from error
 
 
 def timed(items: Iterator[T], meter: Meter) -> Iterator[T]:

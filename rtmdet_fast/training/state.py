@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.models.checkpoint import check_tensors, damage_told, load_archive
+from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.config import Settings
 from rtmdet_fast.training.distributed import process_count
 
-STATE = frozenset(
-    {
-        "config",
-        "model",
-        "ema",
-        "optimizer",
-        "scaler",
-        "samplers",
-        "torch_rng",
-        "epoch",
-        "iteration",
-        "best_epoch",
-        "best_metrics",
-    }
-)
+STATE: dict[str, type | tuple[type, ...]] = {
+    "config": Mapping,
+    "model": Mapping,
+    "ema": Mapping,
+    "optimizer": Mapping,
+    "scaler": Mapping,
+    "samplers": list,
+    "torch_rng": torch.Tensor,
+    "epoch": int,
+    "iteration": int,
+    "best_epoch": (int, type(None)),
+    "best_metrics": Mapping,
+}
 """What a training state holds."""
 
 
@@ -36,26 +36,53 @@ RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "
 
 def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
-    if not last.exists():
+    if not last.is_file():
         raise UserError(f"there is nothing to resume: {last}, written after each epoch, does not exist")
-    try:
-        state = torch.load(last, map_location="cpu", weights_only=True).get("training")
-    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, OSError) as error:
-        raise UserError(f"{last} cannot be read: it is damaged, or of something else") from error
-    if state is None:
-        raise UserError(f"{last} holds weights but no training state to resume from")
-    if not state.keys() >= STATE:
-        raise UserError(f"{last}: its training state lacks {sorted(STATE - state.keys())[0]!r}")
+    with damage_told(last):
+        state = load_archive(last).get("training")
+        if state is None:
+            raise UserError(f"{last} holds weights but no training state to resume from")
+        for name, kind in STATE.items():
+            if not isinstance(state.get(name), kind):
+                raise UserError(f"{last} is damaged: its training state lacks {name!r}, or holds something else there")
+        check_tensors(last, dict(_tensors(state)))
+        figures = state["best_metrics"]
+        complete = state["best_epoch"] is None or TASKS[settings.task].criterion in figures
+        if not (complete and all(isinstance(value, float) for value in figures.values())):
+            raise UserError(f"{last} is damaged: its best figures are missing, or no numbers")
     for key, value in settings.as_json().items():
         before = state["config"].get(key)
         if key not in RESUMABLE and before != value:
-            raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before}")
+            raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
+    if not (0 < state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
+        raise UserError(f"{last} is damaged: it tells of epoch {state['epoch']}, step {state['iteration']}"[:400])
     processes = process_count()
     if len(state["samplers"]) != processes:
         raise UserError(
             f"the run in {last.parent} had {len(state['samplers'])} processes, and now there are {processes}"
         )
     return state
+
+
+def _tensors(content: Any, name: str = "training") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested mappings and lists, by the path to it."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{name}.{key}")
+    elif isinstance(content, (list, tuple)):
+        for i, value in enumerate(content):
+            yield from _tensors(value, f"{name}.{i}")
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """The moments of a saved state; the settings stay those of `optimizer`. ValueError where moments do not fit."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in moments.items()}
+        if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise ValueError(f"moments of shapes {shapes} for a parameter of shape {tuple(parameter.shape)}")
 
 
 def remove_run(out: Path) -> None:

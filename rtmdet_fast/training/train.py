@@ -28,7 +28,7 @@ from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.inference.preprocess import normalize
-from rtmdet_fast.models.checkpoint import read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtmdet.layers import enable_sync_bn
 from rtmdet_fast.models.rtmdet.model import RTMDet
@@ -37,7 +37,7 @@ from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, reso
 from rtmdet_fast.training.distributed import gather, join_processes
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
-from rtmdet_fast.training.state import read_training_state, remove_run
+from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
 
 LOG_EVERY = 10
 SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
@@ -122,15 +122,14 @@ def train(config: TrainConfig) -> TrainResult:
     best_epoch, best_metrics = None, {}
     if settings.resume:
         state = read_training_state(last, settings)
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
+        with damage_told(last):
+            model.load_state_dict(state["model"])
+            ema.model.load_state_dict(state["ema"])
+            load_optimizer_state(optimizer, state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            sampler.load_state_dict(state["samplers"][rank])
+            torch.set_rng_state(state["torch_rng"])
         ema.step = iteration = state["iteration"]
-        for group in state["optimizer"]["param_groups"]:
-            group["fused"] = device.type == "cuda"  # where the run goes on, not where it began
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        sampler.load_state_dict(state["samplers"][rank])
-        torch.set_rng_state(state["torch_rng"])
         start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
         remove_run(out)
@@ -139,7 +138,8 @@ def train(config: TrainConfig) -> TrainResult:
         write_json(out / "config.json", settings.as_json())
     meter = Meter()
     if settings.resume:
-        meter.load_state_dict(state.get("meter", {}))
+        with damage_told(last):
+            meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
     started, first_iteration = time.perf_counter(), iteration
     validating = 0.0
@@ -206,7 +206,7 @@ def train(config: TrainConfig) -> TrainResult:
                 ema.model.save(best)
             meter.restart()
         if settings.progress:
-            figures = ", ".join(f"{key} {value:.3f}" for key, value in told.items())
+            figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in told.items())
             tqdm.write(f"{name}: {figures}")
         ema.model.save(
             last,

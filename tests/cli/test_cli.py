@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, files, exit codes, one-line errors."""
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from full_disk import room_for
 
 import rtmdet_fast
 from rtmdet_fast import RTMDet
@@ -113,7 +115,13 @@ def test_unreadable_images_stop_or_are_skipped(weights, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "good.png"), np.zeros((40, 40, 3), np.uint8))
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 not really")
     assert run("predict", "--weights", weights, tmp_path, "--out", tmp_path / "p") == 2
-    assert "bad.jpg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bad.jpg" in error and "--skip-bad" in error and not (tmp_path / "p/predictions.json").exists()
+    (tmp_path / "bad.jpg").rename(tmp_path / "worse.jpg")
+    assert run("predict", "--weights", weights, tmp_path, "--out", tmp_path / "p") == 2
+    assert "what was found before that is in " in capsys.readouterr().err
+    images = json.loads((tmp_path / "p/predictions.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["good.png"]
     assert run("predict", "--weights", weights, tmp_path, "--out", tmp_path / "p", "--skip-bad") == 0
     assert "1 unreadable" in capsys.readouterr().out
 
@@ -129,6 +137,181 @@ def test_a_truncated_training_image_is_one_sentence(shapes, tmp_path, capsys, nu
     error = capsys.readouterr().err
     assert error.startswith("error: ") and victim.name in error and len(error.strip().splitlines()) == 1
     assert run("train", *arguments, "--out", tmp_path / "b", "--no-progress", "--skip-bad") == 0
+
+
+def test_predict_takes_images_folders_patterns_and_videos_at_once(weights, shapes, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for value in range(3):
+        writer.write(np.full((48, 64, 3), 40 * value, np.uint8))
+    writer.release()
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
+    images = sorted(shapes.val_images.iterdir())
+    sources = [tmp_path / "a.png", tmp_path / "in.mp4", images[0], shapes.val_images / "*.jpg", shapes.val_images]
+    assert run("predict", "--weights", weights, *sources, "--out", tmp_path / "p") == 0
+    told = json.loads((tmp_path / "p/predictions.json").read_text())["images"]
+    names = [os.path.basename(image["file_name"]) for image in told]
+    assert names == ["a.png", *(f"in_{i:06d}.jpg" for i in range(3)), *(path.name for path in images)]
+    assert all((tmp_path / "p" / image["file_name"]).exists() for image in told if "in_" not in image["file_name"])
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_dotas_files_name_any_image(tmp_path, capsys):
+    torch.manual_seed(0)
+    for name, code in (("ship", 0), ("\ud800", 2), ("a/b", 2)):
+        model = RTMDet("nano", "rotated", class_names=[name])
+        for conv in model.bbox_head.rtm_reg:
+            torch.nn.init.constant_(conv.bias, 1.5)
+        model.image_size = 64
+        model.save(tmp_path / "w.pth")
+        path = os.path.join(os.fsencode(tmp_path), b"\xff.png")
+        with open(path, "wb") as file:
+            file.write(cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
+        arguments = ["--weights", tmp_path / "w.pth", os.fsdecode(path), "--out", tmp_path / "p"]
+        assert run("predict", *arguments, "--format", "dota", "--score-threshold", 0) == code
+    assert (tmp_path / "p/Task1/Task1_ship.txt").read_bytes().startswith(b"\xff 0.")
+    assert "names a file after each class" in capsys.readouterr().err
+
+
+def test_an_interrupted_predict_keeps_what_it_found(weights, shapes, tmp_path, monkeypatch):
+    saved = []
+
+    def save(*args):
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rtmdet_fast.Results.save", save)
+    assert run("predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p") == 130
+    assert len(json.loads((tmp_path / "p/predictions.json").read_text())["images"]) == 2
+
+
+def test_a_full_disk_is_told_of_a_video(weights, tmp_path, capsys):
+    writer = cv2.VideoWriter(str(tmp_path / "in.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for _ in range(12):
+        writer.write(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    writer.release()
+    arguments = ["predict", "--weights", weights, tmp_path / "in.avi", "--score-threshold", 1, "--out", tmp_path / "p"]
+    with room_for(3000):
+        assert run(*arguments) == 2
+    assert "in.mp4 lacks some of its 12 frames: the disk may be full" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "p/predictions.json").read_text())["images"]) == 12
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory\nmore"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+        cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_that_says_what_to_lower(
+    weights, shapes, tmp_path, monkeypatch, capsys, error
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(RTMDet, "forward", fail)
+    evaluated = ["--ann", shapes.val_ann, "--images", shapes.val_images]
+    trained = ["--train", shapes.train_ann, "--train-images", shapes.train_images, "--size", "nano", "--num-workers", 0]
+    for arguments, hint in (
+        (["eval", "--weights", weights, *evaluated], "--batch-size or --image-size or --num-workers"),
+        (["predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p"], "--image-size"),
+        (
+            ["train", *trained, "--out", tmp_path / "t", "--no-progress"],
+            "--batch-size or --image-size or --num-workers",
+        ),
+    ):
+        assert run(*arguments) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: out of memory (") and line.endswith(f"); a smaller {hint} needs less")
+
+
+def test_another_runtime_error_stays_one(weights, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(RTMDet, "forward", lambda *args: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        run("predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--weights", "WEIGHTS", "ODD", "--out", "OUT"],
+        ["predict", "--weights", "ODD", "IMAGES", "--out", "OUT"],
+        ["predict", "--weights", "WEIGHTS", "IMAGES", "--out", "ODD"],
+        ["eval", "--weights", "ODD", "--ann", "a", "--images", "b"],
+        ["eval", "--weights", "WEIGHTS", "--ann", "ODD", "--images", "IMAGES"],
+        ["eval", "--weights", "WEIGHTS", "--ann", "ANN", "--images", "ODD"],
+        ["eval", "--weights", "WEIGHTS", "--data", "ODD"],
+        ["train", "--data", "ODD", "--out", "OUT"],
+        ["train", "--train", "ODD", "--train-images", "IMAGES", "--out", "OUT"],
+        ["train", "--train", "ANN", "--train-images", "ODD", "--out", "OUT", "--size", "nano", "--epochs", "1"],
+        ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "ODD", "--size", "nano", "--epochs", "1"],
+        ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "OUT", "--init", "ODD"],
+        ["split", "--images", "ODD", "--out", "OUT"],
+        ["split", "--images", "IMAGES", "--labels", "ODD", "--out", "OUT"],
+        ["split", "--data", "ODD", "--out", "OUT"],
+        ["split", "--images", "IMAGES", "--out", "ODD"],
+        ["demo", "--out", "ODD"],
+        ["info", "--json", "ODD"],
+    ],
+)
+@pytest.mark.parametrize("odd", ["x" * 300, "\0", "file/below", "\udcff\n"], ids=["long", "NUL", "file", "bytes"])
+def test_an_odd_path_is_one_sentence(weights, shapes, tmp_path, monkeypatch, capsys, command, odd):
+    if odd == "\udcff\n" and (
+        ("--out" in command and command[command.index("--out") + 1] == "ODD") or "--json" in command
+    ):
+        pytest.skip("a folder may be named so")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    places = {
+        "WEIGHTS": weights,
+        "IMAGES": shapes.val_images,
+        "ANN": shapes.val_ann,
+        "OUT": tmp_path / "out",
+        "ODD": odd,
+    }
+    assert run(*(places.get(word, word) for word in command)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+
+
+def test_a_sentence_of_several_lines_is_told_whole(monkeypatch, capsys):
+    def fail(config):
+        raise rtmdet_fast.UserError("the first line\n  and the second")
+
+    monkeypatch.setattr("rtmdet_fast.cli.run_info", fail)
+    assert run("info") == 2
+    assert capsys.readouterr().err == "error: the first line and the second\n"
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "info"])
+def test_json_is_written_before_anything_is_printed(weights, shapes, tmp_path, monkeypatch, command):
+    """A console that is full, or that nobody reads, takes no results away."""
+
+    class FullConsole(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", FullConsole())
+    arguments = {
+        "eval": ["--weights", weights, "--ann", shapes.val_ann, "--images", shapes.val_images],
+        "predict": ["--weights", weights, shapes.val_images, "--out", tmp_path / "p"],
+        "info": [],
+    }[command]
+    detections = ["--detections", tmp_path / "d.json"] if command == "eval" else []
+    assert run(command, *arguments, *detections, "--json", tmp_path / "found.json") == 2
+    assert json.loads((tmp_path / "found.json").read_text())
+    assert not detections or isinstance(json.loads((tmp_path / "d.json").read_text()), list)
+
+
+def test_figures_are_printed_where_json_cannot_be_written(weights, shapes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--weights", weights, "--ann", shapes.val_ann, "--images", shapes.val_images]
+    assert run("eval", *arguments, "--json", tmp_path / "file/found.json") == 2
+    told = capsys.readouterr()
+    assert "AP50" in told.out and "error: cannot write" in told.err
 
 
 def test_info(tmp_path, capsys):
@@ -155,6 +338,14 @@ def test_info(tmp_path, capsys):
         (["train", "--seed", "-1"], "--seed"),
         (["train", "--seed", str(2**33)], "--seed"),
         (["train", "--num-workers", "-1"], "--num-workers"),
+        (["train", "--num-workers", "257"], "--num-workers"),
+        (["train", "--epochs", "9" * 20], "--epochs"),
+        (["train", "--train", "a", "--train-images", "b", "--image-size", "1000000"], "image size 1000000"),
+        (["eval", "--weights", "WEIGHTS", "--ann", "a", "--images", "b", "--num-workers", "257"], "--num-workers"),
+        (["eval", "--weights", "WEIGHTS", "--ann", "a", "--images", "b", "--batch-size", "0"], "--batch-size"),
+        (["predict", "--weights", "WEIGHTS", "IMAGES", "--limit", "0"], "--limit is 0"),
+        (["predict", "--weights", "WEIGHTS", "IMAGES", "--limit", "-3"], "--limit is -3"),
+        (["predict", "--weights", "WEIGHTS", "IMAGES", "0"], "0 is a camera"),
         (["train", "--val-interval", "0"], "--val-interval"),
         (["train", "--ema-momentum", "2"], "--ema-momentum"),
         (["train", "--weight-decay", "nan"], "--weight-decay"),

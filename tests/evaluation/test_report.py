@@ -8,6 +8,7 @@ import torch
 
 from rtmdet_fast.data.masks import MaskStore, Segmentation
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation import report as module
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.inference.results import Results
@@ -142,6 +143,23 @@ def test_names_are_escaped(tmp_path):
     words = "".join(page.words)
     assert words.count(NASTY) == 2  # in the table and in the legend, as they are
     assert words.count("_hidden") == 2
+
+
+def test_any_name_stands_in_the_page(tmp_path, recwarn):
+    text = full(tmp_path, ("円", "a\nb", "\ud800x", "a\0b", "\x1b[31m"))
+    words = "".join(Page(text).words)
+    assert words.count("円") == 2 and "a b" in words
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_curves_leave_out_what_was_not_measured(tmp_path, monkeypatch):
+    """-1 of pycocotools: a class of validation images without ground truth, or masks that were not there."""
+    curves = {}
+    monkeypatch.setattr(module, "_chart", lambda title, unit, found, **_: curves.update({title: found}) or "")
+    rows = [{"epoch": e, "iteration": e, "AP": e / 10, "AP50": -1, "segm_AP": [-1, 0.5][e % 2]} for e in (1, 2, 3)]
+    report(tmp_path, history=[*rows, {"epoch": 3, "iteration": 9, "loss": 1}])
+    drawn = {curve.label: (curve.x.tolist(), curve.y.tolist()) for curve in curves[list(curves)[1]]}
+    assert drawn == {"AP": ([1, 2, 3], [0.1, 0.2, 0.3]), "segm_AP": ([1, 3], [0.5, 0.5])}
 
 
 def test_eighty_classes(tmp_path):

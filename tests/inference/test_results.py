@@ -141,6 +141,42 @@ def test_rotated_boxes_are_drawn_along_their_edges():
     assert not draw_detections(black, np.zeros((0, 5)), np.zeros(0), None, ("a",)).any()
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\ud800", "a\0b", "\x1b[31m", "", "x" * 10**5, "\u2028", "a\tb"])
+def test_any_name_is_drawn(street, name):
+    """Results are made with any names; those that files hold are cleaned where they are read."""
+    street.names = (name, "car", name)
+    drawn = street.plot()
+    assert (drawn != street.image).any()
+
+
+def test_a_name_whose_letters_the_font_lacks_is_drawn_as_its_label(street, monkeypatch):
+    texts = []
+    text = drawing._text
+    monkeypatch.setattr(drawing, "_text", lambda words, size: texts.append(words) or text(words, size))
+    street.names = ("円", "car", "हिन्दी 🦘")
+    with pytest.warns(UserWarning, match="on pictures #0 stands for the class '円'"):
+        street.plot()
+    assert texts == ["#0 0.90", "#2 0.50"]
+    texts.clear()
+    street.names = ("Ελληνικά", "car", "é\nà")
+    street.plot()
+    assert texts == ["Ελληνικά 0.90", "é à 0.50"]
+
+
+@pytest.mark.parametrize("columns", [4, 5])
+def test_boxes_that_are_not_finite_are_not_drawn(columns):
+    image = np.full((60, 80, 3), 90, np.uint8)
+    boxes = torch.tensor([[10.0, 10, 40, 40, 0.1]] * 4)[:, :columns]
+    boxes[0, 0], boxes[2, 2], boxes[3] = torch.nan, torch.inf, -torch.inf
+    found = Results(image, boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 2, 0]), NAMES)
+    assert np.array_equal(found.plot(), found[1].plot()) and (found.plot() != image).any()
+    masks = PredictedMasks(
+        torch.stack([torch.full((8, 10), float(i == 1) - 0.5) for i in range(4)]), (1.0, 1.0), (60, 80)
+    )
+    found.predicted_masks = masks
+    assert np.array_equal(found.plot(), found[1].plot())
+
+
 def test_class_colours_differ():
     colors = np.array([class_color(i) for i in range(20)], int)
     distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(20, dtype=int)

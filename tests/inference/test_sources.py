@@ -1,10 +1,13 @@
 import logging
+import sys
 
 import cv2
 import numpy as np
 import pytest
+from full_disk import room_for
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.images import write_image
 from rtmdet_fast.inference.sources import VideoWriter, iter_sources
 
 
@@ -121,6 +124,49 @@ def test_skip_bad_goes_on_and_tells(tmp_path):
         assert source.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.mp4")]
     with pytest.raises(UserError, match=r"b\.jpg"):
         list(iter_sources(tmp_path))
+
+
+def test_several_sources_are_read_in_their_order_each_file_once(tmp_path, monkeypatch):
+    for name in ("x/1.jpg", "x/2.jpg", "y/1.jpg", "out/z.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "x/a.txt").write_text("")
+    monkeypatch.chdir(tmp_path / "y")
+    source = iter_sources(["1.jpg", "../x/2.jpg", tmp_path / "x", "../out/../x/*.jpg"])
+    assert [f.name for f in source] == ["y/1.jpg", "x/2.jpg", "x/1.jpg"]  # never ../x: they are written under these
+    assert (source.total, source.skipped) == (3, 1)
+    with pytest.raises(UserError, match="7 is a camera"):
+        iter_sources([tmp_path / "x", "7"])
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        iter_sources([tmp_path / "x", "missing.jpg"])
+    with pytest.raises(UserError, match="give an image"):
+        iter_sources([])
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_names_that_are_not_utf8(tmp_path):
+    """OpenCV crashes on them."""
+    picture(tmp_path / "a.png").rename(tmp_path / "\udcff.png")
+    clip(tmp_path / "a.mp4").rename(tmp_path / "\udcff.mp4")
+    source = iter_sources(tmp_path, skip_bad=True)
+    (frame,) = source
+    assert source.total is None and source.unreadable == [str(tmp_path / "\udcff.mp4")]
+    image = frame.image
+    assert write_image(tmp_path / "out" / frame.name, image).exists()
+    with pytest.raises(UserError, match="use a name that ends in"):
+        write_image(tmp_path / "a.\udcff", image)
+    with pytest.raises(UserError, match=r"\\udcff.mp4': OpenCV takes no video whose name is not UTF-8"):
+        list(iter_sources(tmp_path / "\udcff.mp4"))
+    with pytest.raises(UserError, match="not UTF-8"), VideoWriter(tmp_path / "\udcff.avi") as video:
+        video.write(image)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
+def test_a_video_that_a_full_disk_cut_off_is_told(tmp_path, suffix, room):
+    noise = np.random.default_rng(0)
+    with room_for(room), pytest.raises(UserError, match=rf"a\{suffix}"), VideoWriter(tmp_path / f"a{suffix}") as video:
+        for _ in range(40):
+            video.write(noise.integers(0, 255, (48, 64, 3), np.uint8))
 
 
 def test_writer_refuses_other_sizes_and_unknown_suffixes(tmp_path):

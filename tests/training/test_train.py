@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -309,11 +312,15 @@ def test_images_checked_while_it_trains_are_told_each_epoch(config, monkeypatch)
     assert calls == [{"wait": 10, "progress": False}, {}, {}]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "a list", "no state", "part of a state", "two processes"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "a list", "no state", "part of a state", "two processes", "folder"]
+)
 def test_a_damaged_run_is_not_resumed(config, damage):
     config.out.mkdir()
     last = config.out / "last.pth"
-    state = dict.fromkeys(STATE) | {"config": {}, "samplers": [None, None]}
+    state = {name: kind() for name, kind in STATE.items() if kind in (list, torch.Tensor)}
+    state |= {name: {} for name, kind in STATE.items() if kind is Mapping}
+    state |= {"epoch": 1, "iteration": 1, "best_epoch": None, "samplers": [{}, {}]}
     match damage:
         case "truncated":
             torch.save({"training": state, "more": torch.zeros(10**4)}, last)
@@ -326,10 +333,117 @@ def test_a_damaged_run_is_not_resumed(config, damage):
             torch.save({"state_dict": {}}, last)
         case "part of a state":
             torch.save({"training": {"config": {}}}, last)
+        case "folder":
+            last.mkdir()
         case "two processes":
             torch.save({"training": state | {"config": resolve(config).as_json()}}, last)
-    with pytest.raises(UserError, match=r"last\.pth|2 processes, and now there are 1"):
+    word = {"two processes": "had 2 processes, and now there are 1", "no state": "no training state"}
+    with pytest.raises(UserError, match=word.get(damage, r"last\.pth")):
         train(replace(config, resume=True))
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """The settings of a run of one epoch, and its last.pth."""
+    out = tmp_path_factory.mktemp("finished")
+    config = TrainConfig(
+        train=shapes.train_ann, train_images=shapes.train_images, val=shapes.val_ann, val_images=shapes.val_images,
+        out=out, size="nano", epochs=1, stage2_epochs=0, batch_size=4, image_size=64, num_workers=0, device="cpu",
+        progress=False, report=False,
+    )  # fmt: skip
+    train(config)
+    return config, (out / "last.pth").read_bytes()
+
+
+def refused(finished, out, change=None, raw=None):
+    """What `--resume` says of a changed last.pth."""
+    config, whole = finished
+    last = out / "last.pth"
+    last.write_bytes(whole if raw is None else raw(bytearray(whole)))
+    if change is not None:
+        content = torch.load(last, weights_only=True)
+        change(content["training"])
+        torch.save(content, last)
+    with pytest.raises(UserError) as caught:
+        train(replace(config, out=out, resume=True))
+    assert len(str(caught.value).splitlines()) == 1 and "last.pth" in str(caught.value)
+    return str(caught.value)
+
+
+def test_flipped_bits_of_a_state_are_seen(finished, tmp_path):
+    """torch does not look at checksums: moments would be wrong without a word."""
+
+    def flip(content):
+        for place in range(len(content) // 4, len(content) * 3 // 4, 9973):  # some may be padding
+            content[place] ^= 64
+        return content
+
+    assert "checksum" in refused(finished, tmp_path, raw=flip)
+
+
+def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
+    def inflate(content):
+        path = tmp_path / "plain.zip"
+        path.write_bytes(content)
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
+            for member in whole.infolist():
+                bomb.writestr(member.filename, whole.read(member))
+            bomb.writestr("last/data/1000", bytes(2**24))
+        return (tmp_path / "bomb").read_bytes()
+
+    assert "compressed archive" in refused(finished, tmp_path, raw=inflate)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda s: s["model"]["bbox_head.rtm_reg.0.weight"].fill_(torch.nan), "no finite numbers"),
+        (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(torch.inf), "no finite numbers"),
+        (lambda s: s["model"].pop("bbox_head.rtm_reg.0.weight"), "Missing key"),
+        (lambda s: s["ema"].update({"backbone.stem.0.conv.weight": torch.zeros(3)}), "size mismatch|cannot be read"),
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2, 2)), "moments of shapes"),
+        (lambda s: s["optimizer"]["state"][0].pop("step"), "moments of shapes|cannot be read"),
+        (lambda s: s["optimizer"].pop("state"), "cannot be read"),
+        (lambda s: s.update(epoch="one"), "lacks 'epoch', or holds something else"),
+        (lambda s: s.update(epoch=10**30), "tells of epoch"),
+        (lambda s: s.update(model=[]), "lacks 'model', or holds something else"),
+        (lambda s: s["best_metrics"].update(AP="high"), "best figures"),
+        (lambda s: s["best_metrics"].pop("AP"), "best figures"),
+        (lambda s: s.update(torch_rng=torch.zeros(3)), "cannot be read"),
+        (lambda s: s.update(samplers=["x"]), "cannot be read"),
+        (lambda s: s.update(meter={"losses": {"loss_cls": torch.zeros(3)}}), "no means of losses"),
+    ],
+)
+def test_a_state_of_wrong_kinds_is_refused(finished, tmp_path, change, word):
+    assert re.search(word, refused(finished, tmp_path, change))
+
+
+def test_a_row_cut_off_by_a_crash_is_dropped(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for iteration in (10, 20):
+        log.write({"epoch": 1, "iteration": iteration, "loss": 1.5})
+    log.close()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("2")
+    RunLog(tmp_path, 30).close()
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.csv")] == ["10", "20"]
+    (tmp_path / "metrics.csv").write_bytes(b"epoch,iteration\n\xff\xfe")
+    with pytest.raises(UserError, match=r"metrics\.csv cannot be read"):
+        RunLog(tmp_path, 30)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("room", [0, 300, 1500, 4000])
+def test_a_full_disk_ends_the_log_with_one_sentence(tmp_path, room):
+    """Whether metrics.csv meets it or TensorBoard's thread, which tells of it only when asked."""
+    from full_disk import room_for
+
+    log = RunLog(tmp_path, 0) if room else None
+    with room_for(room), pytest.raises(UserError, match=r"^cannot write .*metrics\.csv.*: File too large$"):
+        log = log or RunLog(tmp_path, 0)
+        for iteration in range(1, 100):
+            log.write({"epoch": 1, "iteration": iteration, "loss": 1.5, "lr": 0.1})
+        log.close()
 
 
 def test_prediction_leaves_frozen_parts_frozen(config):
@@ -477,6 +591,16 @@ def test_other_names_of_as_many_classes_are_told(config, tmp_path):
     model.save(tmp_path / "other.pth")
     with pytest.warns(UserWarning, match=r"its classes \(a, b, c, d, e, …\) are taken for those of the training data"):
         train(replace(config, out=tmp_path / "b", epochs=1, stage2_epochs=0, init=str(tmp_path / "other.pth")))
+
+
+def test_the_line_of_an_epoch_has_a_dash_for_what_was_not_measured(config, tmp_path, capsys):
+    content = json.loads(config.val.read_text())
+    content["annotations"] = []
+    val = tmp_path / "val.json"
+    val.write_text(json.dumps(content))
+    train(replace(config, val=val, epochs=1, stage2_epochs=0, progress=True))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: "))
+    assert line.endswith(", AP -, AP50 -")
 
 
 def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):
