@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
-from rtmdet_fast.kernels.bn_silu import sigmoid
+from rtmdet_fast.kernels.batch_norm import sigmoid
 
 _PARAMETERS = (80, 64, 8, 8, 8, 1)  # of an instance: W1, W2, W3, b1, b2, b3
 # pixels a Triton program takes: of the logits, which repays loading 169 parameters; of the gradients of the parameters,

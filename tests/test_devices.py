@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rtmdet_fast.devices import pick_device
-from rtmdet_fast.kernels import assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
+from rtmdet_fast.kernels import assign, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou
 from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, wrap_triton
 
 
@@ -39,7 +39,7 @@ def test_an_op_switches_to_the_gpu_of_its_first_argument(monkeypatch):
 
 
 def test_kernels_are_launched_directly_but_for_tracing():
-    kernel = bn_silu._apply_kernel
+    kernel = batch_norm._apply_kernel
     inside = []
 
     def look(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from lowering import needs_lowering, record_launches
 from rtmdet_fast.kernels import (
     _dispatch,
     assign,
+    batch_norm,
     bn_silu,
     dwconv_bn_silu,
     dynamic_mask,
@@ -25,7 +26,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(_dispatch, "BACKEND", "triton")
     # nothing is run: what a kernel would have written must be a possible index
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    return record_launches(monkeypatch, assign, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou)
+    return record_launches(monkeypatch, assign, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask, nms, rotated_iou)
 
 
 def trace_all(launches, least: int) -> None:
