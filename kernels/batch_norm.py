@@ -19,7 +19,7 @@ Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, var
 
 TUNING = {
     "tile": 2048,  # elements: 16 for each thread of 4 warps, which covers the memory's latency
-    "channels_last": 64,  # channels of a tile in channels_last: 128 bytes of fp16 a pixel; half where C is at most that
+    "channels_last": 64,  # channels of a tile in channels_last, 128 bytes of fp16 a pixel; half where C fits in half
     "small_image": 1024,  # pixels up to which a tile of one channel would stay half empty ...
     "small_image_channels": 4,  # ... so that it takes this many
     "programs": 2048,  # of a kernel that sums: they keep any GPU busy
@@ -145,13 +145,6 @@ def load_du(dy_ptr, x_ptr, offsets, valid, parameters):
 
 
 @triton.jit
-def store_rows(ptr, rows, c, channels):
-    """Rows of channels `c` to ptr [len(rows), C]."""
-    for i in tl.static_range(len(rows)):
-        tl.store(ptr + c + i * channels, rows[i], mask=c < channels)
-
-
-@triton.jit
 def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """BLOCK_C channels of moments [parts, 3, C] -> [5, C]: mean, sum of squared deviations, count, both variances.
 
@@ -176,7 +169,12 @@ def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr
         m2 += m2_ + deviation * deviation * (n * n_ / total)
         n = total
         start += BLOCK_P
-    store_rows(stats_ptr, (mean, m2, n, m2 / n, m2 / tl.maximum(n - 1, 1)), c, channels)
+    at = stats_ptr + c
+    tl.store(at, mean, mask=c < channels)
+    tl.store(at + channels, m2, mask=c < channels)
+    tl.store(at + 2 * channels, n, mask=c < channels)
+    tl.store(at + 3 * channels, m2 / n, mask=c < channels)
+    tl.store(at + 4 * channels, m2 / tl.maximum(n - 1, 1), mask=c < channels)
 
 
 @triton.jit
@@ -217,7 +215,9 @@ def _sums_kernel(
         s2 += du * xhat
         tile += 1
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
-    store_rows(partial_ptr + part.to(tl.int64) * 2 * channels, (tl.sum(s1, AXIS), tl.sum(s2, AXIS)), c, channels)
+    at = partial_ptr + part.to(tl.int64) * 2 * channels + c
+    tl.store(at, tl.sum(s1, AXIS), mask=c < channels)
+    tl.store(at + channels, tl.sum(s2, AXIS), mask=c < channels)
 
 
 def tiling(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rtmdet_fast.kernels import batch_norm as bn
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.batch_norm import load_du, load_parameters, store_rows, tile_offsets
+from rtmdet_fast.kernels.batch_norm import load_du, load_parameters, tile_offsets
 
 
 def bn_silu(
@@ -133,9 +133,11 @@ def _moments_kernel(
     total = tl.sum(s1, AXIS)
     mean = tl.sum(shift, AXIS) + total / count
     m2 = tl.sum(s2, AXIS) - total * total / count
-    m2 = tl.where(m2 < 0, 0, m2)  # a NaN stays
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
-    store_rows(partial_ptr + part.to(tl.int64) * 3 * channels, (mean, m2, count), c, channels)
+    at = partial_ptr + part.to(tl.int64) * 3 * channels + c
+    tl.store(at, mean, mask=c < channels)
+    tl.store(at + channels, tl.where(m2 < 0, 0, m2), mask=c < channels)  # a NaN stays
+    tl.store(at + 2 * channels, count, mask=c < channels)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from rtmdet_fast.kernels import batch_norm as bn
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, sigmoid, silu_backward, store_rows
+from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, sigmoid, silu_backward
 from rtmdet_fast.kernels.bn_silu import bn_silu_reference
 
 TUNING: dict[str, Any] = {
@@ -293,9 +293,12 @@ def _forward_kernel(
         n = (y_masks[0].to(tl.float32) + y_masks[len(y_ptrs) - 1].to(tl.float32)) * rows
         s1_mean = s1 / tl.maximum(n, 1)
         m2 = s2 - s1 * s1_mean
-        moments = merge_moments(shift + s1_mean, tl.where(m2 < 0, 0, m2), n, AXIS)  # a NaN stays
+        mean, m2, n = merge_moments(shift + s1_mean, tl.where(m2 < 0, 0, m2), n, AXIS)  # a NaN stays
         c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
-        store_rows(partial_ptr + tl.program_id(0).to(tl.int64) * 3 * channels, moments, c, channels)
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * 3 * channels + c
+        tl.store(at, mean, mask=c < channels)
+        tl.store(at + channels, m2, mask=c < channels)
+        tl.store(at + 2 * channels, n, mask=c < channels)
 
 
 @triton.jit
