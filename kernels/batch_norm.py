@@ -151,6 +151,7 @@ def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr
     The last row is the unbiased variance. BLOCK_P parts are merged at once.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = (c < channels)[None, :]
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     n = tl.zeros([BLOCK_C], tl.float32)
@@ -158,7 +159,7 @@ def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr
     while start < parts:
         p = start + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
         at = partial_ptr + p * 3 * channels + c[None, :]
-        valid = (c < channels)[None, :] & (p < parts)
+        valid = in_channels & (p < parts)
         mean_ = tl.load(at, mask=valid, other=0)
         m2_ = tl.load(at + channels, mask=valid, other=0)
         n_ = tl.load(at + 2 * channels, mask=valid, other=0)

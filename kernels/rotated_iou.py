@@ -322,8 +322,8 @@ def _edge_inside(x0, y0, dx, dy, a, b):
 
 
 @triton.jit
-def _store_gradient(grad_ptr, valid, diou, iou, box1, box2):
-    """Gradient of diou * IoU for box 2, to its row of grad [N, 5]."""
+def _store_gradient(grad_ptr, i, valid, diou, iou, box1, box2):
+    """Gradient of diou * IoU for box 2, to row i of grad [N, 5]."""
     _, _, w1, h1, a1 = box1
     _, _, w2, h2, _ = box2
     u, v, wx, wy, hx, hy = _relative(box1, box2)
@@ -336,11 +336,14 @@ def _store_gradient(grad_ptr, valid, diou, iou, box1, box2):
     cos, sin = _cos_sin(a1)
     scale = diou * (1 + iou) / (w1 * h1 + w2 * h2)
     inner = scale * (1 + iou)
-    dx, dy = inner * (du * cos - dv * sin), inner * (du * sin + dv * cos)
-    dw, dh = h2 * (inner * (s0 + s2) * 0.5 - scale * iou), w2 * (inner * (s1 + s3) * 0.5 - scale * iou)
-    grad = (dx, dy, dw, dh, -inner * (h2 * h2 * (m0 + m2) + w2 * w2 * (m1 + m3)))
-    for i in tl.static_range(5):
-        tl.store(grad_ptr + i, tl.where(valid & (iou > 0) & (iou < 1), grad[i], 0.0), mask=valid)
+    moves = valid & (iou > 0) & (iou < 1)
+    grad_ptr += i * 5
+    tl.store(grad_ptr, tl.where(moves, inner * (du * cos - dv * sin), 0.0), mask=valid)
+    tl.store(grad_ptr + 1, tl.where(moves, inner * (du * sin + dv * cos), 0.0), mask=valid)
+    tl.store(grad_ptr + 2, tl.where(moves, h2 * (inner * (s0 + s2) * 0.5 - scale * iou), 0.0), mask=valid)
+    tl.store(grad_ptr + 3, tl.where(moves, w2 * (inner * (s1 + s3) * 0.5 - scale * iou), 0.0), mask=valid)
+    turn = -inner * (h2 * h2 * (m0 + m2) + w2 * w2 * (m1 + m3))
+    tl.store(grad_ptr + 4, tl.where(moves, turn, 0.0), mask=valid)
 
 
 @triton.jit
@@ -364,8 +367,8 @@ def _aligned_kernel(
     iou = rotated_iou_pair(*box1, *box2)
     if BACKWARD:  # recomputing the IoU is cheaper than saving it
         diou = tl.load(diou_ptr + i, mask=valid, other=0)
-        _store_gradient(grad1_ptr + i * 5, valid, diou, iou, box2, box1)
-        _store_gradient(grad2_ptr + i * 5, valid, diou, iou, box1, box2)
+        _store_gradient(grad1_ptr, i, valid, diou, iou, box2, box1)
+        _store_gradient(grad2_ptr, i, valid, diou, iou, box1, box2)
     else:
         tl.store(iou_ptr + i, iou, mask=valid)
 
