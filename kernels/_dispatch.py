@@ -55,7 +55,12 @@ _launches = _Launches()
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which is for tracing and takes 60 us, or the kernel itself where it is launched."""
+    """`torch.library.wrap_triton`, which is for tracing and takes 60 us, or the kernel itself where it is launched.
+
+    Run-time arguments are tensors and numbers, one a parameter: what a tuple holds does not enter torch.compile's graph
+    (a tensor in it would stay the fake one of the trace). A constexpr may be a plain tuple, and not a NamedTuple, as
+    Inductor writes constexprs and the kernel's source into a file where the class has no name.
+    """
     return kernel if _launches.real else torch.library.wrap_triton(kernel)
 
 

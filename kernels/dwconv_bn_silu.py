@@ -24,118 +24,80 @@ contiguous fp16), and 285, 130 of them FMAs, in 128 (backward, where dz is compu
 needs it; storing it would cost two passes more).
 """
 
-# Triton's tuples cannot be unpacked into others, and its tensors are no types of Python's:
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,misc,var-annotated"
+# Triton's tuples and tensors are no types of Python's
+# mypy: disable-error-code="assignment,misc,operator,var-annotated"
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.kernels import batch_norm as bn
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.bn_silu import (
-    batch_norm_parameters,
-    bn_silu_reference,
-    check_batch_norm,
-    check_count,
-    check_residual,
-    gradient_means,
-    gradient_sums,
-    group_name,
-    memory_format,
-    merge_moments,
-    merge_partial_moments,
-    normalise,
-    sigmoid,
-    silu_backward,
-    takes_triton,
-    update_running_stats,
-)
+from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, sigmoid, silu_backward
+from rtmdet_fast.kernels.bn_silu import bn_silu_reference
+
+TUNING: dict[str, Any] = {
+    "threads": 128,  # of 4 warps: each has one pair of columns
+    "pairs": (32, 16, 8),  # of columns in a block, contiguous: idle lanes against ...
+    "halo": 4,  # ... what the columns that two blocks load cost, in pairs
+    "channels_last": (32, 4),  # channels and pairs of a block: a warp's lanes lie side by side
+    "channels_last_wide": (64, 4),  # two channels a thread, in 16 bits and where ptxas does not spill
+    "rows": 40,  # that a program slides over at most: the halo of K - 1 rows is loaded and multiplied again
+    "least_rows": 8,  # fewer only for more programs ...
+    "programs": 1024,  # ... until there are these
+    "prefetch": 4,  # rows on their way while one is used: one row of a warp is 128 bytes, too few for the latency
+    "prefetch_backward": (1, 2),  # and of dy, z and x together; packed pairs leave the registers for two
+}
 
 
 def dwconv_bn_silu(
-    x: Tensor,
-    conv_weight: Tensor,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    stride: int = 1,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> Tensor:
+    x: Tensor, conv_weight: Tensor, bn_weight: Tensor, bn_bias: Tensor, running_mean: Tensor, running_var: Tensor, *,
+    stride: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    residual: Tensor | None = None, process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """silu(batch_norm(conv(x))) + residual for `x` [B, C, H, W] and `conv_weight` [C, 1, K, K].
 
     K is 3, 5 or 7, the padding K // 2, the stride 1 or 2, so that the result is [B, C, ceil(H / stride),
     ceil(W / stride)]. Batch normalisation, `residual` and `process_group` are as in `bn_silu`.
     """
-    check_batch_norm(x, bn_weight, bn_bias, running_mean, running_var, prefix="bn_")
+    parameters = bn_weight, bn_bias, running_mean, running_var
+    bn.check_batch_norm(x, *parameters, prefix="bn_")
     _check_conv(x, conv_weight, stride)
-    out_shape = (x.shape[0], x.shape[1], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
-    check_residual(residual, out_shape, x)
-    if not takes_triton(x):
-        return dwconv_bn_silu_reference(
-            x,
-            conv_weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            stride=stride,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            residual=residual,
-            process_group=process_group,
-        )
+    out_shape = _out_shape(x, stride)
+    bn.check_residual(residual, out_shape, x)
+    if not bn.takes_triton(x):
+        options: dict[str, Any] = dict(momentum=momentum, eps=eps, residual=residual, process_group=process_group)
+        return dwconv_bn_silu_reference(x, conv_weight, *parameters, stride=stride, training=training, **options)
     if torch.is_autocast_enabled(x.device.type):  # as for F.conv2d
         dtype = torch.get_autocast_dtype(x.device.type)
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     if not training:
         op = _inference.undispatched if unwatched(x) else _inference
-        return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, eps)
-    check_count(out_shape[0] * out_shape[2] * out_shape[3], out_shape, process_group)
-    y, _, stats = _training(x, conv_weight, bn_weight, bn_bias, residual, stride, eps, group_name(process_group))
-    update_running_stats(running_mean, running_var, stats, momentum)
+        return op(x, conv_weight, *parameters, residual, stride, eps)
+    bn.check_count(out_shape[0] * out_shape[2] * out_shape[3], out_shape, process_group)
+    y, _, stats = _training(x, conv_weight, bn_weight, bn_bias, residual, stride, eps, bn.group_name(process_group))
+    bn.update_running_stats(running_mean, running_var, stats, momentum)
     return y
 
 
 def dwconv_bn_silu_reference(
-    x: Tensor,
-    conv_weight: Tensor,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    stride: int = 1,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> Tensor:
+    x: Tensor, conv_weight: Tensor, bn_weight: Tensor, bn_bias: Tensor, running_mean: Tensor, running_var: Tensor, *,
+    stride: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    residual: Tensor | None = None, process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """`dwconv_bn_silu` in PyTorch. The affine is not folded into the weights: folding gains 7 % on a CPU, and costs the
     equality to the bit with what the published implementation computes."""
     z = F.conv2d(x, conv_weight, None, stride, conv_weight.shape[2] // 2, groups=x.shape[1])
-    return bn_silu_reference(
-        z,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        residual=residual,
-        process_group=process_group,
-    )
+    options: dict[str, Any] = dict(momentum=momentum, eps=eps, residual=residual, process_group=process_group)
+    return bn_silu_reference(z, bn_weight, bn_bias, running_mean, running_var, training=training, **options)
+
+
+def _out_shape(x: Tensor, stride: int) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[1], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
 
 
 def _check_conv(x: Tensor, conv_weight: Tensor, stride: int) -> None:
@@ -153,39 +115,30 @@ def _check_conv(x: Tensor, conv_weight: Tensor, stride: int) -> None:
 
 
 @triton.jit
-def _place(
-    channels, row_blocks, column_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
-):
-    """Image, row block, pairs of columns and channels of this program."""
+def _tile(row_blocks, column_blocks, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Image, row block, channels and pairs of columns of this program."""
     tile = tl.program_id(0)
-    pair = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    pair = tile % column_blocks * BLOCK[1] + tl.arange(0, BLOCK[1]).to(tl.int64)
+    c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
     if CHANNELS_LAST:
         pair, c = pair[:, None], c[None, :]
     else:
         pair, c = pair[None, :], c[:, None]
-    return (tile // column_blocks // row_blocks).to(tl.int64), tile // column_blocks % row_blocks, pair, c
+    return (tile // column_blocks // row_blocks).to(tl.int64), tile // column_blocks % row_blocks, c, pair
 
 
 @triton.jit
 def _columns(
-    ptr,
-    image,
-    c,
-    pair,
-    channels,
-    height,
-    width,
-    STEP: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    ptr, place, shape, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """Pointers (in row 0) to columns STEP pair + FIRST..LAST, their masks, and what leads to the next row.
 
+    `place` is image, channels and pairs of columns, `shape` channels, height and width of all.
     PACKED: a pointer to two columns, the first of them even. Half the loads, and 4 bytes each in fp16.
     """
+    image, c, pair = place
+    channels, height, width = shape
     ptr += image * channels * height * width
     pointers, masks = (), ()
     if PACKED:
@@ -196,22 +149,22 @@ def _columns(
         row = tl.cast(width // 2, tl.int64)
         for i in tl.static_range(FIRST // 2, LAST // 2 + 1):
             at = STEP // 2 * pair + i
-            pointers = pointers + (ptr + (c * height * row + at),)
-            masks = masks + ((c < channels) & (at >= 0) & (at < row),)
+            pointers += (ptr + (c * height * row + at),)
+            masks += ((c < channels) & (at >= 0) & (at < row),)
     else:
         row = tl.cast(width * channels if CHANNELS_LAST else width, tl.int64)  # a width of 1 is Triton's constant
         for i in tl.static_range(FIRST, LAST + 1):
             at = STEP * pair + i
-            pointers = pointers + (ptr + (at * channels + c if CHANNELS_LAST else c * height * row + at),)
-            masks = masks + ((c < channels) & (at >= 0) & (at < width),)
+            pointers += (ptr + (at * channels + c if CHANNELS_LAST else c * height * row + at),)
+            masks += ((c < channels) & (at >= 0) & (at < width),)
     return pointers, masks, row
 
 
 @triton.jit
-def _load(pointers, masks, offset, inside):
+def _load(pointers, masks, offset, valid):
     values = ()
     for i in tl.static_range(len(pointers)):
-        values = values + (tl.load(pointers[i] + offset, mask=masks[i] & inside, other=0),)
+        values += (tl.load(pointers[i] + offset, mask=masks[i] & valid, other=0),)
     return values
 
 
@@ -227,12 +180,12 @@ def _unpack(values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
             v = v.to(tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32).to(DTYPE, bitcast=True)
         else:
             v = values[i - FIRST]
-        unpacked = unpacked + (v.to(tl.float32),)
+        unpacked += (v.to(tl.float32),)
     return unpacked
 
 
 @triton.jit
-def _store(pointers, masks, offset, inside, v0, v1, DTYPE: tl.constexpr, PACKED: tl.constexpr):
+def _store(pointers, masks, offset, valid, v0, v1, DTYPE: tl.constexpr, PACKED: tl.constexpr):
     """Two columns, in fp32."""
     v0, v1 = v0.to(DTYPE), v1.to(DTYPE)
     if PACKED:
@@ -240,134 +193,108 @@ def _store(pointers, masks, offset, inside, v0, v1, DTYPE: tl.constexpr, PACKED:
             v = v0.to(tl.uint16, bitcast=True).to(tl.uint32) | (v1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
         else:
             v = v0.to(tl.uint32, bitcast=True).to(tl.uint64) | (v1.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
-        tl.store(pointers[0] + offset, v, mask=masks[0] & inside)
+        tl.store(pointers[0] + offset, v, mask=masks[0] & valid)
     else:
-        tl.store(pointers[0] + offset, v0, mask=masks[0] & inside)
-        tl.store(pointers[1] + offset, v1, mask=masks[1] & inside)
+        tl.store(pointers[0] + offset, v0, mask=masks[0] & valid)
+        tl.store(pointers[1] + offset, v1, mask=masks[1] & valid)
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    w_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    residual_ptr,
-    y_ptr,
-    partial_ptr,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    row_blocks,
-    column_blocks,
-    steps,
-    eps,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    TRAINING: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PACKED_IN: tl.constexpr,
-    PACKED_OUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """y, or in training z and its moments [tiles, 3, C]; each program slides down steps - FLIGHT + 1 rows of it."""
+    x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr, partial_ptr,
+    channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
+    K: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
+    TRAINING: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PACKED_IN: tl.constexpr, PACKED_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, or in training of z, with the tile's moments [tiles, 3, C].
+
+    A tile is BLOCK = (channels, pairs of columns); the program slides down steps - IN_FLIGHT + 1 rows of it.
+    """
     P: tl.constexpr = K // 2
-    FLIGHT: tl.constexpr = (K + S - 1) // S  # rows of the output that one row of the input adds to, at most
+    IN_FLIGHT: tl.constexpr = (K + S - 1) // S  # rows of the output that one row of the input adds to, at most
     FIRST: tl.constexpr = -P  # of the columns of the input that two of the output need
     LAST: tl.constexpr = S + P
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, pair, c = _place(channels, row_blocks, column_blocks, CHANNELS_LAST, BLOCK_C, BLOCK_W)
-    known = c < channels
+    image, row_block, c, pair = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    place, out_shape = (image, c, pair), (channels, out_height, out_width)
     x_ptrs, x_masks, x_row = _columns(
-        x_ptr, image, c, pair, channels, height, width, 2 * S, FIRST, LAST, CHANNELS_LAST, PACKED_IN
+        x_ptr, place, (channels, height, width), 2 * S, FIRST, LAST, CHANNELS_LAST, PACKED_IN
     )
-    y_ptrs, y_masks, y_row = _columns(
-        y_ptr, image, c, pair, channels, out_height, out_width, 2, 0, 1, CHANNELS_LAST, PACKED_OUT
-    )
+    y_ptrs, y_masks, y_row = _columns(y_ptr, place, out_shape, 2, 0, 1, CHANNELS_LAST, PACKED_OUT)
     if HAS_RESIDUAL:
-        r_ptrs, r_masks, _ = _columns(
-            residual_ptr, image, c, pair, channels, out_height, out_width, 2, 0, 1, CHANNELS_LAST, PACKED_OUT
-        )
+        r_ptrs, r_masks, _ = _columns(residual_ptr, place, out_shape, 2, 0, 1, CHANNELS_LAST, PACKED_OUT)
     zeros = tl.zeros(x_masks[0].shape, tl.float32)
     scale, start = zeros + 1, zeros
     if not TRAINING:  # the convolution's weight takes the scale, its sum starts at the shift
-        weight, bias, mean, invstd = batch_norm_parameters(weight_ptr, bias_ptr, mean_ptr, var_ptr, c, known, eps)
+        weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
         scale, start = zeros + weight * invstd, zeros + (bias - mean * (weight * invstd))
     w = ()
     for i in tl.static_range(K * K):
-        w = w + (tl.load(w_ptr + c * K * K + i, mask=known, other=0).to(tl.float32) * scale,)
+        w += (tl.load(w_ptr + c * K * K + i, mask=c < channels, other=0).to(tl.float32) * scale,)
     sums = ()
-    for _i in tl.static_range(2 * FLIGHT):
-        sums = sums + (start,)
+    for _i in tl.static_range(2 * IN_FLIGHT):
+        sums += (start,)
     shift, s1, s2 = zeros, zeros, zeros
 
-    first_out = row_block * (steps - FLIGHT + 1)
+    first_out = row_block * (steps - IN_FLIGHT + 1)
     row = first_out * S - P
-    loaded = ()
-    for i in tl.static_range(AHEAD):
-        loaded = loaded + _load(x_ptrs, x_masks, (row + i) * x_row, (row + i >= 0) & (row + i < height))
+    prefetched = ()
+    for i in tl.static_range(PREFETCH):
+        prefetched += _load(x_ptrs, x_masks, (row + i) * x_row, (row + i >= 0) & (row + i < height))
     EACH: tl.constexpr = len(x_ptrs)
-    row += AHEAD
+    row += PREFETCH
     x_at = row * x_row
-    out = first_out - (FLIGHT - 1)
+    out = first_out - (IN_FLIGHT - 1)
     y_at = out * y_row
     end = out + steps
     while out < end:  # not range(): under NumPy 2.4 Triton's interpreter has none of a run-time length
         for _unrolled in tl.static_range(UNROLL):  # so that the sums change places without moves
             for phase in tl.static_range(S):
-                taps = _unpack(loaded[:EACH], x_ptr.dtype.element_ty, FIRST, LAST, PACKED_IN)
-                # AHEAD rows are on their way while one is used; loads after a store would wait for it
-                loaded = loaded[EACH:] + _load(x_ptrs, x_masks, x_at, (row >= 0) & (row < height))
+                taps = _unpack(prefetched[:EACH], x_ptr.dtype.element_ty, FIRST, LAST, PACKED_IN)
+                # before the store: loads after it would wait for it
+                prefetched = prefetched[EACH:] + _load(x_ptrs, x_masks, x_at, (row >= 0) & (row < height))
                 row += 1
                 x_at = row * x_row if CHANNELS_LAST else x_at + x_row
                 updated = ()
-                for i in tl.static_range(FLIGHT):
+                for i in tl.static_range(IN_FLIGHT):
                     v0, v1 = sums[2 * i], sums[2 * i + 1]
                     if K - 1 - S * i - phase >= 0:  # the row of w
                         for j in tl.static_range(K):
                             v0 = tl.fma(w[(K - 1 - S * i - phase) * K + j], taps[j], v0)
                             v1 = tl.fma(w[(K - 1 - S * i - phase) * K + j], taps[j + S], v1)
-                    updated = updated + (v0, v1)
+                    updated += (v0, v1)
                 sums = updated
                 if phase == 0:  # the oldest sums are complete
                     v0, v1 = sums[0], sums[1]
-                    sums = sums[2:] + (start, start)
-                    inside = (out >= first_out) & (out < out_height)
+                    sums = sums[2:] + (start, start)  # noqa: RUF005 (Triton's tuples cannot be unpacked into others)
+                    valid = (out >= first_out) & (out < out_height)
                     if TRAINING:  # moments of what the next kernels will read, relative to the first row
                         v0, v1 = v0.to(DTYPE).to(tl.float32), v1.to(DTYPE).to(tl.float32)
                         shift = tl.where(out == first_out, v0, shift)
-                        d0 = tl.where(inside & y_masks[0], v0 - shift, 0)
-                        d1 = tl.where(inside & y_masks[len(y_ptrs) - 1], v1 - shift, 0)
+                        d0 = tl.where(valid & y_masks[0], v0 - shift, 0)
+                        d1 = tl.where(valid & y_masks[len(y_ptrs) - 1], v1 - shift, 0)
                         s1 += d0 + d1
                         s2 = tl.fma(d0, d0, tl.fma(d1, d1, s2))
                     else:
                         v0 *= sigmoid(v0)
                         v1 *= sigmoid(v1)
                         if HAS_RESIDUAL:
-                            r = _unpack(
-                                _load(r_ptrs, r_masks, y_at, inside), residual_ptr.dtype.element_ty, 0, 1, PACKED_OUT
-                            )
+                            r = _load(r_ptrs, r_masks, y_at, valid)
+                            r = _unpack(r, residual_ptr.dtype.element_ty, 0, 1, PACKED_OUT)
                             v0 += r[0]
                             v1 += r[1]
-                    _store(y_ptrs, y_masks, y_at, inside, v0, v1, DTYPE, PACKED_OUT)
+                    _store(y_ptrs, y_masks, y_at, valid, v0, v1, DTYPE, PACKED_OUT)
             out += 1
             y_at = out * y_row if CHANNELS_LAST else y_at + y_row
     if TRAINING:
-        rows = tl.minimum(steps - FLIGHT + 1, out_height - first_out)
+        rows = tl.minimum(steps - IN_FLIGHT + 1, out_height - first_out)
         n = (y_masks[0].to(tl.float32) + y_masks[len(y_ptrs) - 1].to(tl.float32)) * rows
         s1_mean = s1 / tl.maximum(n, 1)
         m2 = s2 - s1 * s1_mean
         mean, m2, n = merge_moments(shift + s1_mean, tl.where(m2 < 0, 0, m2), n, AXIS)  # a NaN stays
-        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
         at = partial_ptr + tl.program_id(0).to(tl.int64) * 3 * channels + c
         tl.store(at, mean, mask=c < channels)
         tl.store(at + channels, m2, mask=c < channels)
@@ -376,110 +303,84 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr,
-    z_ptr,
-    x_ptr,
-    w_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    means_ptr,
-    dx_ptr,
-    dw_ptr,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    row_blocks,
-    column_blocks,
-    steps,
-    eps,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    AHEAD: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PACKED_IN: tl.constexpr,
-    PACKED_OUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """dx, and the partial dw [tiles, C, K * K]; each program slides down S (steps - FLIGHT + 1) rows of dx."""
+    dy_ptr, z_ptr, x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, dw_ptr,
+    channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
+    K: tl.constexpr, S: tl.constexpr, PREFETCH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PACKED_IN: tl.constexpr, PACKED_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx, with the tile's share of dw [tiles, C, K * K].
+
+    A tile is BLOCK = (channels, pairs of columns); the program slides down S (steps - IN_FLIGHT + 1) rows of it.
+    """
     P: tl.constexpr = K // 2
-    FLIGHT: tl.constexpr = (K + S - 1) // S
+    IN_FLIGHT: tl.constexpr = (K + S - 1) // S
     STEP: tl.constexpr = 2 // S  # a pair of columns of dx needs those of dz from STEP pair + FIRST to LAST
     FIRST: tl.constexpr = -(P // S)
     LAST: tl.constexpr = (P + 1) // S
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, pair, c = _place(channels, row_blocks, column_blocks, CHANNELS_LAST, BLOCK_C, BLOCK_W)
-    known = c < channels
-    dy_ptrs, z_masks, z_row = _columns(
-        dy_ptr, image, c, pair, channels, out_height, out_width, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT
-    )
-    z_ptrs, _, _ = _columns(
-        z_ptr, image, c, pair, channels, out_height, out_width, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT
-    )
-    x_ptrs, x_masks, x_row = _columns(x_ptr, image, c, pair, channels, height, width, 2, 0, 1, CHANNELS_LAST, PACKED_IN)
-    dx_ptrs, dx_masks, dx_row = _columns(
-        dx_ptr, image, c, pair, channels, height, width, 2, 0, 1, CHANNELS_LAST, PACKED_IN
-    )
-    weight, bias, mean, invstd = batch_norm_parameters(weight_ptr, bias_ptr, mean_ptr, var_ptr, c, known, eps)
-    mean_du = tl.load(means_ptr + c, mask=known, other=0)
-    mean_du_xhat = tl.load(means_ptr + channels + c, mask=known, other=0)
+    image, row_block, c, pair = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    place, shape, z_shape = (image, c, pair), (channels, height, width), (channels, out_height, out_width)
+    dy_ptrs, z_masks, z_row = _columns(dy_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT)
+    z_ptrs, _, _ = _columns(z_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT)
+    x_ptrs, x_masks, x_row = _columns(x_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACKED_IN)
+    dx_ptrs, dx_masks, dx_row = _columns(dx_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACKED_IN)
+    weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    mean_du = tl.load(means_ptr + c, mask=c < channels, other=0)
+    mean_du_xhat = tl.load(means_ptr + channels + c, mask=c < channels, other=0)
     zeros = tl.zeros(x_masks[0].shape, tl.float32)
     w, dw = (), ()
     for i in tl.static_range(K * K):
-        w = w + (tl.load(w_ptr + c * K * K + i, mask=known, other=0).to(tl.float32) * (weight * invstd) + zeros,)
-        dw = dw + (zeros,)
+        v = tl.load(w_ptr + c * K * K + i, mask=c < channels, other=0).to(tl.float32)
+        w += (v * (weight * invstd) + zeros,)
+        dw += (zeros,)
     dx, x = (), ()  # of the K rows that the current row of dz adds to
     for _i in tl.static_range(2 * (K - S)):
-        dx = dx + (zeros,)
-        x = x + (zeros,)
+        dx += (zeros,)
+        x += (zeros,)
 
-    first_dx = (P // S + row_block * (steps - FLIGHT + 1)) * S - P  # may be -1: its program has the other row only
-    end_dx = tl.minimum(first_dx + S * (steps - FLIGHT + 1), height)
-    row = P // S + row_block * (steps - FLIGHT + 1) - (FLIGHT - 1)  # of dz; it completes rows S row - P onwards of dx
+    first_dx = (P // S + row_block * (steps - IN_FLIGHT + 1)) * S - P  # may be -1: its program has the other row only
+    end_dx = tl.minimum(first_dx + S * (steps - IN_FLIGHT + 1), height)
+    row = P // S + row_block * (steps - IN_FLIGHT + 1) - (IN_FLIGHT - 1)  # of dz: completes rows S row - P on of dx
     end = row + steps
     first_dx = tl.maximum(first_dx, 0)
-    loaded = ()
-    for i in tl.static_range(AHEAD):
-        inside = (row + i >= 0) & (row + i < out_height)
-        loaded = loaded + _load(dy_ptrs, z_masks, (row + i) * z_row, inside)
-        loaded = loaded + _load(z_ptrs, z_masks, (row + i) * z_row, inside)
+    prefetched = ()
+    for i in tl.static_range(PREFETCH):
+        valid = (row + i >= 0) & (row + i < out_height)
+        prefetched += _load(dy_ptrs, z_masks, (row + i) * z_row, valid)
+        prefetched += _load(z_ptrs, z_masks, (row + i) * z_row, valid)
         for k in tl.static_range(S):
             x_new = S * (row + i) - P + K - S + k
-            loaded = loaded + _load(x_ptrs, x_masks, x_new * x_row, (x_new >= first_dx) & (x_new < end_dx))
-    z_at = (row + AHEAD) * z_row
-    x_at = (S * (row + AHEAD) - P + K - S) * x_row
+            prefetched += _load(x_ptrs, x_masks, x_new * x_row, (x_new >= first_dx) & (x_new < end_dx))
+    z_at = (row + PREFETCH) * z_row
+    x_at = (S * (row + PREFETCH) - P + K - S) * x_row
     dx_at = (S * row - P) * dx_row
     Z: tl.constexpr = len(z_ptrs)
     X: tl.constexpr = len(x_ptrs)
     while row < end:
-        dy = _unpack(loaded[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
-        z = _unpack(loaded[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
+        dy = _unpack(prefetched[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
+        z = _unpack(prefetched[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
         for k in tl.static_range(S):
-            x = x + _unpack(loaded[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACKED_IN)
-        ahead = row + AHEAD
-        inside = (ahead >= 0) & (ahead < out_height)
-        loaded = loaded[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, inside)
-        loaded = loaded + _load(z_ptrs, z_masks, z_at, inside)
+            x += _unpack(prefetched[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACKED_IN)
+        ahead = row + PREFETCH
+        valid = (ahead >= 0) & (ahead < out_height)
+        prefetched = prefetched[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, valid)
+        prefetched += _load(z_ptrs, z_masks, z_at, valid)
         z_at = (ahead + 1) * z_row if CHANNELS_LAST else z_at + z_row
         for k in tl.static_range(S):
             x_new = S * ahead - P + K - S + k
             # only rows that this program stores, so that every product counts once in dw
-            loaded = loaded + _load(x_ptrs, x_masks, x_at, (x_new >= first_dx) & (x_new < end_dx))
+            prefetched += _load(x_ptrs, x_masks, x_at, (x_new >= first_dx) & (x_new < end_dx))
             x_at = (x_new + 1) * x_row if CHANNELS_LAST else x_at + x_row
-            dx = dx + (zeros, zeros)
+            dx += (zeros, zeros)
 
-        inside = (row >= 0) & (row < out_height)
+        valid = (row >= 0) & (row < out_height)
         dz = ()  # without the factor weight * invstd, which w and the sum of dw take
         for i in tl.static_range(len(z)):
             xhat = (z[i] - mean) * invstd
             du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
             mask = z_masks[(i + FIRST) // 2 - FIRST // 2 if PACKED_OUT else i]
-            dz = dz + (tl.where(mask & inside, du, 0),)
+            dz += (tl.where(mask & valid, du, 0),)
         updated, updated_dw = (), ()
         for i in tl.static_range(K):
             v0, v1 = dx[2 * i], dx[2 * i + 1]
@@ -491,25 +392,17 @@ def _backward_kernel(
                 if (1 + P - j) % S == 0:
                     v1 = tl.fma(w[i * K + j], dz[(1 + P - j) // S - FIRST], v1)
                     d = tl.fma(x[2 * i + 1], dz[(1 + P - j) // S - FIRST], d)
-                updated_dw = updated_dw + (d,)
-            updated = updated + (v0, v1)
+                updated_dw += (d,)
+            updated += (v0, v1)
         dw = updated_dw
         for k in tl.static_range(S):
             done = S * row - P + k
-            _store(
-                dx_ptrs,
-                dx_masks,
-                dx_at,
-                (done >= first_dx) & (done < end_dx),
-                updated[2 * k],
-                updated[2 * k + 1],
-                DTYPE,
-                PACKED_IN,
-            )
+            valid = (done >= first_dx) & (done < end_dx)
+            _store(dx_ptrs, dx_masks, dx_at, valid, updated[2 * k], updated[2 * k + 1], DTYPE, PACKED_IN)
             dx_at = (done + 1) * dx_row if CHANNELS_LAST else dx_at + dx_row
         dx, x = updated[2 * S :], x[2 * S :]
         row += 1
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
     at = dw_ptr + (tl.program_id(0).to(tl.int64) * channels + c) * (K * K)
     for i in tl.static_range(K * K):
         tl.store(at + i, tl.sum(dw[i] * (weight * invstd), AXIS), mask=c < channels)
@@ -519,221 +412,127 @@ def _packed(x: Tensor, last: bool) -> bool:
     return not last and x.shape[3] % 2 == 0 and x.storage_offset() % 2 == 0
 
 
-def _blocks(width: int, last: bool, channels: int, wide: bool) -> tuple[int, int]:
-    """Channels and pairs of columns in a block: one pair a thread (two channels of it if `wide`)."""
+def _tiling(
+    x: Tensor, last: bool, rows: int, in_flight: int, unroll: int = 1, wide: bool = False
+) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int]]:
+    """How an output of x's images, channels and width lies in tiles, with `rows` times a step's rows.
+
+    Grid (tiles, channel blocks); row blocks, column blocks and steps of a program; BLOCK (channels, pairs of columns:
+    one pair a thread, or two channels of it if `wide`).
+    """
+    images, channels, _, width = x.shape
     if last:
-        return (64, 4) if wide and channels > 32 else (32, 4)
-    pairs = cdiv(width, 2)
-    # idle lanes against columns that neighbouring blocks load twice
-    block_w = min((32, 16, 8), key=lambda block: cdiv(pairs, block) * (block + 4))
-    return 128 // block_w, block_w
-
-
-def _slides(rows: int, flight: int, unroll: int, others: int) -> tuple[int, int]:
-    """Row blocks, and steps of each, of a grid of `others` programs a row block."""
-    # a program spends flight - 1 steps before its first row: let it slide far, once there are programs enough
-    blocks = max(cdiv(rows, 40), min(cdiv(rows, 8), cdiv(1024, others)))
-    steps = cdiv(cdiv(rows, blocks) + flight - 1, unroll) * unroll
-    return cdiv(rows, steps - flight + 1), steps
+        block = TUNING["channels_last_wide" if wide and channels > TUNING["channels_last"][0] else "channels_last"]
+    else:
+        pairs = min(TUNING["pairs"], key=lambda block: cdiv(cdiv(width, 2), block) * (block + TUNING["halo"]))
+        block = TUNING["threads"] // pairs, pairs
+    column_blocks, channel_blocks = cdiv(width, 2 * block[1]), cdiv(channels, block[0])
+    # a program spends in_flight - 1 steps before its first row: let it slide far, once there are programs enough
+    enough = cdiv(TUNING["programs"], images * column_blocks * channel_blocks)
+    row_blocks = max(cdiv(rows, TUNING["rows"]), min(cdiv(rows, TUNING["least_rows"]), enough))
+    steps = cdiv(cdiv(rows, row_blocks) + in_flight - 1, unroll) * unroll
+    row_blocks = cdiv(rows, steps - in_flight + 1)
+    return (images * row_blocks * column_blocks, channel_blocks), (row_blocks, column_blocks, steps), block
 
 
 def _forward(
-    x: Tensor,
-    w: Tensor,
-    parameters: tuple[Tensor, ...],
-    residual: Tensor | None,
-    stride: int,
-    eps: float,
-    training: bool,
+    x: Tensor, w: Tensor, parameters: bn.Parameters, residual: Tensor | None, stride: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor]:
     """y, or in training z and its partial moments [tiles, 3, C]; x is dense."""
-    images, channels, height, width = x.shape
-    size, format = w.shape[2], memory_format(x)
+    size, format = w.shape[2], bn.memory_format(x)
     last = format == torch.channels_last
-    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    y = torch.empty((images, channels, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=format)
-    w, parameters = w.contiguous(), tuple(parameter.contiguous() for parameter in parameters)
+    y = torch.empty(_out_shape(x, stride), dtype=x.dtype, device=x.device, memory_format=format)
     residual = residual if residual is None else residual.contiguous(memory_format=format)
+    in_flight = cdiv(size, stride)
+    unroll = in_flight if size < 7 else 1
     # at stride 2 a thread holds more columns: with two channels of them ptxas spills
     wide = size < 7 and stride == 1 and x.element_size() == 2
-    block_c, block_w = _blocks(out_width, last, channels, wide)
-    column_blocks, channel_blocks = cdiv(out_width, 2 * block_w), cdiv(channels, block_c)
-    flight = cdiv(size, stride)
-    unroll = flight if size < 7 else 1
-    row_blocks, steps = _slides(out_height, flight, unroll, images * column_blocks * channel_blocks)
-    tiles = images * row_blocks * column_blocks
-    partial = torch.empty((tiles, 3, channels) if training else 0, dtype=torch.float32, device=x.device)
-    wrap_triton(_forward_kernel)[tiles, channel_blocks](
-        x,
-        w,
-        *parameters,
-        x if residual is None else residual,
-        y,
-        partial,
-        channels,
-        height,
-        width,
-        out_height,
-        out_width,
-        row_blocks,
-        column_blocks,
-        steps,
-        eps,
-        K=size,
-        S=stride,
-        UNROLL=unroll,
-        AHEAD=4,
-        TRAINING=training,
-        HAS_RESIDUAL=residual is not None,
-        CHANNELS_LAST=last,
-        PACKED_IN=_packed(x, last),
-        PACKED_OUT=_packed(y, last) and (residual is None or _packed(residual, last)),
-        BLOCK_C=block_c,
-        BLOCK_W=block_w,
-    )
+    grid, tiles, block = _tiling(y, last, y.shape[2], in_flight, unroll, wide)
+    partial = torch.empty((grid[0], 3, x.shape[1]) if training else 0, dtype=torch.float32, device=x.device)
+    pointers = x, w.contiguous(), *(p.contiguous() for p in parameters), x if residual is None else residual, y, partial
+    wrap_triton(_forward_kernel)[grid](
+        *pointers, *x.shape[1:], *y.shape[2:], *tiles, eps, K=size, S=stride, UNROLL=unroll,
+        PREFETCH=TUNING["prefetch"], TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
+        PACKED_IN=_packed(x, last), PACKED_OUT=_packed(y, last) and (residual is None or _packed(residual, last)),
+        BLOCK=block,
+    )  # fmt: skip
     return y, partial
 
 
 @triton_op("rtmdet_fast::dwconv_bn_silu_inference")
 def _inference(
-    x: Tensor,
-    conv_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    eps: float,
-) -> Tensor:
-    x = x.contiguous(memory_format=memory_format(x))
+    x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None,
+    stride: int, eps: float,
+) -> Tensor:  # fmt: skip
+    x = x.contiguous(memory_format=bn.memory_format(x))
     return _forward(x, conv_weight, (weight, bias, mean, var), residual, stride, eps, training=False)[0]
 
 
 @_inference.register_fake  # the body asks whether widths are even, which would fix them in an exported program
 def _(x, conv_weight, weight, bias, mean, var, residual, stride, eps):
-    height, width = (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
-    return x.new_empty(*x.shape[:2], height, width).to(memory_format=memory_format(x))
+    return x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
 
 
 @triton_op("rtmdet_fast::dwconv_bn_silu_training")
 def _training(
-    x: Tensor,
-    conv_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous(memory_format=memory_format(x))
+    x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
+    stride: int, eps: float, group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = x.contiguous(memory_format=bn.memory_format(x))
     z, partial = _forward(x, conv_weight, (weight, bias, weight, weight), None, stride, eps, training=True)
-    stats = merge_partial_moments(partial, group)
-    return normalise(z, weight, bias, stats[0], stats[3], residual, eps), z, stats
+    stats = bn.merge_partial_moments(partial, group)
+    return bn.normalise(z, (weight, bias, stats[0], stats[3]), residual, eps), z, stats
 
 
 @triton_op("rtmdet_fast::dwconv_bn_silu_backward")
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    conv_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor | None,
-    stride: int,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, z: Tensor | None, conv_weight: Tensor,
+    weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: Tensor | None,
+    stride: int, eps: float, group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dconv_weight and the sums [2, C] that are dbias and dweight; z is computed again where there is none."""
-    format = memory_format(x)
+    format = bn.memory_format(x)
     x, dy = x.contiguous(memory_format=format), dy.contiguous(memory_format=format)
     conv_weight, last = conv_weight.contiguous(), format == torch.channels_last
-    weight, bias, mean, var = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
+    parameters: bn.Parameters = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
     if z is None:
-        z, _ = _forward(x, conv_weight, (weight, bias, mean, var), None, stride, eps, training=True)
-    du_sums = gradient_sums(dy, z, weight, bias, mean, var, eps)
-    images, channels, height, width = x.shape
-    size, padding = conv_weight.shape[2], conv_weight.shape[2] // 2
+        z, _ = _forward(x, conv_weight, parameters, None, stride, eps, training=True)
+    du_sums = bn.gradient_sums(dy, z, parameters, eps)
     dx = torch.empty_like(x, memory_format=format)
-    block_c, block_w = _blocks(width, last, channels, False)
-    column_blocks, channel_blocks = cdiv(width, 2 * block_w), cdiv(channels, block_c)
-    flight = cdiv(size, stride)
-    rows = (height - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
-    row_blocks, steps = _slides(rows, flight, 1, images * column_blocks * channel_blocks)
-    tiles = images * row_blocks * column_blocks
-    partial = torch.empty(tiles, channels, size * size, dtype=torch.float32, device=x.device)
+    size, padding = conv_weight.shape[2], conv_weight.shape[2] // 2
+    rows = (x.shape[2] - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
+    grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride))
+    partial = torch.empty(grid[0], x.shape[1], size * size, dtype=torch.float32, device=x.device)
     packed = stride == 1 and _packed(x, last) and _packed(z, last) and _packed(dy, last)
-    wrap_triton(_backward_kernel)[tiles, channel_blocks](
-        dy,
-        z,
-        x,
-        conv_weight,
-        weight,
-        bias,
-        mean,
-        var,
-        gradient_means(du_sums, count, group),
-        dx,
-        partial,
-        channels,
-        height,
-        width,
-        z.shape[2],
-        z.shape[3],
-        row_blocks,
-        column_blocks,
-        steps,
-        eps,
-        K=size,
-        S=stride,
-        AHEAD=2 if packed else 1,
-        CHANNELS_LAST=last,
-        PACKED_IN=_packed(x, last),
-        PACKED_OUT=packed,
-        BLOCK_C=block_c,
-        BLOCK_W=block_w,
-    )
+    pointers = dy, z, x, conv_weight, *parameters, bn.gradient_means(du_sums, count, group), dx, partial
+    wrap_triton(_backward_kernel)[grid](
+        *pointers, *x.shape[1:], *z.shape[2:], *tiles, eps, K=size, S=stride,
+        PREFETCH=TUNING["prefetch_backward"][packed], CHANNELS_LAST=last, PACKED_IN=_packed(x, last), PACKED_OUT=packed,
+        BLOCK=block,
+    )  # fmt: skip
     return dx, partial.sum(0).view_as(conv_weight).to(conv_weight.dtype), du_sums
-
-
-def _save(ctx, x, z, conv_weight, weight, bias, mean, var, count, residual, stride, eps, group):
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.stride, ctx.eps, ctx.group = stride, eps, group
-    ctx.save_for_backward(x, z, conv_weight, weight, bias, mean, var, count)
-
-
-def _gradients(ctx, dy: Tensor):
-    """Gradients for x, conv_weight, weight, bias and residual."""
-    x, z, conv_weight, weight, bias, mean, var, count = ctx.saved_tensors
-    dx, dconv_weight, du_sums = _backward(
-        dy, x, z, conv_weight, weight, bias, mean, var, count, ctx.stride, ctx.eps, ctx.group
-    )
-    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return dx, dconv_weight, du_sums[1].to(weight.dtype), du_sums[0].to(bias.dtype), dresidual
 
 
 def _inference_context(ctx, inputs, output):
     x, conv_weight, weight, bias, mean, var, residual, stride, eps = inputs
-    _save(ctx, x, None, conv_weight, weight, bias, mean, var, None, residual, stride, eps, "")
+    tensors = x, None, conv_weight, weight, bias, mean, var, None
+    bn.save_for_backward(ctx, tensors, (weight, bias, residual), stride, eps, "")
 
 
 def _inference_backward(ctx, dy):
-    dx, dconv_weight, dweight, dbias, dresidual = _gradients(ctx, dy)
-    return dx, dconv_weight, dweight, dbias, None, None, dresidual, None, None
+    *gradients, dresidual = bn.gradients(ctx, dy, _backward)
+    return *gradients, None, None, dresidual, None, None
 
 
 def _training_context(ctx, inputs, output):
-    x, conv_weight, weight, bias, residual, stride, eps, group = inputs
+    x, conv_weight, weight, bias, residual, *settings = inputs
     _, z, stats = output
-    _save(ctx, x, z, conv_weight, weight, bias, stats[0], stats[3], stats[2], residual, stride, eps, group)
+    tensors = x, z, conv_weight, weight, bias, stats[0], stats[3], stats[2]
+    bn.save_for_backward(ctx, tensors, (weight, bias, residual), *settings)
 
 
 def _training_backward(ctx, dy, *_):
-    return *_gradients(ctx, dy), None, None, None
+    return *bn.gradients(ctx, dy, _backward), None, None, None
 
 
 _inference.register_autograd(_inference_backward, setup_context=_inference_context)

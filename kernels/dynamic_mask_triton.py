@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, wrap_triton
-from rtmdet_fast.kernels.bn_silu import sigmoid
+from rtmdet_fast.kernels.batch_norm import sigmoid
 
 # Read at each launch. Tiles and blocks in pixels; a program walks over its tile block by block.
 TUNING = {

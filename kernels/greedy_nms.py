@@ -17,19 +17,18 @@ from torch import Tensor
 from rtmdet_fast.kernels._dispatch import use_triton
 from rtmdet_fast.kernels.nms import batched_nms_padded, in_rounds, usable
 
-BLOCK = 128  # boxes that are settled among themselves at once
-FEW, FEW_GROUPED = 2000, 1000  # boxes up to which NumPy, whose calls cost less, is ahead of PyTorch
-PAIRS = 2**16  # at once: the temporaries stay in the cache
+TUNING = {
+    "numpy": 2000,  # boxes up to which NumPy, whose calls cost less, is ahead of PyTorch
+    "numpy_grouped": 1000,
+    "block": 128,  # boxes that it settles among themselves at once
+    "pairs": 2**16,  # at once: the temporaries stay in the cache
+}
 
 
 def greedy_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    groups: Tensor | None = None,
-    offset: int = 0,
-    stable: bool = False,
-) -> Tensor:
+    boxes: Tensor, scores: Tensor, iou_threshold: float,
+    groups: Tensor | None = None, offset: int = 0, stable: bool = False,
+) -> Tensor:  # fmt: skip
     """Boxes [N, 4] xyxy or [N, 5] rotated, scores [N] -> indices [K] int64 of the kept, by falling score (NaN first).
 
     Only boxes of equal `groups` [N], numbers of any kind, suppress each other; `offset` 1 takes x2 and y2 as inclusive
@@ -74,7 +73,7 @@ def move_apart(boxes: Tensor, idxs: Tensor, iou_threshold: float) -> tuple[Tenso
     idxs = idxs.to(boxes)
     offset = (idxs * (reach + 1))[:, None]
     moved = torch.cat([boxes[:, :2] + offset, boxes[:, 2:]], 1) if rotated else boxes + offset
-    if iou_threshold < 0 or not (rotated or boxes.is_cuda or len(boxes) > FEW_GROUPED):
+    if iou_threshold < 0 or not (rotated or boxes.is_cuda or len(boxes) > TUNING["numpy_grouped"]):
         return moved, None
     low, high = moved.detach()[:, :2], moved.detach()[:, 2:4]
     if rotated:
@@ -128,7 +127,7 @@ def _by_kernels(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offs
 def _on_cpu(boxes: Tensor, groups: Tensor | None, iou_threshold: float, offset: int) -> Tensor:
     """Slots [K] or which [N] of the kept among boxes [N, 4], the best first."""
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
-    if iou_threshold < 0 or len(boxes) <= (FEW if groups is None else FEW_GROUPED):
+    if iou_threshold < 0 or len(boxes) <= TUNING["numpy" if groups is None else "numpy_grouped"]:
         with np.errstate(all="ignore"):
             columns = boxes.numpy().T
             w, h = columns[2:] - columns[:2] + columns.dtype.type(offset)
@@ -161,10 +160,10 @@ def _excess(a: Tensor, b: Tensor, iou_threshold: float, offset: int) -> Tensor:
 
 def _settled(rows: np.ndarray, threshold: np.floating, offset: int, grouped: bool) -> np.ndarray:
     """Slots of the kept among boxes in `rows` (x1, y1, x2, y2, area, group) [6, N], the best of each group first."""
-    kept = [np.zeros(0, np.int64)]
+    kept, block = [np.zeros(0, np.int64)], TUNING["block"]
     left = np.arange(rows.shape[1])
     while len(left):
-        head, rows = rows[:, :BLOCK], rows[:, BLOCK:]
+        head, rows = rows[:, :block], rows[:, block:]
         bits = np.packbits(_suppresses(head, head, threshold, offset, grouped), axis=1, bitorder="little")
         width, data = bits.shape[1], bits.tobytes()
         best, gone = [], 0
@@ -173,8 +172,8 @@ def _settled(rows: np.ndarray, threshold: np.floating, offset: int, grouped: boo
                 best.append(i)
                 gone |= int.from_bytes(data[i * width : (i + 1) * width], "little")
         kept.append(left[best])
-        head, left = head[:, best], left[BLOCK:]
-        step = PAIRS // len(best)
+        head, left = head[:, best], left[block:]
+        step = TUNING["pairs"] // len(best)
         parts = (rows[:, i : i + step] for i in range(0, len(left), step))
         hit = [_suppresses(head, part, threshold, offset, grouped).any(0) for part in parts]
         if hit:
@@ -201,14 +200,9 @@ def _suppresses(a: np.ndarray, b: np.ndarray, threshold: np.floating, offset: in
 
 
 def soft_nms(
-    boxes: np.ndarray,
-    scores: np.ndarray,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
-    offset: int,
-) -> tuple[np.ndarray, np.ndarray]:
+    boxes: np.ndarray, scores: np.ndarray,
+    iou_threshold: float, sigma: float, min_score: float, method: int, offset: int,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Soft-NMS (Bodla et al., 2017) -> dets [K, 5] with the scores as lowered, indices [K], as mmcv orders them.
 
     `method` 0 sets the score of what overlaps a better box by `iou_threshold` or more to 0, 1 multiplies it by 1 - IoU,

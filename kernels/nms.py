@@ -10,12 +10,28 @@ Dropped, neither kept nor suppressing others: boxes with a non-finite score or c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
-from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference, rotated_iou_pair
+from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference, load_box, rotated_iou_pair
+
+NEVER = 2**30  # start of the class of a dropped box; slots are 32-bit integers below it
+_NEVER = tl.constexpr(NEVER)
+
+TUNING: dict[str, Any] = {
+    "words": 2**25,  # of 8 bytes, held at once by the Triton kernels: 256 MB
+    # the float64 path holds many registers, so a thread has 4 pairs at a time, or 1
+    "axis_aligned": {"ROWS": 16, "SPLIT": 8, "num_warps": 8},
+    "rotated": {"ROWS": 1, "SPLIT": 64, "num_warps": 2},
+    "scan_rows": 256,  # that the scan reads at once: 2 words a thread of 4 warps
+    "many_classes": 8,  # in the reference: from here on a round settles small tiles of each, side by side
+    "tile": 256,  # boxes of a class that it settles at once
+    "tile_of_many": 64,
+    "pairs": 2**16,  # at once: the temporaries stay in the cache
+}
 
 
 def batched_nms_padded(
@@ -67,9 +83,6 @@ def usable(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     return solid & scores.isfinite() & (labels >= 0)
 
 
-NEVER = 2**30  # start of the class of a dropped box; slots are 32-bit integers below it
-
-
 def _sorted(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sorts each image by class, then falling score, then index; dropped boxes come last. All without a sync.
 
@@ -79,9 +92,9 @@ def _sorted(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     N = boxes.shape[1]
     if boxes.dtype != torch.float64:
         boxes = boxes.float()
-    real = usable(boxes, scores, labels)
-    order = scores.masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    label, rank = labels.long().masked_fill(~real, 2**63 - 1).gather(1, order).sort(dim=1, stable=True)
+    valid = usable(boxes, scores, labels)
+    order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    label, rank = labels.long().masked_fill(~valid, 2**63 - 1).gather(1, order).sort(dim=1, stable=True)
     boxes = boxes.gather(1, order.gather(1, rank)[..., None].expand(-1, -1, boxes.shape[2]))
     slot = torch.arange(N, device=boxes.device)
     first = torch.cat([label[:, :1] >= 0, label[:, 1:] != label[:, :-1]], 1)
@@ -98,11 +111,6 @@ def _selected(kept: Tensor, order: Tensor, max_keep: int) -> tuple[Tensor, Tenso
     return keep[:, :max_keep].contiguous(), kept.sum(1).clamp(max=max_keep)
 
 
-WORDS = 2**25  # of 8 bytes, held at once by the Triton kernels
-# by `rotated`; the float64 path holds many registers, so a thread has 4 pairs at a time, or 1
-WORDS_CONFIG = {False: {"ROWS": 16, "SPLIT": 8, "num_warps": 8}, True: {"ROWS": 1, "SPLIT": 64, "num_warps": 2}}
-
-
 @torch.library.custom_op("rtmdet_fast::batched_nms_reference", mutates_args=())
 def batched_nms_padded_reference(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int
@@ -115,21 +123,16 @@ def batched_nms_padded_reference(
     B, N = scores.shape
     order, rank, boxes, start = _sorted(boxes, scores, labels)
     image = torch.arange(B, device=boxes.device)[:, None] * N
-    usable = start < NEVER
-    rows = (rank + image)[usable], (start + image)[usable], boxes[usable]
+    valid = start < NEVER
+    rows = (rank + image)[valid], (start + image)[valid], boxes[valid]
     kept = in_rounds(*rows, (B, N), iou_threshold, max_keep, _excess)
     return _selected(kept, order, max_keep)
 
 
 def in_rounds(
-    rank: Tensor,
-    group: Tensor,
-    boxes: Tensor,
-    shape: tuple[int, int],
-    iou_threshold: float,
-    max_keep: int,
-    excess: Callable[[Tensor, Tensor, float], Tensor],
-) -> Tensor:
+    rank: Tensor, group: Tensor, boxes: Tensor, shape: tuple[int, int],
+    iou_threshold: float, max_keep: int, excess: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:  # fmt: skip
     """Which of `shape` [B, N] boxes, by rank, are kept; rank (of B N), group and boxes are sorted by group, then rank.
 
     `excess(a, b, iou_threshold)` of boxes [G, m, 4 or 5] and [G, n, 4 or 5] is above 0 where their IoU exceeds it.
@@ -138,8 +141,8 @@ def in_rounds(
     nowhere = boxes.new_tensor([[10 * HUGE, 10 * HUGE, -1, -1, 0]])[:, : boxes.shape[1]]  # meets no box
     while len(rank):
         count = group.unique_consecutive(return_counts=True)[1]
-        tile = 64 if len(count) > 8 else 256  # boxes of a class settled at once
-        chunk = 2**16 // tile**2  # tiles at once: the temporaries stay in the cache
+        tile = TUNING["tile_of_many" if len(count) > TUNING["many_classes"] else "tile"]
+        chunk = max(1, TUNING["pairs"] // tile**2)  # tiles at once
         slot = torch.arange(tile, device=boxes.device)
         end = count.cumsum(0)
         first = end - count
@@ -223,83 +226,65 @@ def _or(a, b):
 
 
 @triton.jit
-def _load_box(ptr, mask, ROTATED: tl.constexpr):
-    x, y, z, w = tl.load(ptr, mask, 0), tl.load(ptr + 1, mask, 0), tl.load(ptr + 2, mask, 0), tl.load(ptr + 3, mask, 0)
-    a = w
+def _iou(a, b, ROTATED: tl.constexpr):
     if ROTATED:
-        a = tl.load(ptr + 4, mask, 0)
-    return x, y, z, w, a
-
-
-@triton.jit
-def _iou(ax, ay, az, aw, aa, bx, by, bz, bw, ba, ROTATED: tl.constexpr):
-    if ROTATED:
-        iou = rotated_iou_pair(ax, ay, az, aw, aa, bx, by, bz, bw, ba)
+        iou = rotated_iou_pair(*a, *b)
     else:
-        width = tl.maximum(tl.minimum(az, bz) - tl.maximum(ax, bx), 0.0)
-        height = tl.maximum(tl.minimum(aw, bw) - tl.maximum(ay, by), 0.0)
+        ax1, ay1, ax2, ay2 = a
+        bx1, by1, bx2, by2 = b
+        width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+        height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
         inter = width * height
-        iou = inter / ((az - ax) * (aw - ay) + (bz - bx) * (bw - by) - inter)
+        iou = inter / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter)
     return iou
 
 
 @triton.jit
-def _words_kernel(
-    boxes_ptr,
-    start_ptr,
-    threshold_ptr,
-    words_ptr,
-    n,
-    first_tile,
-    tiles,
-    ROTATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Bit c of words [B, tiles, N] at row i: box i suppresses box c of the tile, if kept itself.
+def _float64(box):
+    wide = ()
+    for i in tl.static_range(len(box)):
+        wide += (box[i].to(tl.float64),)  # type: ignore[assignment]
+    return wide
 
-    A program takes 64 columns, and every SPLIT-th group of ROWS rows from the start of the columns' first class on.
+
+@triton.jit
+def _words_kernel(
+    boxes_ptr, start_ptr, threshold_ptr, words_ptr, n, first_tile, tiles,
+    ROTATED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """A tile of 64 columns by every SPLIT-th group of ROWS rows from the start of the columns' first class on.
+
+    Bit c of words [B, tiles, N] at row i: box i suppresses box c of the tile, if kept itself.
     """
+    SIZE: tl.constexpr = 5 if ROTATED else 4
     image = tl.program_id(2).to(tl.int64)
     first = (first_tile + tl.program_id(0)) * 64
-    boxes_ptr += image * n * (5 if ROTATED else 4)
+    boxes_ptr += image * n * SIZE
     start_ptr += image * n
     words_ptr += (image * tiles + tl.program_id(0)) * n
     j = first + tl.arange(0, 64)
-    start = tl.load(start_ptr + j, mask=j < n, other=1073741824)
-    bx, by, bz, bw, ba = _load_box((boxes_ptr + j * (5 if ROTATED else 4))[None, :], (j < n)[None, :], ROTATED)
+    start = tl.load(start_ptr + j, mask=j < n, other=_NEVER)
+    b = load_box((boxes_ptr + j * SIZE)[None, :], (j < n)[None, :], 0, SIZE)
     bit = tl.full([64], 1, tl.int64) << tl.arange(0, 64).to(tl.int64)
     threshold64 = tl.load(threshold_ptr)
     threshold = threshold64.to(boxes_ptr.dtype.element_ty)
     row = tl.load(start_ptr + first) // ROWS * ROWS + tl.program_id(1) * ROWS
     while row < first + 64:
         i = row + tl.arange(0, ROWS)
-        ax, ay, az, aw, aa = _load_box((boxes_ptr + i * (5 if ROTATED else 4))[:, None], (i < n)[:, None], ROTATED)
+        a = load_box((boxes_ptr + i * SIZE)[:, None], (i < n)[:, None], 0, SIZE)
         pair = (i[:, None] >= start[None, :]) & (i[:, None] < j[None, :])  # of one class, the better one first
         if ROTATED:
-            reach = (tl.sqrt(az * az + aw * aw) + tl.sqrt(bz * bz + bw * bw)) * 0.5
-            pair = pair & ((ax - bx) * (ax - bx) + (ay - by) * (ay - by) < reach * reach)
+            reach = (tl.sqrt(a[2] * a[2] + a[3] * a[3]) + tl.sqrt(b[2] * b[2] + b[3] * b[3])) * 0.5
+            dx, dy = a[0] - b[0], a[1] - b[1]
+            pair = pair & (dx * dx + dy * dy < reach * reach)
         word = tl.zeros([ROWS], tl.int64)
         if tl.max(tl.max(pair.to(tl.int32), 1), 0) > 0:
-            iou = _iou(ax, ay, az, aw, aa, bx, by, bz, bw, ba, ROTATED)
+            iou = _iou(a, b, ROTATED)
             above = pair & (iou > threshold)
             if boxes_ptr.dtype.element_ty == tl.float32:  # too close to call: float64 decides
                 close = pair & (tl.abs(iou - threshold) <= (1e-5 if ROTATED else 2e-6))
                 if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
-                    iou64 = _iou(
-                        ax.to(tl.float64),
-                        ay.to(tl.float64),
-                        az.to(tl.float64),
-                        aw.to(tl.float64),
-                        aa.to(tl.float64),
-                        bx.to(tl.float64),
-                        by.to(tl.float64),
-                        bz.to(tl.float64),
-                        bw.to(tl.float64),
-                        ba.to(tl.float64),
-                        ROTATED,
-                    )
-                    above = tl.where(close, iou64 > threshold64, above)
+                    above = tl.where(close, _iou(_float64(a), _float64(b), ROTATED) > threshold64, above)
             word = tl.sum(tl.where(above, bit[None, :], 0), 1)
         tl.store(words_ptr + i, word, mask=i < n)
         row += ROWS * SPLIT
@@ -307,7 +292,7 @@ def _words_kernel(
 
 @triton.jit
 def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.constexpr):
-    """Decides, tile by tile, the classes that start in this program's tile (in the first one: or earlier)."""
+    """The classes that start in a tile of 64 boxes (in the first one: or earlier), decided tile by tile."""
     image = tl.program_id(1).to(tl.int64)
     start_ptr += image * n
     kept_ptr += image * n
@@ -320,29 +305,29 @@ def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.
     while more:
         first = (first_tile + tile) * 64
         tile_ptr = words_ptr + tile.to(tl.int64) * n
-        start = tl.load(start_ptr + first + lane, mask=first + lane < n, other=1073741824)
-        mine = (start >= lowest) & (start < highest)
+        start = tl.load(start_ptr + first + lane, mask=first + lane < n, other=_NEVER)
+        owned = (start >= lowest) & (start < highest)
         # what kept boxes of earlier tiles suppress here
-        gone = tl.zeros([ROWS], tl.int64)
-        row = tl.min(tl.where(mine, start, 1073741824), 0)
+        suppressed = tl.zeros([ROWS], tl.int64)
+        row = tl.min(tl.where(owned, start, _NEVER), 0)
         while row < first:
             i = row + tl.arange(0, ROWS)
             kept = tl.load(kept_ptr + i, mask=i < first, other=0)
-            gone |= tl.where(kept, tl.load(tile_ptr + i, mask=i < first, other=0), 0)
+            suppressed |= tl.where(kept, tl.load(tile_ptr + i, mask=i < first, other=0), 0)
             row += ROWS
-        words = tl.load(tile_ptr + first + lane, mask=mine, other=0)
-        alive = tl.sum(tl.where(mine, tl.full([64], 1, tl.int64) << lane, 0), 0) & ~tl.reduce(gone, 0, _or)
+        words = tl.load(tile_ptr + first + lane, mask=owned, other=0)
+        alive = tl.sum(tl.where(owned, tl.full([64], 1, tl.int64) << lane, 0), 0) & ~tl.reduce(suppressed, 0, _or)
         keep = alive
         changed = True
         while changed:  # as often as the longest chain of suppressions within the tile
             next_keep = alive & ~tl.reduce(tl.where(((keep >> lane) & 1) > 0, words, 0), 0, _or)
             changed = next_keep != keep
             keep = next_keep
-        tl.store(kept_ptr + first + lane, ((keep >> lane) & 1) > 0, mask=mine)
+        tl.store(kept_ptr + first + lane, ((keep >> lane) & 1) > 0, mask=owned)
         tl.debug_barrier()  # other threads read these in the next tile
         tile += 1
         first = (first_tile + tile) * 64
-        start_of_next = tl.load(start_ptr + first, mask=(tile < tiles) & (first < n), other=1073741824)
+        start_of_next = tl.load(start_ptr + first, mask=(tile < tiles) & (first < n), other=_NEVER)
         more = (start_of_next >= lowest) & (start_of_next < highest)
 
 
@@ -360,16 +345,16 @@ def _batched_nms(
     (B, N), rotated = scores.shape, boxes.shape[2] == 5
     kept = torch.zeros((B, N), dtype=torch.bool, device=boxes.device)  # by slot
     if B * N > 0:
-        config = WORDS_CONFIG[rotated]
+        config = TUNING["rotated" if rotated else "axis_aligned"]
         threshold = torch.full((1,), iou_threshold, dtype=torch.float64, device=boxes.device)
         total = cdiv(N, 64)
-        most = min(total, max(1, WORDS // (B * N)))
-        words = torch.empty((B, most, N), dtype=torch.int64, device=boxes.device)
-        for first in range(0, total, most):
-            tiles = min(most, total - first)
+        at_once = min(total, max(1, TUNING["words"] // (B * N)))
+        words = torch.empty((B, at_once, N), dtype=torch.int64, device=boxes.device)
+        for first in range(0, total, at_once):
+            tiles = min(at_once, total - first)
             wrap_triton(_words_kernel)[(tiles, config["SPLIT"], B)](
                 boxes, start, threshold, words, N, first, tiles, ROTATED=rotated, **config
             )
-            wrap_triton(_scan_kernel)[(tiles, B)](start, words, kept, N, first, tiles, ROWS=256)
+            wrap_triton(_scan_kernel)[(tiles, B)](start, words, kept, N, first, tiles, ROWS=TUNING["scan_rows"])
     by_rank = torch.zeros((B, N), dtype=torch.bool, device=boxes.device).scatter_(1, rank, kept)
     return _selected(by_rank, order, max_keep)

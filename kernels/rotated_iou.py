@@ -24,6 +24,13 @@ from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_trito
 
 HUGE = 1e18  # from here on squares near the end of float32
 
+TUNING = {
+    "aligned": 128,  # pairs of a program: one a thread of 4 warps
+    "lanes": 32,  # boxes of the first set for a program of the pairwise kernel: one warp, which culls by itself
+    "chunk": 32,  # boxes of the second set that it meets
+    "reference_pairs": 2**16,  # at once: the dense temporaries of a chunk stay in the cache
+}
+
 
 def box_iou_rotated(
     bboxes1: Tensor, bboxes2: Tensor, mode: str | bool = "iou", aligned: bool = False, clockwise: bool = True
@@ -58,11 +65,7 @@ def box_iou_rotated(
 
 
 def rotated_iou_loss(
-    pred: Tensor,
-    target: Tensor,
-    mode: str = "linear",
-    reduction: str = "mean",
-    weight: Tensor | None = None,
+    pred: Tensor, target: Tensor, mode: str = "linear", reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:
     """Rotated IoU loss of pred [N, 5] against target [N, 5]: 1 - IoU, 1 - IoU^2 or -log IoU.
 
@@ -94,8 +97,8 @@ def _check(boxes1: Tensor, boxes2: Tensor, aligned: bool, names: tuple[str, str]
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected [..., 5] (cx, cy, w, h, radians)")
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}: expected a floating dtype")
-    same = slice(None, -1) if aligned else slice(None, -2)
-    if boxes1.shape[same] != boxes2.shape[same]:
+    leading = slice(None, -1) if aligned else slice(None, -2)
+    if boxes1.shape[leading] != boxes2.shape[leading]:
         raise ValueError(
             f"{names[1]} has shape {tuple(boxes2.shape)}, which does not fit "
             f"{names[0]} {tuple(boxes1.shape)} with aligned={aligned}"
@@ -123,7 +126,7 @@ def _pairwise_reference(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     iou = boxes1.new_zeros(*boxes1.shape[:-1], M)
     if iou.numel() == 0:
         return iou
-    rows = max(1, 2**16 // M)  # the dense temporaries of a chunk stay in the cache
+    rows = max(1, TUNING["reference_pairs"] // M)
     for image, one, two in zip(iou.view(-1, N, M), boxes1.reshape(-1, N, 5), boxes2.reshape(-1, M, 5), strict=True):
         x2, y2 = two[:, 0], two[:, 1]
         r2 = _radius(two)
@@ -217,16 +220,9 @@ def _iou_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
     w, h = boxes2[..., 2], boxes2[..., 3]
     du, dv = (dy * share).sum(0), -(dx * share).sum(0)
     cos, sin = boxes1[..., 4].cos(), boxes1[..., 4].sin()
-    dinter = torch.stack(
-        [
-            du * cos - dv * sin,
-            du * sin + dv * cos,
-            h * (share[0] + share[2]) / 2,
-            w * (share[1] + share[3]) / 2,
-            -h * h * (along[0] + along[2]) - w * w * (along[1] + along[3]),
-        ],
-        -1,
-    )
+    dw, dh = h * (share[0] + share[2]) / 2, w * (share[1] + share[3]) / 2
+    da = -h * h * (along[0] + along[2]) - w * w * (along[1] + along[3])
+    dinter = torch.stack([du * cos - dv * sin, du * sin + dv * cos, dw, dh, da], -1)
     zero = torch.zeros_like(w)
     darea = torch.stack([zero, zero, h, w, zero], -1)
     iou = _iou(boxes1, boxes2)[..., None]
@@ -279,8 +275,10 @@ def _edge_integral(x0, y0, x1, y1, dx, dy, a, b):
 
 
 @triton.jit
-def _relative(x1, y1, a1, x2, y2, w2, h2, a2):
+def _relative(box1, box2):
     """Centre and half sides (as vectors) of box 2 in the frame of box 1."""
+    x1, y1, _, _, a1 = box1
+    x2, y2, w2, h2, a2 = box2
     cos, sin = _cos_sin(a1)
     u, v = (x2 - x1) * cos + (y2 - y1) * sin, (y2 - y1) * cos - (x2 - x1) * sin
     cos, sin = _cos_sin(a2 - a1)
@@ -294,7 +292,7 @@ def rotated_iou_pair(x1, y1, w1, h1, a1, x2, y2, w2, h2, a2):
     Centre, sides, radians. 0 where either box is unusable (see the module). Some 300 flops, 17 divisions among them, so
     cull by bounding circles first: `(x1-x2)^2 + (y1-y2)^2 < (r1+r2)^2` with `r = sqrt(w^2 + h^2) / 2`.
     """
-    u, v, wx, wy, hx, hy = _relative(x1, y1, a1, x2, y2, w2, h2, a2)
+    u, v, wx, wy, hx, hy = _relative((x1, y1, w1, h1, a1), (x2, y2, w2, h2, a2))
     ax, ay, bx, by = u + (wx - hx), v + (wy - hy), u + (wx + hx), v + (wy + hy)
     cx, cy, dx, dy = u - (wx - hx), v - (wy - hy), u - (wx + hx), v - (wy + hy)
     a, b = w1 * 0.5, h1 * 0.5
@@ -324,9 +322,11 @@ def _edge_inside(x0, y0, dx, dy, a, b):
 
 
 @triton.jit
-def _store_gradient(grad_ptr, i, inside, diou, iou, x1, y1, w1, h1, a1, x2, y2, w2, h2, a2):
-    """Gradient of diou * IoU for box 2, to grad [N, 5]."""
-    u, v, wx, wy, hx, hy = _relative(x1, y1, a1, x2, y2, w2, h2, a2)
+def _store_gradient(grad_ptr, i, valid, diou, iou, box1, box2):
+    """Gradient of diou * IoU for box 2, to row i of grad [N, 5]."""
+    _, _, w1, h1, a1 = box1
+    _, _, w2, h2, _ = box2
+    u, v, wx, wy, hx, hy = _relative(box1, box2)
     a, b = w1 * 0.5, h1 * 0.5
     s0, m0 = _edge_inside(u + (wx - hx), v + (wy - hy), 2 * hx, 2 * hy, a, b)
     s1, m1 = _edge_inside(u + (wx + hx), v + (wy + hy), -2 * wx, -2 * wy, a, b)
@@ -336,50 +336,46 @@ def _store_gradient(grad_ptr, i, inside, diou, iou, x1, y1, w1, h1, a1, x2, y2, 
     cos, sin = _cos_sin(a1)
     scale = diou * (1 + iou) / (w1 * h1 + w2 * h2)
     inner = scale * (1 + iou)
-    moves = inside & (iou > 0) & (iou < 1)
+    moves = valid & (iou > 0) & (iou < 1)
     grad_ptr += i * 5
-    tl.store(grad_ptr, tl.where(moves, inner * (du * cos - dv * sin), 0.0), mask=inside)
-    tl.store(grad_ptr + 1, tl.where(moves, inner * (du * sin + dv * cos), 0.0), mask=inside)
-    tl.store(grad_ptr + 2, tl.where(moves, h2 * (inner * (s0 + s2) * 0.5 - scale * iou), 0.0), mask=inside)
-    tl.store(grad_ptr + 3, tl.where(moves, w2 * (inner * (s1 + s3) * 0.5 - scale * iou), 0.0), mask=inside)
+    tl.store(grad_ptr, tl.where(moves, inner * (du * cos - dv * sin), 0.0), mask=valid)
+    tl.store(grad_ptr + 1, tl.where(moves, inner * (du * sin + dv * cos), 0.0), mask=valid)
+    tl.store(grad_ptr + 2, tl.where(moves, h2 * (inner * (s0 + s2) * 0.5 - scale * iou), 0.0), mask=valid)
+    tl.store(grad_ptr + 3, tl.where(moves, w2 * (inner * (s1 + s3) * 0.5 - scale * iou), 0.0), mask=valid)
     turn = -inner * (h2 * h2 * (m0 + m2) + w2 * w2 * (m1 + m3))
-    tl.store(grad_ptr + 4, tl.where(moves, turn, 0.0), mask=inside)
+    tl.store(grad_ptr + 4, tl.where(moves, turn, 0.0), mask=valid)
 
 
 @triton.jit
-def _load_box(ptr, mask):
-    """Box at `ptr`; NaN where masked, which is near nothing."""
-    nan = float("nan")
-    return (
-        tl.load(ptr, mask, nan),
-        tl.load(ptr + 1, mask, nan),
-        tl.load(ptr + 2, mask, nan),
-        tl.load(ptr + 3, mask, nan),
-        tl.load(ptr + 4, mask, nan),
-    )
+def load_box(ptr, mask, other, SIZE: tl.constexpr):
+    """The SIZE numbers of a box a lane, `other` where masked."""
+    box = ()
+    for i in tl.static_range(SIZE):
+        box += (tl.load(ptr + i, mask, other),)  # type: ignore[assignment]
+    return box
 
 
 @triton.jit
 def _aligned_kernel(
     boxes1_ptr, boxes2_ptr, diou_ptr, iou_ptr, grad1_ptr, grad2_ptr, n, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A pair a thread: forward 44 bytes and 300 flops in float32, backward 84 bytes and 700 flops."""
+    """BLOCK pairs, one a thread: forward 44 bytes and 300 flops in float32, backward 84 bytes and 700 flops."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    x1, y1, w1, h1, a1 = _load_box(boxes1_ptr + i * 5, inside)
-    x2, y2, w2, h2, a2 = _load_box(boxes2_ptr + i * 5, inside)
-    iou = rotated_iou_pair(x1, y1, w1, h1, a1, x2, y2, w2, h2, a2)
+    valid = i < n
+    nan = float("nan")  # is near nothing
+    box1, box2 = load_box(boxes1_ptr + i * 5, valid, nan, 5), load_box(boxes2_ptr + i * 5, valid, nan, 5)
+    iou = rotated_iou_pair(*box1, *box2)
     if BACKWARD:  # recomputing the IoU is cheaper than saving it
-        diou = tl.load(diou_ptr + i, mask=inside, other=0)
-        _store_gradient(grad1_ptr, i, inside, diou, iou, x2, y2, w2, h2, a2, x1, y1, w1, h1, a1)
-        _store_gradient(grad2_ptr, i, inside, diou, iou, x1, y1, w1, h1, a1, x2, y2, w2, h2, a2)
+        diou = tl.load(diou_ptr + i, mask=valid, other=0)
+        _store_gradient(grad1_ptr, i, valid, diou, iou, box2, box1)
+        _store_gradient(grad2_ptr, i, valid, diou, iou, box1, box2)
     else:
-        tl.store(iou_ptr + i, iou, mask=inside)
+        tl.store(iou_ptr + i, iou, mask=valid)
 
 
 @triton.jit
 def _pairwise_kernel(boxes1_ptr, boxes2_ptr, iou_ptr, n, m, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A warp holds BLOCK boxes of the first set, one a lane, and meets CHUNK boxes of the second one by one.
+    """BLOCK boxes of the first set, one a lane of a warp, by CHUNK boxes of the second, one after the other.
 
     Where no bounding circle meets that of box 2, the step ends after some 10 flops a pair instead of 300; neighbouring
     predictions lie together, so that few steps go on when 1 % of the pairs meet. Only these pairs are stored: the
@@ -387,12 +383,13 @@ def _pairwise_kernel(boxes1_ptr, boxes2_ptr, iou_ptr, n, m, CHUNK: tl.constexpr,
     """
     image = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x1, y1, w1, h1, a1 = _load_box(boxes1_ptr + (image * n + i) * 5, i < n)
+    nan = float("nan")
+    x1, y1, w1, h1, a1 = load_box(boxes1_ptr + (image * n + i) * 5, i < n, nan, 5)
     r1 = tl.sqrt(w1 * w1 + h1 * h1) * 0.5
     iou_ptr += (image * n + i) * m
     for k in range(CHUNK):
         j = tl.program_id(1).to(tl.int64) * CHUNK + k
-        x2, y2, w2, h2, a2 = _load_box(boxes2_ptr + (image * m + j) * 5, j < m)
+        x2, y2, w2, h2, a2 = load_box(boxes2_ptr + (image * m + j) * 5, j < m, nan, 5)
         reach = r1 + tl.sqrt(w2 * w2 + h2 * h2) * 0.5
         dx, dy = x1 - x2, y1 - y2
         near = dx * dx + dy * dy < reach * reach
@@ -407,9 +404,15 @@ def _pairwise(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     n, m = boxes1.shape[-2], boxes2.shape[-2]
     iou = boxes1.new_zeros(*boxes1.shape[:-1], m)
     if iou.numel():
-        grid = (cdiv(n, 32), cdiv(m, 32), iou.numel() // (n * m))
-        wrap_triton(_pairwise_kernel)[grid](boxes1, boxes2, iou, n, m, CHUNK=32, BLOCK=32, num_warps=1)
+        block, chunk = TUNING["lanes"], TUNING["chunk"]
+        grid = (cdiv(n, block), cdiv(m, chunk), iou.numel() // (n * m))
+        wrap_triton(_pairwise_kernel)[grid](boxes1, boxes2, iou, n, m, CHUNK=chunk, BLOCK=block, num_warps=1)
     return iou
+
+
+def _launch_aligned(*arguments: Any, backward: bool) -> None:
+    block = TUNING["aligned"]
+    wrap_triton(_aligned_kernel)[(cdiv(arguments[-1], block),)](*arguments, BACKWARD=backward, BLOCK=block)
 
 
 @triton_op("rtmdet_fast::box_iou_rotated_aligned")
@@ -417,7 +420,7 @@ def _aligned(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
     iou = boxes1.new_empty(boxes1.shape[:-1])
     if n := iou.numel():
-        wrap_triton(_aligned_kernel)[(cdiv(n, 128),)](boxes1, boxes2, iou, iou, iou, iou, n, BACKWARD=False, BLOCK=128)
+        _launch_aligned(boxes1, boxes2, iou, iou, iou, iou, n, backward=False)
     return iou
 
 
@@ -426,9 +429,7 @@ def _aligned_backward(diou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Ten
     diou, boxes1, boxes2 = diou.contiguous(), boxes1.contiguous(), boxes2.contiguous()
     grad1, grad2 = torch.empty_like(boxes1), torch.empty_like(boxes2)
     if n := diou.numel():
-        wrap_triton(_aligned_kernel)[(cdiv(n, 128),)](
-            boxes1, boxes2, diou, diou, grad1, grad2, n, BACKWARD=True, BLOCK=128
-        )
+        _launch_aligned(boxes1, boxes2, diou, diou, grad1, grad2, n, backward=True)
     return grad1, grad2
 
 

@@ -15,7 +15,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from rtmdet_fast.cli import main
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.kernels import _dispatch, assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
+from rtmdet_fast.kernels import (
+    _dispatch,
+    assign_triton,
+    batch_norm,
+    bn_silu,
+    dwconv_bn_silu,
+    dynamic_mask_triton,
+    nms,
+    rotated_iou,
+)
 from rtmdet_fast.kernels._dispatch import AVAILABLE, triton_op, unwatched, use_triton, wrap_triton
 
 
@@ -41,7 +50,7 @@ def test_an_op_switches_to_the_gpu_of_its_first_argument(monkeypatch):
 
 
 def test_kernels_are_launched_directly_but_for_tracing():
-    kernel = bn_silu._apply_kernel
+    kernel = batch_norm._apply_kernel
     inside = []
 
     def look(x: Tensor) -> Tensor:

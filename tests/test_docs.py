@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from rtmdet_fast import cli
+from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.models.checkpoint import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +101,8 @@ def test_commands_parse(line, monkeypatch):
         return
     ran = []
     for command in ("train", "eval", "predict", "split", "demo", "info"):
-        monkeypatch.setattr(cli, f"run_{command}", lambda config: ran.append(config) or {})
-    monkeypatch.setattr(cli, "write_json", lambda path, found: None)
+        monkeypatch.setattr(cli, f"run_{command}", lambda config: ran.append(config) or Outcome({}, []))
+    monkeypatch.setattr(Outcome, "publish", lambda self, json: None)
     try:
         assert cli.main(arguments) == 0
     except SystemExit as stopped:  # --help

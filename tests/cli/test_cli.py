@@ -136,7 +136,8 @@ def test_a_truncated_training_image_is_one_sentence(shapes, tmp_path, capsys, nu
     assert run("train", *arguments, "--out", tmp_path / "a", "--no-progress") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and victim.name in error and len(error.strip().splitlines()) == 1
-    assert run("train", *arguments, "--out", tmp_path / "b", "--no-progress", "--skip-bad") == 0
+    with pytest.warns(UserWarning, match="1 of its 6 images cannot be read"):
+        assert run("train", *arguments, "--out", tmp_path / "b", "--no-progress", "--skip-bad") == 0
 
 
 def test_predict_takes_images_folders_patterns_and_videos_at_once(weights, shapes, tmp_path):
@@ -157,7 +158,7 @@ def test_predict_takes_images_folders_patterns_and_videos_at_once(weights, shape
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
 def test_dotas_files_name_any_image(tmp_path, capsys):
     torch.manual_seed(0)
-    for name, code in (("ship", 0), ("\ud800", 2), ("a/b", 2)):
+    for name, code in (("ship", 0), ("a/b", 2)):
         model = RTMDet("nano", "rotated", class_names=[name])
         for conv in model.bbox_head.rtm_reg:
             torch.nn.init.constant_(conv.bias, 1.5)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lowering import TARGETS, needs_lowering, record_launches
 from torch.library import opcheck
 
-from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels import _dispatch, batch_norm
 from rtmdet_fast.kernels import bn_silu as m
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,8 @@ def test_parity(function, shape, dtype, layout, training, residual):
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize(("shape", "layout"), [((2, 3, 63, 65), "contiguous"), ((2, 70, 9, 11), "channels_last")])
 def test_programs_of_several_tiles(function, shape, layout, monkeypatch):
-    monkeypatch.setattr(m, "_items_each", lambda items, channel_blocks: 3)
+    for name, value in (("programs", 1), ("program_tiles", 3)):
+        monkeypatch.setitem(batch_norm.TUNING, name, value)
     tensors = inputs(shape, layout=layout)
     expected = outputs(composition, double(tensors), training=True)
     assert_close(outputs(function, tensors, training=True), expected, TOLERANCE[torch.float32])
@@ -293,7 +294,7 @@ def record(monkeypatch, function, tensors, *modules):
     return set(launches)
 
 
-# every block that `_tiling` picks: with many tiles a program, with a part of one, and a width that no load can use
+# every block that `tiling` picks: with many tiles a program, with a part of one, and a width that no load can use
 LOWERED = {
     "large": ((8, 64, 160, 160), "contiguous"),
     "small": ((2, 30, 13, 21), "contiguous"),
@@ -315,7 +316,7 @@ def test_lowering(case, dtype, target, monkeypatch):
     shape, layout = LOWERED[case]
     x = torch.empty(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     parameters = {n: torch.empty(shape[1]) for n in ("weight", "bias", "running_mean", "running_var")}
-    launches = record(monkeypatch, m.bn_silu, {"x": x, **parameters, "residual": x}, m)
+    launches = record(monkeypatch, m.bn_silu, {"x": x, **parameters, "residual": x}, m, batch_norm)
     assert len({launch.kernel for launch in launches}) == 5
     for launch in launches:
         resources = launch.lower(target)

@@ -30,6 +30,7 @@ from test_bn_silu import composition as bn_silu_composition
 from test_bn_silu import inputs as bn_silu_inputs
 from torch.library import opcheck
 
+from rtmdet_fast.kernels import batch_norm
 from rtmdet_fast.kernels import bn_silu as bn
 from rtmdet_fast.kernels import dwconv_bn_silu as m
 
@@ -330,7 +331,7 @@ def test_lowering(case, size, stride, dtype, target, monkeypatch):
     names = ("bn_weight", "bn_bias", "running_mean", "running_var")
     tensors = {"x": x, "conv_weight": torch.empty(shape[1], 1, size, size, dtype=dtype)}
     tensors |= {name: torch.empty(shape[1]) for name in names}
-    launches = record(monkeypatch, partial(m.dwconv_bn_silu, stride=stride), tensors, m, bn)
+    launches = record(monkeypatch, partial(m.dwconv_bn_silu, stride=stride), tensors, m, batch_norm)
     launches = [launch for launch in launches if launch.kernel in (m._forward_kernel, m._backward_kernel)]
     assert len(launches) in (3, 4)  # inference, training, backward (of either, if its statistics are not aligned)
     for launch in launches:

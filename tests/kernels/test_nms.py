@@ -44,7 +44,7 @@ def backend(request, monkeypatch):
     for module in (m, greedy_nms):
         monkeypatch.setattr(module, "use_triton", lambda x: request.param == "triton")
     if INTERPRETED:  # a step of the interpreter costs the same for 1 row as for 32
-        monkeypatch.setitem(m.WORDS_CONFIG, True, {"ROWS": 32, "SPLIT": 2, "num_warps": 1})
+        monkeypatch.setitem(m.TUNING, "rotated", {"ROWS": 32, "SPLIT": 2, "num_warps": 1})
     return request.param
 
 
@@ -124,7 +124,7 @@ def test_reference_stops_early_but_not_too_early():
 
 
 def test_columns_in_blocks(backend, monkeypatch):
-    monkeypatch.setattr(m, "WORDS", 1)  # one tile of columns at a time; classes straddle the blocks
+    monkeypatch.setitem(m.TUNING, "words", 1)  # one tile of columns at a time; classes straddle the blocks
     check(*problem(2, 200, classes=2), 0.3, 200)
 
 
@@ -345,8 +345,8 @@ def greedy_in_float32(boxes, scores, labels, threshold):
 @pytest.mark.parametrize("few", [1, 10**6], ids=["rounds", "NumPy"])
 @pytest.mark.parametrize("classes", [1, 40])
 def test_lists_long_and_short(few, classes, monkeypatch):
-    for name in ("FEW", "FEW_GROUPED"):
-        monkeypatch.setattr(greedy_nms, name, few)
+    for name in ("numpy", "numpy_grouped"):
+        monkeypatch.setitem(greedy_nms.TUNING, name, few)
     boxes, _, labels = (x[0] for x in problem(1, 1500, classes=classes, size=300))
     boxes[:700] = boxes[:700].round() - 20  # IoUs at the threshold; boxes that reach into the class before
     boxes[-1], boxes[-2, 2:] = nan, boxes[-2, :2]

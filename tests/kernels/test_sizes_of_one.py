@@ -11,6 +11,7 @@ from rtmdet_fast.kernels import (
     _dispatch,
     assign,
     assign_triton,
+    batch_norm,
     bn_silu,
     dwconv_bn_silu,
     dynamic_mask,
@@ -27,7 +28,9 @@ def launches(monkeypatch):
     monkeypatch.setattr(_dispatch, "BACKEND", "triton")
     # nothing is run: what a kernel would have written must be a possible index
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    return record_launches(monkeypatch, assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou)
+    return record_launches(
+        monkeypatch, assign_triton, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
+    )
 
 
 def trace_all(launches, least: int) -> None:

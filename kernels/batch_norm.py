@@ -1,0 +1,301 @@
+"""The parts of batch normalisation that `bn_silu` and `dwconv_bn_silu` share; formulas and reasons stand in `bn_silu`.
+
+Kernels see x as [images, C, pixels], or as [1, pixels, C] of all images' pixels in channels_last, in tiles of BLOCK
+(channels, pixels). The four tensors [C] weight, bias, mean and var go through the host's functions as one tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, use_triton, wrap_triton
+
+Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, var
+
+TUNING = {
+    "tile": 2048,  # elements: 16 for each thread of 4 warps, which covers the memory's latency
+    "channels_last": 64,  # channels of a tile in channels_last, 128 bytes of fp16 a pixel; half where C fits in half
+    "small_image": 1024,  # pixels up to which a tile of one channel would stay half empty ...
+    "small_image_channels": 4,  # ... so that it takes this many
+    "programs": 2048,  # of a kernel that sums: they keep any GPU busy
+    "program_tiles": 64,  # at most, for the factor that cancellation may cost
+    "merge_parts": 256,  # partial moments that `_merge_kernel` takes at once
+    "merge_channels": 8,
+}
+
+
+def takes_triton(x: Tensor) -> bool:
+    return use_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which the kernels read `x`: its own where it is dense."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def check_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, prefix: str = ""
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions [B, C, H, W], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    names = (f"{prefix}weight", f"{prefix}bias", "running_mean", "running_var")
+    for name, tensor in zip(names, (weight, bias, running_mean, running_var), strict=True):
+        expected = f"shape ({x.shape[1]},) for x with {x.shape[1]} channels"
+        _check_tensor(name, tensor, (x.shape[1],), expected, x)
+
+
+def check_residual(residual: Tensor | None, shape: torch.Size | tuple[int, ...], x: Tensor) -> None:
+    if residual is not None:
+        _check_tensor("residual", residual, shape, f"the output's shape {tuple(shape)}", x)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], expected: str, x: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
+
+
+def check_count(count: int, shape: torch.Size | tuple[int, ...], process_group: dist.ProcessGroup | None) -> None:
+    if count == 1 and process_group is None:
+        raise ValueError(f"x: expected more than 1 value per channel in training, got shape {tuple(shape)}")
+
+
+def group_name(process_group: dist.ProcessGroup | None) -> str:
+    return "" if process_group is None else process_group.group_name
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """Sum of `x` over the processes of the group of that name; traceable."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def update_running_stats(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float) -> None:
+    """Moves the running statistics towards the first (mean) and the last (unbiased variance) row of `stats`."""
+    # outside the op, which thus mutates nothing and can have a gradient and be functionalised
+    with torch.no_grad():
+        running_mean.lerp_(stats[0].to(running_mean.dtype), momentum)
+        running_var.lerp_(stats[-1].to(running_var.dtype), momentum)
+
+
+@triton.jit
+def sigmoid(u):
+    # 1 / a as rsqrt(a)^2, for a >= 1: half the instructions of a division, which guards against small a
+    root = tl.rsqrt(1 + tl.exp2(u * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def silu_backward(dy, u):
+    p = sigmoid(u)
+    return dy * (p + u * p * (1 - p))
+
+
+@triton.jit
+def merge_moments(mean, m2, n, AXIS: tl.constexpr):
+    """Mean, sum of squared deviations and count of sets of numbers, from those of each (Chan et al.)."""
+    total = tl.sum(n, AXIS)
+    merged = tl.sum(mean * (n / tl.expand_dims(tl.maximum(total, 1), AXIS)), AXIS)
+    deviation = mean - tl.expand_dims(merged, AXIS)
+    return merged, tl.sum(m2 + n * deviation * deviation, AXIS), total
+
+
+@triton.jit
+def tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels, offsets and mask of the `tile`-th tile of x in this program's block of channels."""
+    c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
+    s = (tile % image_tiles).to(tl.int64) * BLOCK[1] + tl.arange(0, BLOCK[1])
+    image = (tile // image_tiles).to(tl.int64) * channels * pixels
+    if CHANNELS_LAST:
+        c, s = c[None, :], s[:, None]
+        offsets = image + (s * channels + c)
+    else:
+        c, s = c[:, None], s[None, :]
+        offsets = image + (c.to(tl.int64) * pixels + s)
+    return c, offsets, (c < channels) & (s < pixels)
+
+
+@triton.jit
+def load_parameters(pointers, c, channels, eps):
+    """Weight, bias, mean and 1 / sqrt(var + eps) of channels `c` in fp32; zeros outside."""
+    weight = tl.load(pointers[0] + c, mask=c < channels, other=0).to(tl.float32)
+    bias = tl.load(pointers[1] + c, mask=c < channels, other=0).to(tl.float32)
+    mean = tl.load(pointers[2] + c, mask=c < channels, other=0).to(tl.float32)
+    var = tl.load(pointers[3] + c, mask=c < channels, other=0).to(tl.float32)
+    return weight, bias, mean, tl.rsqrt(var + tl.cast(eps, tl.float32))
+
+
+@triton.jit
+def load_du(dy_ptr, x_ptr, offsets, valid, parameters):
+    """du and xhat of a tile in fp32; du is 0 outside."""
+    weight, bias, mean, invstd = parameters
+    dy = tl.load(dy_ptr + offsets, mask=valid, other=0).to(tl.float32)
+    xhat = (tl.load(x_ptr + offsets, mask=valid, other=0).to(tl.float32) - mean) * invstd
+    return silu_backward(dy, xhat * weight + bias), xhat
+
+
+@triton.jit
+def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C channels of moments [parts, 3, C] -> [5, C]: mean, sum of squared deviations, count, both variances.
+
+    The last row is the unbiased variance. BLOCK_P parts are merged at once.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = (c < channels)[None, :]
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    n = tl.zeros([BLOCK_C], tl.float32)
+    start = 0
+    while start < parts:
+        p = start + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+        at = partial_ptr + p * 3 * channels + c[None, :]
+        valid = in_channels & (p < parts)
+        mean_ = tl.load(at, mask=valid, other=0)
+        m2_ = tl.load(at + channels, mask=valid, other=0)
+        n_ = tl.load(at + 2 * channels, mask=valid, other=0)
+        mean_, m2_, n_ = merge_moments(mean_, m2_, n_, 0)
+        deviation = mean_ - mean
+        total = tl.maximum(n + n_, 1)
+        mean += deviation * (n_ / total)
+        m2 += m2_ + deviation * deviation * (n * n_ / total)
+        n = total
+        start += BLOCK_P
+    at = stats_ptr + c
+    tl.store(at, mean, mask=c < channels)
+    tl.store(at + channels, m2, mask=c < channels)
+    tl.store(at + 2 * channels, n, mask=c < channels)
+    tl.store(at + 3 * channels, m2 / n, mask=c < channels)
+    tl.store(at + 4 * channels, m2 / tl.maximum(n - 1, 1), mask=c < channels)
+
+
+@triton.jit
+def _apply_kernel(
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr, channels, pixels, image_tiles, eps,
+    HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of y."""
+    c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+    weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    x = tl.load(x_ptr + offsets, mask=valid, other=0).to(tl.float32)
+    u = (x - mean) * (weight * invstd) + bias
+    y = u * sigmoid(u)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offsets, mask=valid, other=0).to(tl.float32)
+    tl.store(y_ptr + offsets, y, mask=valid)
+
+
+@triton.jit
+def _sums_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, partial_ptr,
+    channels, pixels, image_tiles, tiles, program_tiles, eps,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [parts, 2, C] of du and of du xhat, each over `program_tiles` tiles."""
+    AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
+    part = tl.program_id(0)
+    tile = part * program_tiles
+    end = tl.minimum(tile + program_tiles, tiles)
+    c, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+    parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    s1 = tl.zeros(offsets.shape, tl.float32)
+    s2 = tl.zeros(offsets.shape, tl.float32)
+    while tile < end:
+        _, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+        du, xhat = load_du(dy_ptr, x_ptr, offsets, valid, parameters)
+        s1 += du
+        s2 += du * xhat
+        tile += 1
+    c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
+    at = partial_ptr + part.to(tl.int64) * 2 * channels + c
+    tl.store(at, tl.sum(s1, AXIS), mask=c < channels)
+    tl.store(at + channels, tl.sum(s2, AXIS), mask=c < channels)
+
+
+def tiling(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
+    """How x lies in tiles: the grid (tiles, channel blocks), channels, pixels and tiles of an image, and constexprs."""
+    (images, channels, height, width), last = x.shape, memory_format(x) == torch.channels_last
+    images, pixels = (1, images * height * width) if last else (images, height * width)
+    if last:
+        block_c = TUNING["channels_last"] // (2 if channels <= TUNING["channels_last"] // 2 else 1)
+    else:
+        block_c = TUNING["small_image_channels"] if pixels <= TUNING["small_image"] else 1
+    block_s = TUNING["tile"] // block_c
+    image_tiles = cdiv(pixels, block_s)
+    constexprs = dict(CHANNELS_LAST=last, BLOCK=(block_c, block_s))
+    return (images * image_tiles, cdiv(channels, block_c)), (channels, pixels, image_tiles), constexprs
+
+
+def program_tiles(tiles: int, channel_blocks: int) -> int:
+    """Tiles of a program that sums."""
+    return min(TUNING["program_tiles"], cdiv(tiles * channel_blocks, TUNING["programs"]))
+
+
+def merge_partial_moments(partial: Tensor, group: str) -> Tensor:
+    """Moments [parts, 3, C] of this process and then of all -> [5, C], see `_merge_kernel`."""
+    parts, _, channels = partial.shape
+    stats = partial.new_empty(5, channels)
+    blocks = dict(BLOCK_P=TUNING["merge_parts"], BLOCK_C=TUNING["merge_channels"])
+    grid = (cdiv(channels, TUNING["merge_channels"]),)
+    wrap_triton(_merge_kernel)[grid](partial, stats, channels, parts, **blocks)
+    if group:
+        size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(stats[:3], size, group)
+        return merge_partial_moments(torch.ops._c10d_functional.wait_tensor(gathered).view(size, 3, channels), "")
+    return stats
+
+
+def normalise(x: Tensor, parameters: Parameters, residual: Tensor | None, eps: float) -> Tensor:
+    """silu(batch_norm(x)) + residual with given statistics."""
+    format = memory_format(x)
+    x = x.contiguous(memory_format=format)
+    y = torch.empty_like(x, memory_format=format)
+    has_residual = residual is not None
+    residual = x if residual is None else residual.contiguous(memory_format=format)
+    grid, sizes, constexprs = tiling(x)
+    wrap_triton(_apply_kernel)[grid](
+        x, *(p.contiguous() for p in parameters), residual, y, *sizes, eps, HAS_RESIDUAL=has_residual, **constexprs
+    )
+    return y
+
+
+def gradient_sums(dy: Tensor, x: Tensor, parameters: Parameters, eps: float) -> Tensor:
+    """[2, C]: the sums of du and of du xhat, which are dbias and dweight. `dy` is in x's memory format."""
+    (tiles, channel_blocks), sizes, constexprs = tiling(x)
+    each = program_tiles(tiles, channel_blocks)
+    partial = torch.empty(cdiv(tiles, each), 2, x.shape[1], dtype=torch.float32, device=x.device)
+    wrap_triton(_sums_kernel)[partial.shape[0], channel_blocks](
+        dy, x, *parameters, partial, *sizes, tiles, each, eps, **constexprs
+    )
+    return partial.sum(0)
+
+
+def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
+    """Means of `sums` over the batch of all processes; zeros where no statistics were taken of a batch."""
+    if count is None:
+        return torch.zeros_like(sums)
+    return (all_reduce(sums, group) if group else sums) / count
+
+
+def save_for_backward(
+    ctx: Any, tensors: tuple[Tensor | None, ...], outputs_of: tuple[Tensor, Tensor, Tensor | None], *settings: Any
+) -> None:
+    """Keeps what an op's backward takes after dy, and the dtypes of weight, bias and residual, for `gradients`."""
+    ctx.save_for_backward(*tensors)
+    ctx.settings, ctx.dtypes = settings, [None if x is None else x.dtype for x in outputs_of]
+
+
+def gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+    """Gradients for x (and a convolution's weight), weight, bias and residual."""
+    *dx, sums = backward(dy, *ctx.saved_tensors, *ctx.settings)
+    weight, bias, residual = ctx.dtypes
+    return *dx, sums[1].to(weight), sums[0].to(bias), None if residual is None else dy.to(residual)
