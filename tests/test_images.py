@@ -158,6 +158,7 @@ def test_a_whole_image_is_not_decoded(tmp_path, pixels, monkeypatch):
     assert all(check_image(path) for path in [*paths, tmp_path / "exif.jpg"])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of the TIFF
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
 def test_a_check_finds_what_cannot_be_read(tmp_path, pixels, suffix):
     path = write(tmp_path / f"a{suffix}", np.tile(pixels, (5, 5, 1)))

@@ -39,6 +39,9 @@ class Sample:
     """Those of the n objects, where the dataset was made with masks=True."""
 
 
+FEW_CORNERS = 5  # boxes over the border, from which on they may all be corners
+
+
 class CocoDataset:
     """The images of an annotation file, in its order.
 
@@ -363,7 +366,7 @@ class CocoDataset:
         boxes = np.array([a["bbox"] for a in known], np.float64).reshape(-1, 4)
         sizes = np.array([image_size(images[a["image_id"]]) for a in known], np.float64).reshape(-1, 2)
         passing = int((boxes[:, :2] + boxes[:, 2:] > 1.01 * sizes + 1).any(1).sum())
-        if 3 * passing > len(known):
+        if passing >= FEW_CORNERS and 3 * passing > len(known):
             warnings.warn(
                 f"{self.annotation_path}: {passing} of {len(known)} boxes pass the border of their image; are they "
                 "x, y, x, y, where COCO has x, y, width, height?",

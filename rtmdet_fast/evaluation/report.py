@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rtmdet_fast.class_names import class_name
 from rtmdet_fast.data.masks import Outlines
 from rtmdet_fast.files import write_atomically
-from rtmdet_fast.inference.drawing import draw_detections, one_line_name
+from rtmdet_fast.inference.drawing import draw_detections
 from rtmdet_fast.inference.results import Results
 
 Row = Mapping[str, Any]
@@ -258,7 +259,7 @@ def _precision_recall(per_class: Mapping[str, Row], pr_curves: PRCurves) -> str:
     named = ranked if len(ranked) <= MAX_NAMED_CURVES else ranked[: half - 1] + ranked[-half:]
     lines = [_Curve(None, *curves[name], "#88888866", 0.8) for name in ranked if name not in named]
     colors = dict(zip(named, LINE_COLORS, strict=False))
-    lines += [_Curve(f"{ap50(name):.3f} {one_line_name(name)}", *curves[name], colors[name], 1.4) for name in named]
+    lines += [_Curve(f"{ap50(name):.3f} {class_name(name)}", *curves[name], colors[name], 1.4) for name in named]
     grids = [recall for recall, _ in curves.values()]
     if len(curves) > 1 and all(np.array_equal(grids[0], grid) for grid in grids):
         mean = np.nanmean([p for _, p in curves.values()], axis=0)

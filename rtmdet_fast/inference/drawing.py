@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from rtmdet_fast.class_names import class_name
 from rtmdet_fast.geometry.masks import Region
 from rtmdet_fast.geometry.rotated import boxes_to_quads
 
@@ -163,16 +163,10 @@ def _put_label(canvas: np.ndarray, glyphs: np.ndarray, x: int, y: int, color: tu
     patch[:] = np.array(color, dtype=np.float32) * (1 - alpha) + ink * alpha
 
 
-def one_line_name(name: str) -> str:
-    """A class name for a place that takes one line of valid Unicode: what cannot be there is a space or U+FFFD."""
-    name = " ".join(name.split())
-    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
-
-
 @lru_cache(maxsize=4096)
 def drawable_name(name: str, label: int) -> str:
     """What stands for a class on a picture: its name, cut where it is very long, or "#" and the label, told once."""
-    name = one_line_name(name)
+    name = class_name(name)
     if not all(_charmap().get_char_index(ord(c)) for c in name):
         warnings.warn(f"on pictures #{label} stands for the class {name!r}, as their font lacks letters", stacklevel=2)
         return f"#{label}"

@@ -154,6 +154,7 @@ def test_a_name_whose_letters_the_font_lacks_is_drawn_as_its_label(street, monke
     text = drawing._text
     monkeypatch.setattr(drawing, "_text", lambda words, size: texts.append(words) or text(words, size))
     street.names = ("円", "car", "हिन्दी 🦘")
+    drawing.drawable_name.cache_clear()  # it is told once
     told = "on pictures #{} stands for the class "
     with pytest.warns(UserWarning, match=told.format(0)), pytest.warns(UserWarning, match=told.format(2)):
         street.plot()
