@@ -117,7 +117,7 @@ test-newest: package
 	cd build/newest && TRITON_DEFAULT_FP_FUSION=1 $(IN_ENVIRONMENT) $(ALL_TESTS) -k "not test_lowering"
 
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
-# of training steps on boxes of every size; and mutated annotation files, new ones with RTMDET_FAST_FUZZ_SEED=.
+# of training steps on boxes of every size; and mutated files and command lines, new ones with RTMDET_FAST_FUZZ_SEED=.
 test-slow: setup
 	$(PYTEST) -m slow $(KERNEL_TESTS) tests/models/rtmdet/test_rotated_head.py tests/fuzz
 
