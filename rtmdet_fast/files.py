@@ -55,14 +55,38 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
             Path(temporary).unlink(missing_ok=True)  # there no more where an interrupt came after the renaming
             raise
     except OSError as error:
-        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}") from error
+        raise _refusal(path, error) from error
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Write JSON, in ASCII, by `write_atomically`."""
     with write_atomically(path) as file:
         file.write(json.dumps(content, indent=indent).encode())
+
+
+def write_one_of_many(path: str | Path, content: bytes) -> None:
+    """Write a file that is whole or as before, whenever the process may be stopped, making its folder.
+
+    For folders of many: the sync of `write_atomically` and its look through the folder would take longer than writing
+    a picture. Raises UserError where the system refuses.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: str | Path, error: OSError) -> UserError:
+    reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
+    return UserError(f"cannot write {path}: {reason}")
 
 
 def _remove_unfinished(path: Path) -> None:

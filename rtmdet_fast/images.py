@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from rtmdet_fast.errors import UserError, shown
+from rtmdet_fast.files import write_one_of_many
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and height
@@ -193,7 +194,7 @@ def _from_pil(image: Any) -> np.ndarray:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> Path:
-    """Writes a [H, W, 3] uint8 BGR picture in the format of the suffix, making its folder.
+    """Writes a [H, W, 3] uint8 BGR picture in the format of the suffix, whole or not at all, making its folder.
 
     Raises UserError where OpenCV has no encoder for the suffix or the file cannot be written.
     """
@@ -205,9 +206,5 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
     done, encoded = cv2.imencode(path.suffix, image) if known else (False, np.empty(0))
     if not done:
         raise UserError(f"cannot write an image to {path}: use a name that ends in .jpg or .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded.tobytes())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    write_one_of_many(path, encoded.tobytes())
     return path

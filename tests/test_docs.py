@@ -80,6 +80,22 @@ def test_navigation_has_every_page_and_no_other():
     assert sorted(listed) == sorted(name(page).removeprefix("docs/") for page in PAGES)
 
 
+def test_tests_and_places_that_pages_name_are_there():
+    defined = {
+        test
+        for path in (ROOT / "tests").rglob("*.py")
+        for test in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    }
+    named = {test for page in PAGES for test in re.findall(r"`(test_\w+)`", prose(page))}
+    assert named and named <= defined
+    _, _, table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where things are")
+    rows = [row for row in table.partition("\n## ")[0].split("\n") if row.startswith("| ")]
+    places = {place.replace("<op>", "assign") for row in rows for place in re.findall(r"`([\w/<>]+(?:/|\.\w+))`", row)}
+    assert len(places) > len(rows)
+    missing = {place for place in places if not ((ROOT / place).exists() or (ROOT / "rtmdet_fast" / place).exists())}
+    assert not missing
+
+
 @pytest.mark.parametrize("line", command_lines())
 def test_commands_parse(line, monkeypatch):
     words = shlex.split(line, comments=True)

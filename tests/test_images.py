@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import as_bgr, check_image, read_image, read_size
+from rtmdet_fast.images import as_bgr, check_image, read_image, read_size, write_image
 
 Image = pytest.importorskip("PIL.Image", reason="writes its odd images with Pillow")
 
@@ -160,6 +160,7 @@ def test_a_whole_image_is_not_decoded(tmp_path, pixels, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of the TIFF
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
+@pytest.mark.filterwarnings("ignore:(Corrupt EXIF|Truncated File):UserWarning")  # Pillow's, of a TIFF's header
 def test_a_check_finds_what_cannot_be_read(tmp_path, pixels, suffix):
     path = write(tmp_path / f"a{suffix}", np.tile(pixels, (5, 5, 1)))
     assert check_image(path)
@@ -280,3 +281,13 @@ def test_pil_deep_modes(pixels):
         as_bgr(Image.fromarray(np.array([[70000]], np.int32)))
     with pytest.raises(UserError, match="F"):
         as_bgr(Image.fromarray(grey.astype(np.float32)))
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path, pixels):
+    from full_disk import room_for
+
+    path = write_image(tmp_path / "out/a.png", pixels)
+    for size in (0, 1000):
+        with room_for(size), pytest.raises(UserError, match=r"^cannot write .*a\.png: File too large$"):
+            write_image(path, np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    assert (read_image(path) == pixels).all() and [p.name for p in path.parent.iterdir()] == ["a.png"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.dota import Label, find_images, read_labels
 from rtmdet_fast.errors import UserError, shown
+from rtmdet_fast.files import write_json, write_one_of_many
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, quads_to_boxes
 from rtmdet_fast.geometry.windows import crop, windows
 from rtmdet_fast.images import OPENCV_MAX_PIXELS, read_image, read_size, write_image
@@ -233,7 +233,7 @@ def _prepare(images: Path, labels: Path | None, out: Path, settings: SplitSettin
     (out / "images").mkdir(parents=True, exist_ok=True)
     if labels:
         (out / "labelTxt").mkdir(exist_ok=True)
-    _replace(marker, json.dumps(described, indent=1))
+    write_json(marker, described)
 
 
 def _read_marker(path: Path) -> object:
@@ -241,13 +241,6 @@ def _read_marker(path: Path) -> object:
         return json.loads(path.read_text())
     except (ValueError, RecursionError):
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent, whenever the process may be stopped."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @contextmanager
@@ -306,11 +299,9 @@ def _split_image(job: _Job) -> SplitSummary:
         summary.patches += 1
         if done:
             continue
-        temporary = picture.with_name(f".{picture.stem}.part.png")
-        write_image(temporary, cut_patch(image, rate, x, y, settings.size))
-        os.replace(temporary, picture)
+        write_image(picture, cut_patch(image, rate, x, y, settings.size))
         if job.labels:  # last: where it is, the patch is done
-            _replace(_label_file(job, picture), "".join(lines))
+            write_one_of_many(_label_file(job, picture), "".join(lines).encode())
         summary.written += 1
     return summary
 
