@@ -18,6 +18,7 @@ from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
 from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
+from rtmdet_fast.models.fold import folded_copy
 
 MAX_IMAGE_SIZE = 16384
 
@@ -65,6 +66,8 @@ class Detector(nn.Module):
     image_size: int
     patch_size: int | None
     has_masks = False
+    is_folded = False
+    """Whether `fold` made it."""
     test_settings: DetectSettings
     """Those that published figures were measured with."""
 
@@ -100,6 +103,20 @@ class Detector(nn.Module):
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
 
+    def fold(self: D) -> D:
+        """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.
+
+        Its outputs are this model's in eval mode, but for rounding. It cannot be trained or saved.
+        """
+        folded = folded_copy(self)
+        folded.is_folded = True
+        return folded
+
+    def train(self: D, mode: bool = True) -> D:
+        if mode and self.is_folded:
+            raise UserError("a folded model cannot be trained: train the one it was folded from")
+        return super().train(mode)
+
     @torch.no_grad()
     def detect(
         self,
@@ -124,6 +141,8 @@ class Detector(nn.Module):
         """
         parameter = next(self.parameters())
         images = self.normalize(canvases.to(parameter.device)).to(parameter.dtype)
+        if self.is_folded:
+            images = images.contiguous(memory_format=torch.channels_last)
         training = [module for module in self.modules() if module.training]  # parts may be frozen
         self.eval()
         try:
@@ -276,6 +295,8 @@ class Detector(nn.Module):
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
+        if self.is_folded:
+            raise UserError(f"{path}: a folded model cannot be saved: save the one it was folded from")
         meta = {
             "dataset_meta": {"classes": self.class_names},
             "rtmdet_fast": {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rtmdet_fast.kernels.bn_silu import bn_silu
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
+from rtmdet_fast.models.fold import fold_batch_norm
 
 
 class ConvModule(nn.Module):
@@ -35,6 +36,22 @@ class ConvModule(nn.Module):
         if self.depthwise:
             return fused_bn_silu(x, self.bn, self.conv, residual=residual, process_group=self.process_group)
         return fused_bn_silu(self.conv(x), self.bn, residual=residual, process_group=self.process_group)
+
+    def folded(self) -> FoldedConvModule:
+        """The same in eval mode, as one convolution with a bias."""
+        return FoldedConvModule(fold_batch_norm(self.conv, self.bn))
+
+
+class FoldedConvModule(nn.Module):
+    """Convolution with a bias → SiLU, plus an optional residual added last."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = F.silu(self.conv(x), inplace=True)
+        return x if residual is None else x + residual
 
 
 def fused_bn_silu(

@@ -101,6 +101,8 @@ class RTMDet(Detector):
 
     def forward(self, images: Tensor, targets: Targets | None = None) -> HeadOutput | RotatedOutput | dict[str, Tensor]:
         """Normalised images [B, 3, H, W] (H, W multiples of 32) → head output, or losses where targets are given."""
+        if targets is not None and self.is_folded:
+            raise UserError("a folded model has no losses: it is for inference")
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
 
