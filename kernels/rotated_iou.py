@@ -192,7 +192,9 @@ def _nonzero(x: Tensor) -> Tensor:
 
 def _iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     a, b, x0, y0, dx, dy = _edges(boxes1, boxes2)
-    x1, y1 = x0.roll(-1, 0), y0.roll(-1, 0)  # the next corner, and not x0 + dx: the polygon stays closed
+    x1, y1 = (
+        torch.cat((at[1:], at[:1])) for at in (x0, y0)
+    )  # the next corner, and not x0 + dx: the polygon stays closed
     xs, xe, run = x0.clamp(-a, a), x1.clamp(-a, a), _nonzero(dx)
     ys, ye = y0 + ((xs - x0) / run).clamp(0, 1) * dy, y1 - ((x1 - xe) / run).clamp(0, 1) * dy
     # from xs to xe the edge leaves |y| <= b outside of the share t1 .. t2, where clamp(y) is constant

@@ -30,6 +30,23 @@ class Detections(NamedTuple):
         return Detections(*(None if field is None else field[index] for field in self))  # type: ignore[arg-type]
 
 
+class PaddedDetections(NamedTuple):
+    """Detections of B images at sizes that no image decides: D for each, by falling score, then padding.
+
+    boxes [B, D, 4 or 5] in pixels of the network input, scores [B, D] (0 in the padding), labels [B, D] (-1 there),
+    priors [B, D] int64 (0 there), counts [B] int64 of what is no padding.
+    candidates [B] int64: how many pairs of prior and class passed the score threshold. Where they are more than there
+    was room for, detections may be missing.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    priors: Tensor
+    counts: Tensor
+    candidates: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetectSettings:
     """How predictions become detections; scores and IoUs in [0, 1]."""

@@ -6,13 +6,14 @@ Legend: B images, N priors (all levels, stride 8 first), C classes, M ground tru
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtmdet_fast.class_names import COCO_CLASSES
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
@@ -215,18 +216,56 @@ class DetectionHead(nn.Module):
             for candidate, indices, count in zip(candidates, keep, kept.tolist(), strict=True)
         ]
 
+    @torch.no_grad()
+    def detect_padded(
+        self,
+        output: HeadOutput,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int,
+        nms: Callable[..., tuple[Tensor, Tensor]] = batched_nms_padded,
+    ) -> PaddedDetections:
+        """As `detect`, with outputs of a fixed size, and without a step at which the host waits for the device.
+
+        The best `capacity` candidates of all levels take part. What comes out is what `detect` finds, to the bit, where
+        no image has more of them and `settings.nms_pre` is not below `capacity`.
+        """
+        logits, boxes, _ = self.decode(output)
+        classes = logits.shape[2]
+        flat = logits.float().sigmoid().flatten(1)
+        candidates = (flat > settings.score_threshold).sum(1)
+        # Small inputs have fewer pairs. In order of the priors, as `detect` has them: NMS settles equal scores by it.
+        index = nn.functional.pad(flat, (0, capacity)).topk(capacity).indices.sort().values
+        index = index.clamp(max=flat.shape[1] - 1)
+        score, prior, label = flat.gather(1, index), index // classes, index % classes
+        box = self.clip(boxes, input_size).gather(1, prior[..., None].expand(-1, -1, boxes.shape[2]))
+        first = torch.cat([index[:, :1] >= 0, index[:, 1:] != index[:, :-1]], 1)
+        score = score.where((score > settings.score_threshold) & self.is_solid(box) & first, -math.inf)
+        keep, counts = nms(box, score, label, settings.iou_threshold, settings.max_detections)
+        kept, place = keep >= 0, keep.clamp(min=0)
+        return PaddedDetections(
+            box.gather(1, place[..., None].expand(-1, -1, box.shape[2])).where(kept[..., None], 0.0),
+            score.gather(1, place).where(kept, 0.0),
+            label.gather(1, place).where(kept, -1),
+            prior.gather(1, place).where(kept, 0),
+            counts,
+            candidates,
+        )
+
     @staticmethod
     def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Boxes [..., 4] clipped to an image of (height, width) `size`."""
-        return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([size[1], size[0]] * 2))
+        x, y = boxes[..., 0::2].clamp(0, size[1]), boxes[..., 1::2].clamp(0, size[0])
+        return torch.stack((x, y), -1).flatten(-2)
 
     @staticmethod
     def is_solid(boxes: Tensor) -> Tensor:
         """False [...] for boxes [..., 4] without an area."""
         return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
+    @classmethod
     def to_image(
-        self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
+        cls, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
         """Detections in pixels of the original image, whose (height, width) is `shape`.
 
@@ -235,8 +274,8 @@ class DetectionHead(nn.Module):
         found = found._replace(boxes=found.boxes / found.boxes.new_tensor([*scale, *scale]))
         if not clip:
             return found
-        found = found._replace(boxes=self.clip(found.boxes, shape))
-        return found.take(self.is_solid(found.boxes))
+        found = found._replace(boxes=cls.clip(found.boxes, shape))
+        return found.take(cls.is_solid(found.boxes))
 
     def _candidates(self, boxes: Tensor, scores: Tensor, lengths: list[int], settings: DetectSettings) -> Detections:
         """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""

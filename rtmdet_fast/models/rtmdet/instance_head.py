@@ -132,8 +132,9 @@ class InstanceHead(DetectionHead):
             for detections, part in zip(found, logits.split(counts), strict=True)
         ]
 
+    @classmethod
     def to_image(
-        self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
+        cls, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
         assert found.masks is not None
         masks = PredictedMasks(found.masks.logits, scale, shape, MASK_STRIDE, MASK_OFFSET)

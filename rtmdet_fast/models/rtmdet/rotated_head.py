@@ -167,8 +167,9 @@ class RotatedHead(DetectionHead):
         """False [...] for boxes [..., 5] without an area."""
         return (boxes[..., 2:4] > 0).all(-1)
 
+    @classmethod
     def to_image(
-        self, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
+        cls, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
         """Detections in pixels of the original image, le90; nothing is clipped.
 
