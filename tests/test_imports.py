@@ -41,7 +41,7 @@ FLOORS = (
     "kernels geometry",
     "ops compat inference",
     "models",
-    "accelerate data",
+    "accelerate data export",
     "evaluation tasks",
     "training",
     "cli",

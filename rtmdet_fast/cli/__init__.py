@@ -1,4 +1,4 @@
-"""The command line: rtmdet-fast train | eval | predict | split | demo | info."""
+"""The command line: rtmdet-fast train | eval | predict | export | split | demo | info."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 from rtmdet_fast import __version__
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
+from rtmdet_fast.cli.export import ExportConfig, run_export
 from rtmdet_fast.cli.info import InfoConfig, run_info
 from rtmdet_fast.cli.output import Outcome, one_line
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         TrainCommand: run_train,
         EvalConfig: run_eval,
         PredictConfig: run_predict,
+        ExportConfig: run_export,
         SplitConfig: run_split,
         DemoConfig: run_demo,
         InfoConfig: run_info,
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         Annotated[TrainCommand, subcommand("train")]
         | Annotated[EvalConfig, subcommand("eval")]
         | Annotated[PredictConfig, subcommand("predict")]
+        | Annotated[ExportConfig, subcommand("export")]
         | Annotated[SplitConfig, subcommand("split")]
         | Annotated[DemoConfig, subcommand("demo")]
         | Annotated[InfoConfig, subcommand("info")],

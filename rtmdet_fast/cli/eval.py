@@ -15,7 +15,7 @@ class EvalConfig:
     """Evaluate weights on a COCO-format (rotated: or DOTA) data set with the published test settings."""
 
     weights: str
-    """Weights file, or a published name such as rtmdet-tiny."""
+    """Weights file, a published name such as rtmdet-tiny, or an exported .onnx or .xml file."""
     data: Path | None = None
     """Folder laid out like COCO (rotated: or DOTA), in place of --ann and --images."""
     ann: Path | None = None
@@ -42,9 +42,8 @@ class EvalConfig:
 
 def run_eval(config: EvalConfig) -> Outcome:
     from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
-    from rtmdet_fast.devices import pick_device
     from rtmdet_fast.evaluation.evaluate import evaluate
-    from rtmdet_fast.models.rtmdet.model import RTMDet
+    from rtmdet_fast.export.engine import load_detector
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.config import check_bounds
 
@@ -55,7 +54,7 @@ def run_eval(config: EvalConfig) -> Outcome:
             raise UserError("--data stands in place of --ann and --images")
     elif annotations is None or images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
-    model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    model = load_detector(config.weights, config.device)
     task = TASKS[model.task]
     if config.data is not None:
         annotations, images = task.find_split(config.data, "val")

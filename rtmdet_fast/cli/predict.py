@@ -23,7 +23,7 @@ class PredictConfig:
     source: tyro.conf.Positional[tuple[str, ...]]
     """Images, videos, folders and quoted patterns such as "photos/*.jpg", as many as wanted; or a camera's number."""
     weights: str
-    """Weights file, or a published name such as rtmdet-tiny."""
+    """Weights file, a published name such as rtmdet-tiny, or an exported .onnx or .xml file."""
     out: Path = Path("runs/predict")
     """Folder for pictures and predictions.json."""
     score_threshold: float = 0.3
@@ -47,13 +47,12 @@ class PredictConfig:
 
 def run_predict(config: PredictConfig) -> Outcome:
     from rtmdet_fast.data.dota import write_task1
-    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.export.engine import load_detector
     from rtmdet_fast.inference.sources import VideoWriter, iter_sources
-    from rtmdet_fast.models.rtmdet.model import RTMDet
 
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit is {config.limit}; it must be at least 1")
-    model = RTMDet.from_pretrained(config.weights).to(pick_device(config.device))
+    model = load_detector(config.weights, config.device)
     if config.format == "dota" and model.task != "rotated":
         raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
     if config.format == "dota" and (wrong := [name for name in model.class_names if not _names_file(name)]):

@@ -1,0 +1,160 @@
+"""Exported files as detectors: predict and evaluation of what will be deployed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtmdet_fast.devices import pick_device
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.masks import PredictedMasks
+from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.rtmdet.instance_head import MASK_STRIDE
+from rtmdet_fast.models.rtmdet.model import HEADS, RTMDet
+
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""Network input [B, 3, H, W] float32 → outputs by name."""
+
+
+class Engine(Detector):
+    """An exported model: `predict`, `detect` and `evaluate` take it as they take the model it was made from.
+
+    Score threshold, IoU threshold and detections are bounded by what the file was exported with.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], run: Run):
+        super().__init__()
+        self.path, self.metadata, self.run = path, metadata, run
+        self.size, self.task = metadata["size"], metadata["task"]
+        self.class_names = tuple(metadata["class_names"])
+        self.image_size, self.patch_size = metadata["image_size"], metadata["patch_size"]
+        self.head = HEADS[self.task]
+        self.has_masks = self.head.has_masks
+        self.test_settings = DetectSettings(**metadata["settings"])
+
+    to_canvas = staticmethod(RTMDet.to_canvas)
+    normalize = staticmethod(RTMDet.normalize)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        canvases: Tensor,
+        scales: Sequence[tuple[float, float]],
+        shapes: Sequence[tuple[int, int]],
+        *,
+        settings: DetectSettings | None = None,
+        clip_to_image: bool = False,
+    ) -> list[Detections]:
+        settings = settings or self.test_settings
+        self._check(settings, canvases.shape[2])
+        images = self.normalize(canvases).contiguous().numpy()
+        step = self.metadata["batch_size"] or len(images)
+        found: list[Detections] = []
+        for start in range(0, len(images), step):
+            part = images[start : start + step]
+            missing = step - len(part)
+            if missing and self.metadata["batch_size"]:
+                part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+            outputs = self.run(np.ascontiguousarray(part))
+            found += [self._detections(outputs, i, settings) for i in range(len(images[start : start + step]))]
+        return [
+            self.head.to_image(detections, scale, shape, clip=clip_to_image)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
+
+    def _detections(self, outputs: dict[str, np.ndarray], i: int, settings: DetectSettings) -> Detections:
+        """Those of image i that pass the settings, in pixels of the network's input."""
+        dets = torch.from_numpy(outputs["dets"][i].astype(np.float32))
+        labels = torch.from_numpy(outputs["labels"][i].astype(np.int64))
+        # they fall by score, so that what passes comes first
+        count = int(((labels >= 0) & (dets[:, -1] > settings.score_threshold)).sum())
+        count = min(count, settings.max_detections)
+        masks = None
+        if self.has_masks:
+            logits = torch.from_numpy(outputs["mask_logits"][i, :count].astype(np.float32))
+            masks = PredictedMasks(logits, (1.0, 1.0), (0, 0), MASK_STRIDE)
+        return Detections(dets[:count, :-1], dets[:count, -1], labels[:count], torch.full((count,), -1), masks)
+
+    def _check(self, settings: DetectSettings, side: int) -> None:
+        made = self.test_settings
+        if settings.iou_threshold != made.iou_threshold:
+            raise UserError(
+                f"{self.path} was exported with an iou_threshold of {made.iou_threshold}, and {settings.iou_threshold} "
+                "is asked for: leave it out, or export anew"
+            )
+        if settings.score_threshold < made.score_threshold:
+            raise UserError(
+                f"{self.path} was exported with a score_threshold of {made.score_threshold}: "
+                f"{settings.score_threshold} is below"
+            )
+        if settings.max_detections > made.max_detections:
+            raise UserError(
+                f"{self.path} was exported with max_detections of {made.max_detections}: {settings.max_detections} "
+                "is above"
+            )
+        if not self.metadata["dynamic"] and side != self.image_size:
+            raise UserError(f"{self.path} takes images of {self.image_size} pixels, not {side}: export anew")
+
+    def save(self, path: str | Path, **extra: Any) -> None:
+        raise UserError(f"{self.path} is an exported file: save the model that it was made from")
+
+
+def load_engine(path: str | Path, threads: int | None = None) -> Engine:
+    """An exported .onnx (run by ONNX Runtime) or .xml file (run by OpenVINO) as a detector.
+
+    Task, classes and sizes come from the file. threads: of the runtime; as many as it likes where not given.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.suffix == ".onnx":
+        metadata, run = open_onnx(path, threads)
+    elif path.suffix == ".xml":
+        from rtmdet_fast.export.openvino import open_openvino
+
+        metadata, run = open_openvino(path, threads)
+    else:
+        raise UserError(f"{path} is no exported model: .onnx and .xml are")
+    try:
+        return Engine(path, json.loads(metadata), run)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
+
+
+def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
+    """The metadata of an ONNX file, and what runs it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("onnxruntime is not installed: pip install 'rtmdet-fast[export]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+    except Exception as error:  # its exceptions have no common base but this one
+        raise UserError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
+    names = [output.name for output in session.get_outputs() if output.name != "masks"]
+    run_options = onnxruntime.RunOptions()
+    run_options.only_execute_path_to_fetches = True  # `masks` are for other clients, and take long
+    metadata = session.get_modelmeta().custom_metadata_map.get("rtmdet_fast", "")
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, {"input": images}, run_options), strict=True))
+
+    return metadata, run
+
+
+def load_detector(weights: str, device: str = "auto") -> Detector:
+    """A detector in eval mode from a weights file or published name, on `device`, or from an exported file."""
+    if Path(weights).suffix in (".onnx", ".xml"):
+        return load_engine(weights)
+    return RTMDet.from_pretrained(weights).to(pick_device(device))

@@ -1,0 +1,88 @@
+"""ONNX files with NMS inside, of the folded model; readable by ONNX Runtime, OpenVINO, TensorRT and others."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.graph import EndToEnd
+from rtmdet_fast.files import write_atomically
+
+OPSET = 18
+
+
+def export_onnx(
+    graph: EndToEnd, path: Path, metadata: dict[str, Any], image_size: int | None, batch_size: int | None
+) -> None:
+    """Write `graph` as one ONNX file, with `metadata` as JSON under "rtmdet_fast" in its metadata_props.
+
+    image_size: side in pixels of the square input, None for any multiples of 32. batch_size: None for any.
+    Raises UserError where the packages that it takes are not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'rtmdet-fast[export]'") from error
+    from rtmdet_fast.export.onnx_ops import translations
+
+    side = 128 if image_size is None else image_size
+    example = torch.zeros(batch_size or 2, 3, side, side)
+    dynamic: dict[int, Any] = {}
+    if batch_size is None:
+        dynamic[0] = torch.export.Dim("batch")
+    if image_size is None:
+        # the least sides must be below, the greatest above what is traced
+        dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
+    names = graph.output_names
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=names,
+            dynamic_shapes={"input": dynamic} if dynamic else None,
+            custom_translation_table=translations(),
+        )
+    assert program is not None
+    model = program.model_proto
+    rename_sides(model.graph.input, {"32*h": "height", "32*w": "width"})
+    rename_sides(model.graph.output, {"32*h": "height", "32*w": "width"})
+    onnx.helper.set_model_props(model, {"rtmdet_fast": json.dumps(metadata)})
+    model.producer_name = "rtmdet_fast"
+    onnx.checker.check_model(model)
+    with write_atomically(path) as file:
+        file.write(model.SerializeToString())
+
+
+def rename_sides(values: Sequence[Any], names: dict[str, str]) -> None:
+    """Give dynamic axes the names that clients look for."""
+    for value in values:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in names:
+                axis.dim_param = names[axis.dim_param]
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """The exporter talks of its progress, and of packages that it could do more with."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
