@@ -3,7 +3,9 @@
 import copy
 import importlib.util
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from rtmdet_fast.export.openvino import convert_to_openvino
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 pytest.importorskip("onnx", reason="extra `export` is not installed")
-pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
 
 
 def busy(task: str) -> RTMDet:
@@ -117,8 +119,23 @@ def test_file_is_what_clients_of_mmdeploy_expect(exported):
     assert "BatchNormalization" not in operators
 
 
+def test_a_client_without_this_library_detects_the_same(exported):
+    model, path = exported
+    if model.task != "det":
+        pytest.skip("the client is one for boxes")
+    client = runpy.run_path(str(Path(__file__).parents[2] / "examples/onnx_client.py"))
+    session = onnxruntime.InferenceSession(str(path))
+    for image, expected in zip(images(5), load_engine(path, threads=1).predict(images(5)), strict=True):
+        dets, labels = client["detect"](session, image, model.image_size)
+        h, w = image.shape[:2]
+        dets[:, :4] = dets[:, :4].clip(0, (w, h, w, h))
+        inside = (dets[:, 2:4] > dets[:, :2]).all(1)
+        np.testing.assert_allclose(dets[inside, :4], expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(dets[inside, 4], expected.scores, atol=1e-6)
+        assert labels[inside].tolist() == expected.labels.tolist()
+
+
 def test_full_size_masks_are_those_of_the_logits(exported):
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, path = exported
     if model.task != "ins":
         pytest.skip("a model without masks")
