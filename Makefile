@@ -94,12 +94,12 @@ endef
 IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto
 # Benches and pages are no part of it.
 ALL_TESTS := tests --ignore tests/test_benches.py --ignore tests/test_docs.py
-PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py tests/cli tests/golden
+PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py
 
-# The sdist follows the wheel in an environment that has what the wheel asked for.
+# The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code.
 test-package: package
 	$(call environment,build/package,"$(TORCH)" "$$(echo build/dist/*.whl)[test]")
-	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)
+	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS) tests/cli tests/golden
 	build/package/venv/bin/python -m pip uninstall --quiet --yes rtmdet-fast
 	build/package/venv/bin/python -m pip install --quiet build/dist/*.tar.gz
 	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)

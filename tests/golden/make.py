@@ -1,7 +1,7 @@
 """Writes golden.npz, the numbers that test_golden.py holds the library to: `python tests/golden/make.py`.
 
 Run it where numbers are meant to change, and say in the commit which and why: it prints what differs from the file
-before, and by how much. One thread (OMP_NUM_THREADS=1), the versions that `make test` installs.
+before, and by how much. One thread (OMP_NUM_THREADS=1), the versions that `make test` installs; OpenCV's is kept too.
 
 Weights, inputs and scenes are drawn by NumPy, from a stream for each name; no generator of PyTorch and no picture
 decoder has a part in them. What the models are is of no matter, only that every layer says something.
@@ -350,12 +350,13 @@ def deviation(found: np.ndarray, expected: np.ndarray, *, each: bool = False) ->
 def main() -> None:
     found = {f"{name}/{key}": value for name, section in sections() for key, value in section().items()}
     old = dict(np.load(FILE)) if FILE.exists() else {}
+    old.pop("opencv", None)
     for key in found.keys() | old.keys():
         if key not in found or key not in old:
             print(f"{key}: {'new' if key in found else 'gone'}")
         elif drift := deviation(found[key], old[key]):
             print(f"{key}: {drift:.1e}")
-    np.savez_compressed(FILE, **found)
+    np.savez_compressed(FILE, opencv=cv2.__version__, **found)
     print(f"{len(found)} entries, {FILE.stat().st_size / 1000:.0f} kB")
 
 
