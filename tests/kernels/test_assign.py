@@ -23,7 +23,6 @@ from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = use_triton(torch.empty(0, device=DEVICE))
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="too slow, or not possible, under Triton's interpreter")
 
 # of the IoU; the inputs are rounded before both sides see them

@@ -26,9 +26,6 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter d
 # of the largest element of what is compared, at least 1; the reference folds its weights in the low precision too
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BOTH = [pytest.param(m.bn_silu_reference, id="reference"), pytest.param(m.bn_silu, marks=needs_triton, id="triton")]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered in exp2"
-)  # the interpreter: exp2 is inf, as it should be
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

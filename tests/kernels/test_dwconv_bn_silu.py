@@ -20,7 +20,6 @@ from test_bn_silu import (  # noqa: F401 (fixtures)
     not_interpreted,
     outputs,
     poison,
-    pytestmark,
     record,
     thinned,
     traced_for_cuda,

@@ -15,7 +15,6 @@ from test_bn_silu import (  # noqa: F401 (fixtures)
     DEVICE,
     LAYOUTS,
     poison,
-    pytestmark,
     thinned,
     traced_for_cuda,
     traced_kernels,

@@ -27,7 +27,6 @@ RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
 needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
 has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # all decide exactly, on the rounded boxes
 
 

@@ -48,8 +48,6 @@ FAMILIES = [
     "axis_aligned_by_hand",
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
-
 
 @pytest.fixture(autouse=True)
 def poison():
