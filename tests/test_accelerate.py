@@ -53,7 +53,8 @@ PLAIN = {"1": EPILOGUE, "3.1": DEPTHWISE, "5": DEPTHWISE, "11": DEPTHWISE}
 def equal(found, expected) -> None:
     """To the bit where the reference runs, else within fp32's rounding."""
     if INTERPRETED:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        # the gradient of a bias before a BatchNorm is nothing but rounding, of sums of hundreds of numbers
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
     else:
         assert torch.equal(found, expected)
 
