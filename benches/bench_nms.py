@@ -33,6 +33,7 @@ def cases(device: torch.device) -> list[Case]:
         detector(30000),
         detector(5000, clustered=False),
         detector(30000, clustered=False),
+        *(detector(boxes, headline=False) for boxes in (10, 100, 300, 1000)),
     ]
 
 
