@@ -22,10 +22,32 @@ def precision(features: Tensor, kernels: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (features.dtype, kernels.dtype) else torch.float32
 
 
+def layers(kernels: Tensor, points: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A [n, 8, 11], W2 [n, 8, 8], b2 [n, 8, 1], W3 [n, 1, 8], b3 [n, 1, 1] of `kernels` [n, 169].
+
+    points [n, 2] of the priors, scale [n, 1, 1] 1 / (8 stride). The coordinates are affine in the place, so that
+    x1 = relu(A [f; x; y; 1]).
+    """
+    n = kernels.shape[0]
+    w1, w2, w3, b1, b2, b3 = kernels.split(PARAMETERS, 1)
+    w1 = w1.reshape(n, 8, 10)
+    slope = w1[:, :, :2] * scale
+    constant = torch.baddbmm(b1[:, :, None], slope, points[:, :, None])
+    a = torch.cat([w1[:, :, 2:], -slope, constant], 2)
+    return a, w2.reshape(n, 8, 8), b2.reshape(n, 8, 1), w3.reshape(n, 1, 8), b3.reshape(n, 1, 1)
+
+
+def places(height: int, width: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[x; y; 1] of the pixels of the features [3, H, W], in input pixels."""
+    y, x = (torch.arange(0, n * stride, stride, dtype=dtype, device=device) for n in (height, width))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)])
+
+
 class Instances:
     """Instances in the order of their images, in chunks small enough for the cache, and their layers.
 
-    The coordinates are affine in the place: x1 = relu(A [f; x; y; 1]), one product for all instances of a chunk.
+    The first layer is one product for all instances of a chunk.
     """
 
     def __init__(
@@ -40,14 +62,8 @@ class Instances:
         self.order = None if images == sorted(images) else index.argsort(stable=True)
 
         kernels, points, strides = (self.sorted(x).to(self.dtype) for x in (kernels, points, strides))
-        w1, w2, w3, b1, b2, b3 = kernels.split(PARAMETERS, 1)
-        w1 = w1.reshape(n, 8, 10)
         self.points, self.scale = points[:, None], 1 / (8 * strides[:, None, None])
-        slope = w1[:, :, :2] * self.scale
-        constant = torch.baddbmm(b1[:, :, None], slope, points[:, :, None])
-        self.a = torch.cat([w1[:, :, 2:], -slope, constant], 2)
-        self.w2, self.b2 = w2.reshape(n, 8, 8), b2.reshape(n, 8, 1)
-        self.w3, self.b3 = w3.reshape(n, 1, 8), b3.reshape(n, 1, 1)
+        self.a, self.w2, self.b2, self.w3, self.b3 = layers(kernels, points, self.scale)
         # Used by every chunk in turn: memory from malloc would not be in the cache.
         self.chunk = max(1, min(n, CHUNK // (8 * H * W)))
         self.x1, self.x2 = (features.new_empty(self.chunk, 8, H * W, dtype=self.dtype) for _ in range(2))
@@ -63,10 +79,7 @@ class Instances:
     def chunks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """(image, some of its instances, its pixels [11, H W]: the features, x and y in input pixels, 1)."""
         H, W = self.features.shape[2:]
-        step, device = self.feature_stride, self.features.device
-        y, x = (torch.arange(0, n * step, step, dtype=self.dtype, device=device) for n in (H, W))
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        coordinates = torch.stack([x, y, torch.ones_like(x)])
+        coordinates = places(H, W, self.feature_stride, self.dtype, self.features.device)
         start = 0
         for image, count in enumerate(self.counts):
             end = start + count

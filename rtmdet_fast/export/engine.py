@@ -59,11 +59,9 @@ class Engine(Detector):
         found: list[Detections] = []
         for start in range(0, len(images), step):
             part = images[start : start + step]
-            missing = step - len(part)
-            if missing and self.metadata["batch_size"]:
-                part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
-            outputs = self.run(np.ascontiguousarray(part))
-            found += [self._detections(outputs, i, settings) for i in range(len(images[start : start + step]))]
+            missing = np.zeros((step - len(part), *part.shape[1:]), part.dtype)
+            outputs = self.run(np.concatenate([part, missing]) if len(missing) else part)
+            found += [self._detections(outputs, i, settings) for i in range(len(part))]
         return [
             self.head.to_image(detections, scale, shape, clip=clip_to_image)
             for detections, scale, shape in zip(found, scales, shapes, strict=True)

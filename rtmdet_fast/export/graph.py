@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtmdet_fast.inference.detections import DetectSettings
+from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import _iou
 from rtmdet_fast.models.rtmdet.detection_head import flatten_levels
-from rtmdet_fast.models.rtmdet.instance_head import MASK_STRIDE
+from rtmdet_fast.models.rtmdet.instance_head import KERNEL_SIZE, MASK_STRIDE
 from rtmdet_fast.models.rtmdet.model import RTMDet
-
-PARAMETERS = (80, 64, 8, 8, 8, 1)  # of a mask: W1, W2, W3, b1, b2, b3
 
 
 class EndToEnd(nn.Module):
@@ -45,7 +44,7 @@ class EndToEnd(nn.Module):
         if not self.model.has_masks:
             return dets, found.labels
         priors = head.priors(output)[found.priors]
-        kernels = flatten_levels(output.kernels).gather(1, found.priors[..., None].expand(-1, -1, sum(PARAMETERS)))
+        kernels = flatten_levels(output.kernels).gather(1, found.priors[..., None].expand(-1, -1, KERNEL_SIZE))
         logits = mask_logits(output.features, kernels, priors[..., :2], priors[..., 2])
         masks = F.interpolate(logits, scale_factor=float(MASK_STRIDE), mode="bilinear", align_corners=False).sigmoid()
         return dets, found.labels, masks, logits
@@ -58,17 +57,13 @@ def mask_logits(features: Tensor, kernels: Tensor, points: Tensor, strides: Tens
     Coordinates, affine in the pixel's place, are folded into the first layer: no input is copied for each mask.
     """
     (B, _, h, w), D = features.shape, kernels.shape[1]
-    w1, w2, w3, b1, b2, b3 = kernels.split(PARAMETERS, 2)
-    w1 = w1.reshape(B, D, 8, 10)
-    slope = w1[..., :2] / (8 * strides[..., None, None])
-    constant = b1[..., None] + slope @ points[..., None]
-    y, x = (torch.arange(n, device=features.device, dtype=features.dtype) * MASK_STRIDE for n in (h, w))
-    places = torch.stack((x[None].expand(h, w), y[:, None].expand(h, w), torch.ones_like(x)[None].expand(h, w)))
-    pixels = torch.cat((features, places[None].expand(B, -1, -1, -1)), 1).flatten(2)
-    first = torch.cat((w1[..., 2:], -slope, constant), -1).reshape(B, D * 8, 11)
-    x1 = (first @ pixels).relu().reshape(B * D, 8, h * w)
-    x2 = (w2.reshape(B * D, 8, 8) @ x1 + b2.reshape(B * D, 8, 1)).relu()
-    return (w3.reshape(B * D, 1, 8) @ x2 + b3.reshape(B * D, 1, 1)).reshape(B, D, h, w)
+    scale = 1 / (8 * strides.flatten()[:, None, None])
+    first, w2, b2, w3, b3 = layers(kernels.flatten(0, 1), points.flatten(0, 1), scale)
+    at = places(h, w, MASK_STRIDE, features.dtype, features.device)
+    pixels = torch.cat((features, at[None].expand(B, -1, -1, -1)), 1).flatten(2)
+    x1 = (first.reshape(B, D * 8, 11) @ pixels).relu().reshape(B * D, 8, h * w)
+    x2 = (w2 @ x1 + b2).relu()
+    return (w3 @ x2 + b3).reshape(B, D, h, w)
 
 
 def rotated_nms_padded(

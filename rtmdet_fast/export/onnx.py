@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +56,16 @@ def export_onnx(
         )
     assert program is not None
     model = program.model_proto
-    rename_sides(model.graph.input, {"32*h": "height", "32*w": "width"})
-    rename_sides(model.graph.output, {"32*h": "height", "32*w": "width"})
+    clients_names = {"32*h": "height", "32*w": "width"}
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in clients_names:
+                axis.dim_param = clients_names[axis.dim_param]
     onnx.helper.set_model_props(model, {"rtmdet_fast": json.dumps(metadata)})
     model.producer_name = "rtmdet_fast"
     onnx.checker.check_model(model)
     with write_atomically(path) as file:
         file.write(model.SerializeToString())
-
-
-def rename_sides(values: Sequence[Any], names: dict[str, str]) -> None:
-    """Give dynamic axes the names that clients look for."""
-    for value in values:
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param in names:
-                axis.dim_param = names[axis.dim_param]
 
 
 @contextlib.contextmanager
