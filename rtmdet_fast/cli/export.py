@@ -36,9 +36,9 @@ class ExportConfig:
 
 def run_export(config: ExportConfig) -> Outcome:
     from rtmdet_fast.export.export import export
-    from rtmdet_fast.models.rtmdet.model import RTMDet
+    from rtmdet_fast.models.families import load_model
 
-    model = RTMDet.from_pretrained(config.weights)
+    model = load_model(config.weights)
     agreement = export(
         model,
         config.out,

@@ -16,6 +16,7 @@ from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.families import load_model
 from rtmdet_fast.models.rtmdet.instance_head import MASK_STRIDE
 from rtmdet_fast.models.rtmdet.model import HEADS, RTMDet
 
@@ -155,4 +156,4 @@ def load_detector(weights: str, device: str = "auto") -> Detector:
     """A detector in eval mode from a weights file or published name, on `device`, or from an exported file."""
     if Path(weights).suffix in (".onnx", ".xml"):
         return load_engine(weights)
-    return RTMDet.from_pretrained(weights).to(pick_device(device))
+    return load_model(weights).to(pick_device(device))

@@ -16,8 +16,7 @@ from rtmdet_fast.export.engine import load_engine
 from rtmdet_fast.export.graph import EndToEnd
 from rtmdet_fast.export.onnx import export_onnx
 from rtmdet_fast.export.openvino import convert_to_openvino, import_openvino
-from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.models.rtmdet.model import RTMDet
+from rtmdet_fast.models.detector import Detector, check_image_size
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-4
 """Pixels of the network's input, and score, by which a detection may differ from the model's."""
@@ -35,7 +34,7 @@ class Agreement(NamedTuple):
 
 
 def export(
-    model: RTMDet,
+    model: Detector,
     path: str | Path,
     *,
     image_size: int | None = None,

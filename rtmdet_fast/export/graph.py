@@ -5,6 +5,8 @@ Legend: B images, K candidates, D detections.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,6 @@ from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import _iou
 from rtmdet_fast.models.rtmdet.detection_head import flatten_levels
 from rtmdet_fast.models.rtmdet.instance_head import KERNEL_SIZE, MASK_STRIDE
-from rtmdet_fast.models.rtmdet.model import RTMDet
 
 
 class EndToEnd(nn.Module):
@@ -26,7 +27,7 @@ class EndToEnd(nn.Module):
     [B, D, H/8, W/8], which they are interpolated from.
     """
 
-    def __init__(self, model: RTMDet, settings: DetectSettings, capacity: int):
+    def __init__(self, model: Any, settings: DetectSettings, capacity: int):
         """model: folded. capacity: the K candidates of an image that NMS sees."""
         super().__init__()
         self.model, self.settings, self.capacity = model, settings, capacity
