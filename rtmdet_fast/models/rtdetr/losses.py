@@ -59,16 +59,19 @@ def detr_losses(
     """
     layers, N = len(output.logits), 0 if denoising is None else denoising.labels.shape[1]
     dtype = torch.promote_types(output.logits.dtype, precision)
+    all_logits, all_boxes, encoder_logits, encoder_boxes = (
+        x.to(dtype) for x in (output.logits, output.boxes, output.encoder_logits, output.encoder_boxes)
+    )
     count = mean_over_processes(targets.counts.sum().to(dtype)).clamp(min=1)
-    logits = torch.cat((output.logits[:, :, N:], output.encoder_logits[None])).to(dtype)
-    boxes = torch.cat((output.boxes[:, :, N:], output.encoder_boxes[None])).to(dtype)
+    logits = torch.cat((all_logits[:, :, N:], encoder_logits[None]))
+    boxes = torch.cat((all_boxes[:, :, N:], encoder_boxes[None]))
     losses = pair_losses(logits, boxes, match(logits, boxes, targets), targets.labels, targets.boxes, count)
     names = [*(f"_aux_{i}" for i in range(layers - 1)), "", f"_aux_{layers - 1}" if version == 1 else "_enc_0"]
     if denoising is not None:
         groups = denoising.positives.shape[1]
         denoising_losses = pair_losses(
-            output.logits[:, :, :N].to(dtype),
-            output.boxes[:, :, :N].to(dtype),
+            all_logits[:, :, :N],
+            all_boxes[:, :, :N],
             denoising.positives.flatten(1).expand(layers, -1, -1),
             targets.labels.repeat(1, groups),
             targets.boxes.repeat(1, groups, 1),
