@@ -14,24 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtmdet_fast.models.rtdetr.boxes import inverse_sigmoid
+from rtmdet_fast.models.rtdetr.denoising import Denoising
 from rtmdet_fast.models.rtdetr.layers import MLP, ConvNorm, SelfAttention, made_once
 
 CHANNELS, HEADS, FEEDFORWARD = 256, 8, 1024
 Sampling = Literal["bilinear", "discrete"]
-
-
-class Denoising(NamedTuple):
-    """Queries that are to find noisy ground truth again, which training puts before the selected ones.
-
-    labels [B, N] int64 (C in the padding); boxes_unact [B, N, 4]; attn_mask [N + Q, N + Q] bool, which query (row) may
-    not see which (column).
-    positives [B, G, M] int64: the query that is to restore each ground truth, in each of G groups; -1 for padding.
-    """
-
-    labels: Tensor
-    boxes_unact: Tensor
-    attn_mask: Tensor
-    positives: Tensor
 
 
 class DecoderOutput(NamedTuple):
@@ -65,12 +53,6 @@ def anchors(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[T
     boxes = torch.cat(levels)
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
     return torch.log(boxes / (1 - boxes)).where(valid, torch.inf), valid
-
-
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """log(x / (1 - x)), with x and 1 - x at least 1e-5."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5))
 
 
 def box_deformable_attention(

@@ -6,8 +6,6 @@ query and a ground truth, C classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,25 +13,9 @@ from torch import Tensor
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtdetr.boxes import iou_and_giou
+from rtmdet_fast.models.rtdetr.decoder import DecoderOutput
 from rtmdet_fast.models.rtdetr.denoising import Denoising
 from rtmdet_fast.models.rtdetr.matcher import match
-
-
-class DecoderOutput(NamedTuple):
-    """What the decoder gives in training, with the N denoising queries (if any) before the Q others.
-
-    logits: [L, B, N + Q, C]
-    boxes: [L, B, N + Q, 4] cxcywh in units of the image
-    encoder_logits: [B, Q, C], of the cells that the queries were made of
-    encoder_boxes: [B, Q, 4]
-    topk: [B, Q] int64, these cells
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    encoder_logits: Tensor
-    encoder_boxes: Tensor
-    topk: Tensor
 
 
 def detr_losses(

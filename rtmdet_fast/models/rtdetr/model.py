@@ -10,10 +10,13 @@ from torch import Tensor
 
 from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.detector import Detector, resolve_class_names
+from rtmdet_fast.models.detector import Detector, Targets, resolve_class_names
+from rtmdet_fast.models.rtdetr.boxes import relative_targets
 from rtmdet_fast.models.rtdetr.decoder import Decoder, Sampling
+from rtmdet_fast.models.rtdetr.denoising import denoising_queries
 from rtmdet_fast.models.rtdetr.encoder import HybridEncoder
 from rtmdet_fast.models.rtdetr.hgnet import HGNetv2, Stage
+from rtmdet_fast.models.rtdetr.losses import detr_losses
 from rtmdet_fast.models.rtdetr.resnet import PResNet
 
 
@@ -187,8 +190,15 @@ class RTDETR(Detector):
         )
         self.decoder.num_layers = min(architecture.inference_layers, layers)
 
-    def forward(self, images: Tensor) -> Predictions:
-        """Normalised images [B, 3, H, W] (H, W multiples of 32) → predictions."""
+    def forward(self, images: Tensor, targets: Targets | None = None) -> Predictions | dict[str, Tensor]:
+        """Images [B, 3, H, W] in [0, 1] (H, W multiples of 32) → predictions, or losses where targets are given."""
+        if targets is not None and self.is_folded:
+            raise UserError("a folded model has no losses: it is for inference")
         memory, sizes = self.decoder.flatten(self.encoder(self.backbone(images)))
-        output = self.decoder(memory, sizes)
-        return Predictions(output.logits[-1], output.boxes[-1])
+        if targets is None:
+            output = self.decoder(memory, sizes)
+            return Predictions(output.logits[-1], output.boxes[-1])
+        targets = relative_targets(targets, (images.shape[2], images.shape[3]))
+        queries = min(self.decoder.num_queries, memory.shape[1])
+        denoising = denoising_queries(targets, len(self.class_names), queries)
+        return detr_losses(self.decoder(memory, sizes, denoising), denoising, targets, version=self.version)

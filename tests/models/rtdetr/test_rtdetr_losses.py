@@ -9,8 +9,9 @@ from rtdetr_reference import fixture_recipe, load, padded, pairs_by_target
 
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.boxes import iou_and_giou, relative_targets
+from rtmdet_fast.models.rtdetr.decoder import DecoderOutput
 from rtmdet_fast.models.rtdetr.denoising import denoising_queries
-from rtmdet_fast.models.rtdetr.losses import DecoderOutput, detr_losses
+from rtmdet_fast.models.rtdetr.losses import detr_losses
 from rtmdet_fast.models.rtdetr.matcher import match
 
 
