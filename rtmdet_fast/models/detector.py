@@ -71,6 +71,11 @@ class Detector(nn.Module):
     test_settings: DetectSettings
     """Those that published figures were measured with."""
 
+    @property
+    def title(self) -> str:
+        """The model's published name."""
+        raise NotImplementedError
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         """The network input [S, S, 3] uint8 of a BGR image, and its pixels per pixel of the image (x, y)."""
@@ -102,6 +107,12 @@ class Detector(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
+
+    def enable_sync_bn(self) -> None:
+        """Let every batch norm take its batch statistics over all distributed processes."""
+        for child in self.modules():
+            if hasattr(child, "process_group"):
+                child.process_group = torch.distributed.group.WORLD  # type: ignore[assignment]
 
     def fold(self: D) -> D:
         """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.
