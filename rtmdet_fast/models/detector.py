@@ -74,6 +74,11 @@ class Detector(nn.Module):
     input_description: ClassVar[str]
     """What `to_canvas` and `normalize` make of an image, for those who write a client of an exported file."""
 
+    @property
+    def title(self) -> str:
+        """The model's published name."""
+        raise NotImplementedError
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         """The network input [S, S, 3] uint8 of a BGR image, and its pixels per pixel of the image (x, y)."""
@@ -140,6 +145,12 @@ class Detector(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
+
+    def enable_sync_bn(self) -> None:
+        """Let every batch norm take its batch statistics over all distributed processes."""
+        for child in self.modules():
+            if hasattr(child, "process_group"):
+                child.process_group = torch.distributed.group.WORLD  # type: ignore[assignment]
 
     def fold(self: D) -> D:
         """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.

@@ -112,6 +112,10 @@ class RTMDet(Detector):
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
 
+    @property
+    def title(self) -> str:
+        return f"RTMDet-{self.size}"
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         return letterbox(image, image_size)
