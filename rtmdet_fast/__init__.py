@@ -3,7 +3,8 @@
 from rtmdet_fast.accelerate import Acceleration, accelerate, revert
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.results import Results
+from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import RTMDet
 
 __version__ = "0.1.0"
-__all__ = ["Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
+__all__ = ["RTDETR", "Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
