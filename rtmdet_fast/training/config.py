@@ -8,14 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.models.rtmdet.model import default_image_size
-from rtmdet_fast.tasks import TASKS
-from rtmdet_fast.training.distributed import process_count
 
 BOUNDS = {
     "epochs": (1, 10**6),
@@ -142,6 +135,15 @@ def check_bounds(config: Any) -> None:
 
 def resolve(config: TrainConfig) -> Settings:
     """The config with every default worked out. Raises UserError for values that cannot be."""
+    # here: `rtmdet-fast --help` shows the settings, and has no need of PyTorch
+    import torch
+
+    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.models.detector import check_image_size
+    from rtmdet_fast.models.rtmdet.model import default_image_size
+    from rtmdet_fast.tasks import TASKS
+    from rtmdet_fast.training.distributed import process_count
+
     if config.task not in TASKS:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     task = TASKS[config.task]
