@@ -51,7 +51,7 @@ def run_export(config: ExportConfig) -> Outcome:
         candidates=config.candidates,
     )
     line = (
-        f"{config.out}: RTMDet-{model.size}, task {model.task}; on noise its {agreement.detections} detections are the "
+        f"{config.out}: {model.title}, task {model.task}; on noise its {agreement.detections} detections are the "
         f"model's to {agreement.box_error:.1e} pixels and {agreement.score_error:.1e} of score"
     )
     return Outcome({"out": str(config.out), **agreement._asdict()}, [line])

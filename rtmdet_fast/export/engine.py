@@ -16,9 +16,7 @@ from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.models.detector import Detector
-from rtmdet_fast.models.families import load_model
-from rtmdet_fast.models.rtmdet.instance_head import MASK_STRIDE
-from rtmdet_fast.models.rtmdet.model import HEADS, RTMDet
+from rtmdet_fast.models.families import FAMILIES, load_model
 
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 """Network input [B, 3, H, W] float32 → outputs by name."""
@@ -36,12 +34,13 @@ class Engine(Detector):
         self.size, self.task = metadata["size"], metadata["task"]
         self.class_names = tuple(metadata["class_names"])
         self.image_size, self.patch_size = metadata["image_size"], metadata["patch_size"]
-        self.head = HEADS[self.task]
-        self.has_masks = self.head.has_masks
+        self.has_masks = metadata["has_masks"]
         self.test_settings = DetectSettings(**metadata["settings"])
-
-    to_canvas = staticmethod(RTMDet.to_canvas)
-    normalize = staticmethod(RTMDet.normalize)
+        family = FAMILIES[metadata["family"]]
+        # what a family does to pixels takes no weights
+        self.to_canvas = family.to_canvas  # type: ignore[method-assign]
+        self.normalize = family.normalize  # type: ignore[method-assign]
+        self.to_image = family.to_image  # type: ignore[method-assign]
 
     @torch.no_grad()
     def detect(
@@ -64,7 +63,7 @@ class Engine(Detector):
             outputs = self.run(np.concatenate([part, missing]) if len(missing) else part)
             found += [self._detections(outputs, i, settings) for i in range(len(part))]
         return [
-            self.head.to_image(detections, scale, shape, clip=clip_to_image)
+            self.to_image(detections, scale, shape, clip=clip_to_image)
             for detections, scale, shape in zip(found, scales, shapes, strict=True)
         ]
 
@@ -78,7 +77,7 @@ class Engine(Detector):
         masks = None
         if self.has_masks:
             logits = torch.from_numpy(outputs["mask_logits"][i, :count].astype(np.float32))
-            masks = PredictedMasks(logits, (1.0, 1.0), (0, 0), MASK_STRIDE)
+            masks = PredictedMasks(logits, (1.0, 1.0), (0, 0))
         return Detections(dets[:count, :-1], dets[:count, -1], labels[:count], torch.full((count,), -1), masks)
 
     def _check(self, settings: DetectSettings, side: int) -> None:

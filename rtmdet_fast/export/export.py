@@ -17,6 +17,7 @@ from rtmdet_fast.export.graph import EndToEnd
 from rtmdet_fast.export.onnx import export_onnx
 from rtmdet_fast.export.openvino import convert_to_openvino, import_openvino
 from rtmdet_fast.models.detector import Detector, check_image_size
+from rtmdet_fast.models.families import FAMILIES
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-4
 """Pixels of the network's input, and score, by which a detection may differ from the model's."""
@@ -78,16 +79,17 @@ def export(
     side = check_image_size(model.image_size if image_size is None else image_size)
     metadata = {
         "version": __version__,
-        "family": type(model).__name__,
+        "family": next(name for name, family in FAMILIES.items() if isinstance(model, family)),
         "size": model.size,
         "task": model.task,
+        "has_masks": model.has_masks,
         "class_names": list(model.class_names),
         "image_size": side,
         "dynamic": dynamic,
         "batch_size": batch_size,
         "patch_size": model.patch_size,
         "settings": asdict(settings),
-        "input": "BGR, less MEAN, by STD; resized to fit the square, padded on the right and at the bottom with 114",
+        "input": model.input_description,
     }
     graph = EndToEnd(model.fold().cpu().float(), settings, candidates).eval()
     written_side = None if dynamic else side

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import as_bgr, read_image
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
+from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
 from rtmdet_fast.models.fold import folded_copy
 
@@ -70,6 +71,13 @@ class Detector(nn.Module):
     """Whether `fold` made it."""
     test_settings: DetectSettings
     """Those that published figures were measured with."""
+    input_description: ClassVar[str]
+    """What `to_canvas` and `normalize` make of an image, for those who write a client of an exported file."""
+
+    @property
+    def title(self) -> str:
+        """The model's published name."""
+        raise NotImplementedError
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -94,6 +102,41 @@ class Detector(nn.Module):
         """Detections of each image in its own pixels, from the network's output; see `detect`."""
         raise NotImplementedError
 
+    def detect_padded(
+        self,
+        output: Any,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int,
+        nms: Callable[..., tuple[Tensor, Tensor]] = batched_nms_padded,
+    ) -> PaddedDetections:
+        """Detections of all images in pixels of the network's input, from its output, without waiting for the device.
+
+        Args:
+            output: of the network, from inputs of (height, width) `input_size`.
+            input_size: to which boxes are clipped.
+            settings: thresholds and limits.
+            capacity: candidates of an image.
+            nms: `batched_nms_padded`, or what does the same; a family without NMS leaves it alone.
+        """
+        raise NotImplementedError
+
+    def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
+        """Of a model with masks: their logits [B, D, H/8, W/8] for what `detect_padded` found."""
+        raise NotImplementedError
+
+    def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What detections are chosen from: boxes [B, N, 4 or 5] in pixels of the network's input, scores [B, N, C]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        """Detections in pixels of the original image, whose (height, width) is `shape`, from those of the input.
+
+        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
+        """
+        raise NotImplementedError
+
     @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
         """What the weights are of. UserError where they are none of this family."""
@@ -102,6 +145,12 @@ class Detector(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
+
+    def enable_sync_bn(self) -> None:
+        """Let every batch norm take its batch statistics over all distributed processes."""
+        for child in self.modules():
+            if hasattr(child, "process_group"):
+                child.process_group = torch.distributed.group.WORLD  # type: ignore[assignment]
 
     def fold(self: D) -> D:
         """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.preprocess import letterbox, normalize
+from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint
 from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
 from rtmdet_fast.models.rtmdet.backbone import CSPNeXt
@@ -78,6 +80,10 @@ class RTMDet(Detector):
         class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
     """
 
+    input_description: ClassVar = (
+        "BGR, less MEAN, by STD; resized to fit the square, padded on the right and at the bottom with 114"
+    )
+
     def __init__(
         self,
         size: str = "tiny",
@@ -106,6 +112,10 @@ class RTMDet(Detector):
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
 
+    @property
+    def title(self) -> str:
+        return f"RTMDet-{self.size}"
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         return letterbox(image, image_size)
@@ -129,6 +139,29 @@ class RTMDet(Detector):
             self.bbox_head.to_image(detections, scale, shape, clip=clip)
             for detections, scale, shape in zip(found, scales, shapes, strict=True)
         ]
+
+    def detect_padded(
+        self,
+        output: Any,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int,
+        nms: Callable[..., tuple[Tensor, Tensor]] = batched_nms_padded,
+    ) -> PaddedDetections:
+        return self.bbox_head.detect_padded(output, input_size, settings, capacity, nms)
+
+    def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
+        assert isinstance(self.bbox_head, InstanceHead)
+        return self.bbox_head.mask_logits(output, found)
+
+    def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        logits, boxes, _ = self.bbox_head.decode(output)
+        return self.bbox_head.clip(boxes, input_size), logits.float().sigmoid()
+
+    @staticmethod
+    def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        task = "rotated" if found.boxes.shape[1] == 5 else "det" if found.masks is None else "ins"
+        return HEADS[task].to_image(found, scale, shape, clip=clip)
 
     @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
