@@ -75,9 +75,14 @@ def box_deformable_attention(
 
 
 def _takes_triton(sizes: Sequence[tuple[int, int]], value: Tensor, *others: Tensor) -> bool:
-    fits = use_triton(value) and precision(value, *others) == torch.float32 and deformable_attention_triton.fits(sizes)
-    # its backward adds in any order
-    return fits and not (torch.is_grad_enabled() and torch.get_deterministic_debug_mode() == 2)
+    # the kernels' backward adds in any order, which may be forbidden, or only warned of; a trace cannot ask which
+    forbidden = (
+        torch.is_grad_enabled()
+        and torch.are_deterministic_algorithms_enabled()
+        and (torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled())
+    )
+    fits = precision(value, *others) == torch.float32 and deformable_attention_triton.fits(sizes)
+    return use_triton(value) and fits and not forbidden
 
 
 def _check(value: Tensor, sizes: Sequence[tuple[int, int]], points: Sequence[int], method: str) -> None:

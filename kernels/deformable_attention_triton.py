@@ -74,15 +74,6 @@ def _softmax(logits_ptr, row, valid, POINTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _boxes(references_ptr, row, valid, HEADS: tl.constexpr):
-    """Centre and half the size [R] of each row's box."""
-    box = references_ptr + row // HEADS * 4
-    cx, cy = tl.load(box, mask=valid, other=0).to(tl.float32), tl.load(box + 1, mask=valid, other=0).to(tl.float32)
-    w, h = tl.load(box + 2, mask=valid, other=0).to(tl.float32), tl.load(box + 3, mask=valid, other=0).to(tl.float32)
-    return cx, cy, 0.5 * w, 0.5 * h
-
-
-@triton.jit
 def _level(levels, p, LEVEL_POINTS: tl.constexpr):
     """Height and width of the level of point p, its first pixel, and 1 / its number of points."""
     level, start, scale = levels[0], 0, 1.0 / LEVEL_POINTS[0]
@@ -155,7 +146,10 @@ def _forward_kernel(
     row, valid, channel, first = _rows(rows, image_rows, pixels, HEADS, CHANNELS, BLOCK)
     if BOXES:
         most, total = _softmax(logits_ptr, row, valid, POINTS, BLOCK)
-        cx, cy, half_w, half_h = _boxes(references_ptr, row, valid, HEADS)
+        box = references_ptr + row // HEADS * 4  # not in a function: torch.compile would take it for written
+        cx, cy = tl.load(box, mask=valid, other=0).to(tl.float32), tl.load(box + 1, mask=valid, other=0).to(tl.float32)
+        half_w = 0.5 * tl.load(box + 2, mask=valid, other=0).to(tl.float32)
+        half_h = 0.5 * tl.load(box + 3, mask=valid, other=0).to(tl.float32)
     out = tl.zeros(BLOCK, tl.float32)
     p = 0
     while p < POINTS:
@@ -195,9 +189,12 @@ def _backward_kernel(
     dout = tl.load(dout_ptr + at_row, mask=row_mask, other=0).to(tl.float32)
     if BOXES:
         most, total = _softmax(logits_ptr, row, valid, POINTS, BLOCK)
-        cx, cy, half_w, half_h = _boxes(references_ptr, row, valid, HEADS)
+        box = references_ptr + row // HEADS * 4  # not in a function: torch.compile would take it for written
+        cx, cy = tl.load(box, mask=valid, other=0).to(tl.float32), tl.load(box + 1, mask=valid, other=0).to(tl.float32)
+        half_w = 0.5 * tl.load(box + 2, mask=valid, other=0).to(tl.float32)
+        half_h = 0.5 * tl.load(box + 3, mask=valid, other=0).to(tl.float32)
         dmean = tl.sum(dout * tl.load(out_ptr + at_row, mask=row_mask, other=0).to(tl.float32), 1)
-        zeros = tl.zeros_like(cx)
+        zeros = tl.zeros_like(row).to(tl.float32)
         dcx, dcy, dw, dh = zeros, zeros, zeros, zeros
     p = 0
     while p < POINTS:
