@@ -86,7 +86,7 @@ def run_export(config: ExportConfig) -> Outcome:
     )
     on = "real images" if images or config.int8 else "noise"
     line = (
-        f"{config.out}: {type(model).__name__}-{model.size}, task {model.task}; of {agreement.detections} "
+        f"{config.out}: {model.title}, task {model.task}; of {agreement.detections} "
         f"{'detections' if config.nms else 'boxes'} on {on} {agreement.unmatched} differ from the model's, the others "
         f"by {agreement.box_error:.1e} pixels and {agreement.score_error:.1e} of score at most"
     )

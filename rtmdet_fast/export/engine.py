@@ -46,6 +46,10 @@ class Engine(Detector):
         self.normalize = family.normalize  # type: ignore[method-assign]
         self.to_image = family.to_image  # type: ignore[method-assign]
 
+    @property
+    def title(self) -> str:
+        return self.metadata["title"]
+
     @torch.no_grad()
     def detect(
         self,

@@ -5,6 +5,7 @@
 
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.bn_silu import bn_silu
+from rtmdet_fast.kernels.deformable_attention import box_deformable_attention, deformable_attention
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
@@ -15,7 +16,9 @@ __all__ = [
     "batched_nms",
     "batched_nms_padded",
     "bn_silu",
+    "box_deformable_attention",
     "box_iou_rotated",
+    "deformable_attention",
     "dwconv_bn_silu",
     "dynamic_mask_dice_loss",
     "dynamic_mask_logits",

@@ -1,0 +1,113 @@
+"""How each family of models is trained: all that the loop does not share between them.
+
+The criterion and what it makes of the targets are the model's own: in training mode it turns images and targets into
+losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from rtmdet_fast.data.augment import Augmenter
+from rtmdet_fast.data.augment_rotated import RotatedAugmenter
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.recipes import AugmentRecipe, recipe_for, rotated_recipe
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.rtmdet.model import RTMDet, default_image_size
+from rtmdet_fast.training.schedule import ema_share, learning_rate_factor, parameter_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The published training of a model, whose every number a run's settings may replace."""
+
+    size: str
+    version: int | None = None
+    """Of the model; None where a family has but one."""
+    build: Callable[..., Detector]
+    """`class_names=` → a fresh model."""
+    image_size: int
+    """Side of the training images in pixels."""
+    epochs: int
+    stage2_epochs: int = 0
+    """Of `epochs` the last ones, without strong augmentation."""
+    batch_size: int
+    """Images per process."""
+    lr: float
+    """At `lr_batch` images per step of all processes; as the square root of their number elsewhere."""
+    lr_batch: int
+    lr_factor: Callable[[int, int, int], float]
+    """Iteration from 0, iterations of the run, those of warm-up → factor on the base rate."""
+    warmup: int
+    """Iterations of warm-up."""
+    weight_decay: float
+    parameter_groups: Callable[[nn.Module, float], list[dict[str, Any]]]
+    """Model, weight decay → groups of AdamW, each with an `lr_factor` on its rate."""
+    clip_norm: float | None = None
+    """Greatest norm of the gradient of all parameters."""
+    ema_momentum: float | None
+    """Share of the new weights in the moving average; None where that hangs on the length of the run."""
+    ema_share: Callable[[int, int, float | None], float]
+    """Step from 0, steps of the run, momentum → share of the new weights at that step."""
+    batch_sides: Callable[[int], tuple[int, ...]] = lambda image_size: (image_size,)
+    """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
+    caches: AugmentRecipe | None = None
+    """Which says what the caches of plans hold; None where there are none."""
+    augment: Callable[[CocoDataset, int], Dataset]
+    """Data set, image size in pixels → training samples by their plans."""
+
+
+def rtmdet_recipe(size: str | None, version: int | None, task: str) -> Recipe:
+    """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
+    size = "tiny" if size is None else size
+    if version is not None:
+        raise UserError(f"--version {version} is of RT-DETR; RTMDet has none")
+    image_size = default_image_size(size, task)
+    shared: dict[str, Any] = dict(
+        size=size,
+        build=partial(RTMDet, size, task),
+        image_size=image_size,
+        lr_factor=learning_rate_factor,
+        warmup=1000,
+        weight_decay=0.05,
+        parameter_groups=parameter_groups,
+        ema_momentum=2e-4,
+        ema_share=_rtmdet_share,
+    )
+    if task == "rotated":
+        return Recipe(**shared, epochs=36, batch_size=8, lr=2.5e-4, lr_batch=8, augment=_augment_rotated)
+    return Recipe(
+        **shared,
+        epochs=300,
+        stage2_epochs=20,
+        batch_size=32,
+        lr=2e-3 if size == "x" else 4e-3,
+        lr_batch=256,
+        caches=recipe_for(size, image_size),
+        augment=partial(_augment, size),
+    )
+
+
+def _augment(size: str, dataset: CocoDataset, image_size: int) -> Augmenter:
+    return Augmenter(dataset, recipe_for(size, image_size, masks=dataset.has_masks))
+
+
+def _augment_rotated(dataset: CocoDataset, image_size: int) -> RotatedAugmenter:
+    return RotatedAugmenter(dataset, rotated_recipe(image_size, dataset.class_names))
+
+
+def _rtmdet_share(step: int, total: int, momentum: float | None) -> float:
+    """The first update takes the model over whole."""
+    assert momentum is not None
+    return ema_share(step, momentum) if step else 1.0
+
+
+RECIPES: dict[str, Callable[[str | None, int | None, str], Recipe]] = {"rtmdet": rtmdet_recipe}
+"""By the names that a user gives the families: size, version (None: the usual one), task → recipe."""
