@@ -248,6 +248,22 @@ def test_detections(shared):
         assert (low >= 0).all() and (high <= torch.tensor([width, height])).all() and (high > low).all()
 
 
+@pytest.mark.parametrize("max_detections", [5, 60, 90])
+def test_detections_of_few_queries_fill_the_size_that_was_asked_for(max_detections):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = RTDETR("r18", **SMALL)
+    output = Predictions(torch.randn(2, 20, 3), torch.rand(2, 20, 4) * 0.4 + 0.3)
+    settings = DetectSettings(score_threshold=0.4, iou_threshold=0.65, nms_pre=30000, max_detections=max_detections)
+    padded = model.detect_padded(output, (64, 96), settings)
+    assert padded.boxes.shape == (2, max_detections, 4)
+    one = [(1.0, 1.0)] * 2
+    found = model.postprocess(output, (64, 96), one, [(64, 96)] * 2, settings, clip=False)
+    for i, detections in enumerate(model.unpack(model.pack(output, (64, 96), settings), (64, 96), settings)):
+        assert len(detections.scores) == min(int((output.logits[i].sigmoid() > 0.4).sum()), max_detections)
+        assert all(torch.equal(a, b) for a, b in zip(detections[:4], found[i][:4], strict=True))
+
+
 def test_the_canvas_is_pillows_resize(shared):
     recipe = fixture_recipe(shared)
     checked = 0
