@@ -1,16 +1,18 @@
 """Training steps of RT-DETR against those of the published implementation, and over boxes of every kind."""
 
 import json
-import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rtdetr_reference import fixture_recipe, load, padded, pairs_by_target
 
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr import denoising
-from rtmdet_fast.models.rtdetr.boxes import cxcywh_to_xyxy
+from rtmdet_fast.models.rtdetr.boxes import cxcywh_to_xyxy, relative_targets
+from rtmdet_fast.models.rtdetr.decoder import Decoder
+from rtmdet_fast.models.rtdetr.losses import detr_losses
 from rtmdet_fast.models.rtdetr.matcher import match
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtdetr.recipe import LR, training_recipe
@@ -121,7 +123,7 @@ def test_gradients_of_the_first_step(run):
     for name in norms.keys() - vanishing:
         assert run.gradients[name].norm().item() == pytest.approx(norms[name], rel=1e-3), name
     for name, expected in run.fixture["grads"].items():
-        assert (run.gradients[name] - expected).norm() < 2e-3 * expected.norm(), name
+        assert (run.gradients[name] - expected).norm() < 5e-3 * expected.norm(), name
     assert not run.gradients["decoder.denoising_class_embed.weight"][80].any()  # padding
 
 
@@ -143,3 +145,100 @@ def test_three_steps(run):
     for name, expected in run.fixture["ema_bn_after"].items():
         if expected.is_floating_point():
             torch.testing.assert_close(run.average[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_three_steps_in_double_precision(shared, version):
+    """In which no sign is off."""
+    run = three_steps(shared, version, torch.float64)
+    assert run.totals == pytest.approx([step["total_float64"] for step in run.fixture["steps"]], rel=1e-6)
+
+
+def random_targets(rng, images, size, classes):
+    """From no box to more than there are queries, of a hair's width to the whole image, and beyond its edges."""
+    counts = rng.choice([0, 0, 1, 3, 20], images)
+    boxes = torch.zeros(images, int(counts.max()), 4)
+    labels = torch.full(boxes.shape[:2], -1)
+    for i, n in enumerate(counts):
+        center, side = rng.uniform(-0.1, 1.1, (n, 2)), np.minimum(10.0 ** rng.uniform(-6, 0.5, (n, 2)), 2)
+        boxes[i, :n] = torch.from_numpy(np.concatenate([center - side / 2, center + side / 2], 1) * size)
+        labels[i, :n] = torch.from_numpy(rng.integers(classes, size=n))
+    return Targets(boxes, labels, torch.from_numpy(counts))
+
+
+@pytest.mark.filterwarnings("ignore:an image has more objects")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [5, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mixed_precision_stays_finite(steps, dtype):
+    """A decoder by itself, on noise, over boxes of every kind."""
+    torch.manual_seed(0)
+    rng, classes, queries = np.random.default_rng(0), 5, 16
+    decoder = Decoder(8, classes, 2, queries, (1, 1, 1), "bilinear", 2).train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    for step in range(steps):
+        targets = relative_targets(random_targets(rng, 2, 64, classes), (64, 64))
+        features = tuple(torch.randn(2, 8, side, side) * 10 ** rng.uniform(-1, 1.5) for side in (4, 2, 1))
+        noised = denoising.denoising_queries(targets, classes, queries, num_denoising=6)
+        with torch.autocast("cpu", dtype):
+            losses = detr_losses(decoder(*decoder.flatten(features), noised), noised, targets, version=2)
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        total = sum(losses.values())
+        assert total.isfinite(), step
+        optimizer.zero_grad()
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 0.1)
+        assert norm.isfinite() or (scaler.is_enabled() and scaler.get_scale() > 1), step
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(parameter.isfinite().all() for parameter in decoder.parameters())
+    assert scaler.get_scale() >= 1
+
+
+# ---- two processes, of which the second has no objects
+
+
+def scene_of(rank):
+    """The process's images, and targets with three boxes or none."""
+    g = torch.Generator().manual_seed(rank)
+    boxes = torch.tensor([[[4.0, 4, 40, 30], [20, 10, 60, 60], [0, 0, 20, 20]]] * 2)[:, : 3 if rank == 0 else 0]
+    labels, counts = torch.zeros(boxes.shape[:2], dtype=torch.int64), torch.full((2,), boxes.shape[1])
+    return torch.rand(2, 3, 64, 64, generator=g), Targets(boxes, labels, counts)
+
+
+def step_of(rank, wrap):
+    """Losses and gradients of a first step."""
+    torch.manual_seed(0)
+    model = wrap(RTDETR("r18", num_classes=3, num_queries=20).train())
+    losses = model(*scene_of(rank))
+    sum(losses.values()).backward()
+    gradients = {name.removeprefix("module."): p.grad.numpy() for name, p in model.named_parameters()}
+    return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+def join(rank, store, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    queue.put((rank, *step_of(rank, torch.nn.parallel.DistributedDataParallel)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_without_objects_keeps_no_other_waiting(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=join, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    answers = {rank: answer for rank, *answer in (queue.get(timeout=300) for _ in range(2))}
+    for process in processes:
+        process.join()
+    (losses, gradients), (empty_losses, empty_gradients) = answers[0], answers[1]
+    assert losses.keys() == empty_losses.keys()
+    assert all(np.array_equal(gradient, empty_gradients[name]) for name, gradient in gradients.items())
+    alone, _ = step_of(0, lambda model: model)
+    # 3 boxes in each of 2 images, 3 a process: all is divided by half of what it is alone
+    for name, value in alone.items():
+        assert losses[name] == pytest.approx(2 * value, rel=1e-5)
