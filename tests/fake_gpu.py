@@ -1,6 +1,7 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
-`python tests/fake_gpu.py TASK` trains and predicts one step on it. Own process: the device stays registered for good.
+`python tests/fake_gpu.py TASK` trains one step of RTMDet on it, or with "rtdetr" of RT-DETR, and predicts. Own process:
+the device stays registered for good.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from rtmdet_fast import RTMDet
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtdetr.model import RTDETR
 
 _setup_privateuseone_for_python_backend("fake")
 torch.fake.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 DEVICE = torch.device("fake:0")
+WAITS: list[str] = []
+"""Operations for whose outcome a host would wait."""
 
 
 class FakeGpuTensor(Tensor):
@@ -42,6 +47,7 @@ class FakeGpuTensor(Tensor):
 
     # these two reach no dispatcher
     def tolist(self) -> Any:
+        WAITS.append("tolist")
         return self.host.tolist()
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,6 +59,16 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
+
+
+class FakeGpuFactory(TorchFunctionMode):
+    """Within it, torch.tensor makes them there too, which reaches no dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") == DEVICE:
+            return FakeGpuTensor(func(*args, **{**kwargs, "device": None}))
+        return func(*args, **kwargs)
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,7 +85,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if wrong:
             raise RuntimeError(f"{name} mixes devices: {[(tuple(x.shape), x.dtype) for x in wrong]} are on the host")
     if ours and func.namespace == "rtmdet_fast":
-        with FakeGpu():
+        with FakeGpu(), FakeGpuFactory():
             return OPDEFS[name]._init_fn(*args, **kwargs)
 
     def to_host(x: Any) -> Any:
@@ -86,9 +102,13 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     result = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
     if devices := [x for x in leaves if isinstance(x, torch.device)]:
-        return tree_map(to_fake, result) if devices[0] == DEVICE else result
-    written = [args[0]] if copies else leaves
-    return tree_map(to_fake, result) if any(isinstance(x, FakeGpuTensor) for x in written) else result
+        stays = devices[0] == DEVICE
+    else:
+        stays = any(isinstance(x, FakeGpuTensor) for x in ([args[0]] if copies else leaves))
+    result = tree_map(to_fake, result) if stays else result
+    if ours and (name == "aten::nonzero" or not any(isinstance(x, FakeGpuTensor) for x in tree_leaves(result))):
+        WAITS.append(name)
+    return result
 
 
 def move(model: nn.Module) -> None:
@@ -127,6 +147,22 @@ def check(task: str) -> None:
             assert result.masks.shape == (len(result), 100, 150)
 
 
+def check_detr() -> None:
+    torch.manual_seed(0)
+    model = RTDETR("r18", num_classes=3, num_queries=20).train()
+    move(model)
+    boxes = torch.tensor([[10.0, 20, 60, 80], [5, 5, 20, 90]]).repeat(2, 3, 1)
+    targets = [boxes, torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 2])]
+    images = torch.rand(2, 3, 128, 128)
+    for targets in targets, [x[:, :0] if x.dim() > 1 else 0 * x for x in targets]:
+        with FakeGpu(), FakeGpuFactory():
+            WAITS.clear()
+            losses = model(FakeGpuTensor(images), Targets(*map(FakeGpuTensor, targets)))
+            sum(losses.values()).backward()
+            assert WAITS == ["aten::_to_copy"], WAITS  # the costs of the matching
+        assert all(p.grad.host.isfinite().all() for p in model.parameters())
+
+
 if __name__ == "__main__":
-    check(sys.argv[1])
+    check_detr() if sys.argv[1] == "rtdetr" else check(sys.argv[1])
     print("fine")
