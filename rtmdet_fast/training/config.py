@@ -22,6 +22,7 @@ BOUNDS = {
     "batch_size": (1, 2**16),
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
+    "queries": (1, 2**16),
     "warmup_iterations": (0, 10**9),
     "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
@@ -54,6 +55,9 @@ class TrainConfig:
     given."""
     version: int | None = None
     """Of rtdetr: 1 or 2; 1 (h: 2) where not given."""
+    queries: int | None = None
+    """Of rtdetr: boxes that are predicted for an image; 300 where not given. Fewer are faster; objects beyond their
+    number are not learnt."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -76,7 +80,8 @@ class TrainConfig:
     weight_decay: float | None = None
     """Weight decay of AdamW; 0.05 on convolution weights, of rtdetr 1e-4, where not given."""
     warmup_iterations: int | None = None
-    """Steps of linear warm-up; 1000 (rtdetr: 2000), but at most a tenth of the run, where not given."""
+    """Steps of linear warm-up; 1000 (rtdetr: 2000, in version 1 none), but at most a tenth of the run, where not
+    given."""
     ema_momentum: float | None = None
     """Share of the new weights in the moving average, after its own warm-up; 2e-4, of rtdetr 1e-4 or, if that is more,
     20 over the steps of the run, where not given."""
@@ -123,7 +128,7 @@ class Settings(TrainConfig):
     @property
     def recipe(self) -> Recipe:
         """What the settings leave to the family."""
-        return RECIPES[self.model](self.size, self.version, self.task)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries)
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold."""
@@ -161,7 +166,7 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task)
+    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     check_bounds(config)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")

@@ -271,7 +271,8 @@ class RTDETR(Detector):
             return Predictions(output.logits[-1], output.boxes[-1])
         targets = relative_targets(targets, (images.shape[2], images.shape[3]))
         queries = min(self.decoder.num_queries, memory.shape[1])
-        denoising = denoising_queries(targets, len(self.class_names), queries)
+        most = max(self.decoder.num_queries // 3, 1)  # 100 of 300 as published
+        denoising = denoising_queries(targets, len(self.class_names), queries, num_denoising=most)
         return detr_losses(self.decoder(memory, sizes, denoising), denoising, targets, version=self.version)
 
     @staticmethod
