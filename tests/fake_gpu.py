@@ -152,9 +152,10 @@ def check_detr() -> None:
     model = RTDETR("r18", num_classes=3, num_queries=20).train()
     move(model)
     boxes = torch.tensor([[10.0, 20, 60, 80], [5, 5, 20, 90]]).repeat(2, 3, 1)
-    targets = [boxes, torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 2])]
+    some = [boxes, torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 2])]
+    none = [torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
     images = torch.rand(2, 3, 128, 128)
-    for targets in targets, [x[:, :0] if x.dim() > 1 else 0 * x for x in targets]:
+    for targets in some, none:
         with FakeGpu(), FakeGpuFactory():
             WAITS.clear()
             losses = model(FakeGpuTensor(images), Targets(*map(FakeGpuTensor, targets)))
