@@ -1,4 +1,4 @@
-"""RTMDet without the install trouble: official weights, plain PyTorch, and Triton kernels for the hot paths."""
+"""RTMDet and RT-DETR without the install trouble: official weights, plain PyTorch, Triton kernels for the hot paths."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,13 +8,15 @@ from rtmdet_fast.errors import UserError
 if TYPE_CHECKING:
     from rtmdet_fast.acceleration import Acceleration, accelerate, revert
     from rtmdet_fast.inference.results import Results
+    from rtmdet_fast.models.rtdetr.model import RTDETR
     from rtmdet_fast.models.rtmdet.model import RTMDet
 
 __version__ = "0.1.0"
-__all__ = ["Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
+__all__ = ["RTDETR", "Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
 
 _MODULES = {
     "Acceleration": "acceleration",
+    "RTDETR": "models.rtdetr.model",
     "RTMDet": "models.rtmdet.model",
     "Results": "inference.results",
     "accelerate": "acceleration",

@@ -131,7 +131,17 @@ def test_an_unknown_backend_does_not_end_the_import():
 
 @pytest.mark.parametrize("task", ["det", "ins", "rotated"])
 def test_training_and_prediction_never_mix_devices(task):
+    on_fake_gpu("train", task)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="without Triton no kernel is chosen")
+@pytest.mark.parametrize("task", ["det", "ins", "rotated"])
+def test_detections_are_packed_without_waiting_for_the_device(task):
+    on_fake_gpu("detect", task)
+
+
+def on_fake_gpu(*arguments):
     script = Path(__file__).with_name("fake_gpu.py")
     environment = {**os.environ, "RTMDET_FAST_KERNELS": "torch"}
-    done = subprocess.run([sys.executable, script, task], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "fine", done.stderr

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtmdet_fast.kernels.deformable_attention import box_deformable_attention
 from rtmdet_fast.models.rtdetr.boxes import inverse_sigmoid
 from rtmdet_fast.models.rtdetr.denoising import Denoising
 from rtmdet_fast.models.rtdetr.layers import MLP, ConvNorm, SelfAttention, made_once
 
 CHANNELS, HEADS, FEEDFORWARD = 256, 8, 1024
+STRIDES = (8, 16, 32)
 Sampling = Literal["bilinear", "discrete"]
 
 
@@ -55,51 +57,15 @@ def anchors(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[T
     return torch.log(boxes / (1 - boxes)).where(valid, torch.inf), valid
 
 
-def box_deformable_attention(
-    value: Tensor,
-    sizes: tuple[tuple[int, int], ...],
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    points: tuple[int, ...],
-    method: Sampling = "bilinear",
-) -> Tensor:
-    """[B, Q, H·D]: `value` [B, S, H, D] at P places about each box, weighted by the softmax of `logits` [B, Q, H, P].
-
-    A place is the centre of the box `references` [B, Q, 4] + `offsets` [B, Q, H, P, 2] / points of its level · half
-    its sides.
-    """
-    B, _, H, D = value.shape
-    weights = logits.softmax(-1)
-    scale = torch.cat([torch.full((p, 1), 0.5 / p, device=value.device) for p in points])
-    places = references[:, :, None, None, :2] + offsets * scale * references[:, :, None, None, 2:]
-    sampled = []
-    start = 0
-    for (h, w), level, place in zip(
-        sizes, value.split([h * w for h, w in sizes], 1), places.split(list(points), 3), strict=True
-    ):
-        maps = level.permute(0, 2, 3, 1).reshape(B * H, D, h, w)
-        at = place.transpose(1, 2).flatten(0, 1)
-        if method == "bilinear":
-            sampled.append(F.grid_sample(maps, 2 * at.to(maps.dtype) - 1, align_corners=False))
-        else:
-            x, y = ((at[..., i] * n + 0.5).long().clamp(0, n - 1) for i, n in ((0, w), (1, h)))
-            index = (y * w + x).flatten(1)[:, None].expand(-1, D, -1)
-            sampled.append(maps.flatten(2).gather(2, index).unflatten(2, at.shape[1:3]))
-        start += h * w
-    weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
-    return (torch.cat(sampled, -1) * weights).sum(-1).view(B, H * D, -1).transpose(1, 2)
-
-
 class DeformableAttention(nn.Module):
     """Each query sees a few places about its box in every level, which it chooses itself.
 
     points: how many in each level.
     """
 
-    def __init__(self, points: tuple[int, ...], sampling: Sampling):
+    def __init__(self, points: tuple[int, ...], sampling: Sampling, published_clamp: bool):
         super().__init__()
-        self.points, self.sampling = points, sampling
+        self.points, self.sampling, self.published_clamp = points, sampling, published_clamp
         self.sampling_offsets = nn.Linear(CHANNELS, HEADS * sum(points) * 2)
         self.attention_weights = nn.Linear(CHANNELS, HEADS * sum(points))
         self.value_proj, self.output_proj = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
@@ -133,18 +99,19 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets(queries).unflatten(2, (HEADS, P, 2)),
             self.attention_weights(queries).unflatten(2, (HEADS, P)),
             self.points,
-            self.sampling,
+            method=self.sampling,
+            published_clamp=self.published_clamp,
         )
-        return self.output_proj(attended.to(queries.dtype))
+        return self.output_proj(attended)
 
 
 class DecoderLayer(nn.Module):
     """Attention among the queries, deformable attention to the memory, two linear layers; a LayerNorm after each."""
 
-    def __init__(self, points: tuple[int, ...], sampling: Sampling):
+    def __init__(self, cross_attn: DeformableAttention):
         super().__init__()
         self.self_attn, self.norm1 = SelfAttention(CHANNELS, HEADS), nn.LayerNorm(CHANNELS)
-        self.cross_attn, self.norm2 = DeformableAttention(points, sampling), nn.LayerNorm(CHANNELS)
+        self.cross_attn, self.norm2 = cross_attn, nn.LayerNorm(CHANNELS)
         self.linear1, self.linear2 = nn.Linear(CHANNELS, FEEDFORWARD), nn.Linear(FEEDFORWARD, CHANNELS)
         self.norm3 = nn.LayerNorm(CHANNELS)
 
@@ -189,12 +156,16 @@ class Decoder(nn.Module):
         points: tuple[int, ...],
         sampling: Sampling,
         version: int,
+        *,
+        published_clamp: bool = False,
     ):
         """version: 1 or 2, which differ by a name and by initial weights."""
         super().__init__()
-        self.num_classes, self.num_layers, self.num_queries = num_classes, num_layers, num_queries
+        self.num_layers, self.num_queries, self.num_points, self.sampling = num_layers, num_queries, points, sampling
         self.input_proj = nn.ModuleList(ConvNorm(in_channels, CHANNELS) for _ in points)
-        layers = nn.ModuleList(DecoderLayer(points, sampling) for _ in range(num_layers))
+        layers = nn.ModuleList(
+            DecoderLayer(DeformableAttention(points, sampling, published_clamp)) for _ in range(num_layers)
+        )
         self.decoder = nn.ModuleDict({"layers": layers})  # for the published names
         self.denoising_class_embed = nn.Embedding(num_classes + 1, CHANNELS, padding_idx=num_classes)
         self.query_pos_head = MLP(4, 2 * CHANNELS, CHANNELS)

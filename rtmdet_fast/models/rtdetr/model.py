@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.detector import Detector, Targets, resolve_class_names
-from rtmdet_fast.models.rtdetr.boxes import relative_targets
-from rtmdet_fast.models.rtdetr.decoder import Decoder, Sampling
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
+from rtmdet_fast.inference.preprocess import squash
+from rtmdet_fast.models.checkpoint import Checkpoint
+from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
+from rtmdet_fast.models.rtdetr.boxes import cxcywh_to_xyxy, relative_targets
+from rtmdet_fast.models.rtdetr.decoder import HEADS, STRIDES, Decoder, Sampling, anchors
 from rtmdet_fast.models.rtdetr.denoising import denoising_queries
 from rtmdet_fast.models.rtdetr.encoder import HybridEncoder
 from rtmdet_fast.models.rtdetr.hgnet import HGNetv2, Stage
 from rtmdet_fast.models.rtdetr.losses import detr_losses
 from rtmdet_fast.models.rtdetr.resnet import PResNet
+from rtmdet_fast.models.rtdetr.weights import from_hugging_face, from_paddle, points_of, points_of_scale
+from rtmdet_fast.models.rtmdet.detection_head import DetectionHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +136,25 @@ SIZES: dict[str, Callable[[], Architecture]] = {
 }
 
 
+PRESNETS = {
+    (False, 2): ["r18"],
+    (False, 6): ["r34"],
+    (True, 6): ["r50m", "r50"],
+    (True, 23): ["r101"],
+}
+"""Sizes by whether blocks are bottlenecks and how many the third stage has."""
+HGNETS = {48: ["l"], 64: ["x"], 96: ["h"]}
+"""Sizes by the channels that the stem puts out."""
+STEMS = {"backbone.conv1.conv1_1.conv.weight", "backbone.stem.stem1.conv.weight"}
+ENCODER_OUTPUTS = {1: "0", 2: "proj"}
+CLASSIFIERS = "decoder.enc_score_head.", "decoder.dec_score_head.", "decoder.denoising_class_embed."
+"""What depends on the number of classes."""
+
+
+TEST_SETTINGS = DetectSettings(score_threshold=0.0, iou_threshold=0.65, nms_pre=300, max_detections=300)
+"""The published ones; the IoU threshold is for detections of overlapping windows alone."""
+
+
 class Predictions(NamedTuple):
     """Of the last decoder layer that ran: class logits [B, Q, C], boxes [B, Q, 4] cxcywh in [0, 1] of the image."""
 
@@ -142,12 +170,21 @@ class RTDETR(Detector):
         version: 1 or 2.
         num_classes: their number, where there are no names.
         class_names: one per class; COCO's for 80 classes where not given.
-        sampling: of deformable attention, bilinear or discrete (version 2): the cell that a place lies in, alone.
+        task: det, the only one.
+        sampling: of deformable attention: bilinear, or (version 2) discrete, the one cell that a place lies in.
         num_points: places in the levels of strides 8, 16, 32 that a head looks at.
-        num_queries: most detections before classes are told apart.
-        decoder_layers: how many there are; as published where not given. See also `inference_layers`.
-        published_position_embedding: as the published code lays it out on inputs that are not square, which is wrong.
+        num_queries: boxes that are predicted for an image.
+        num_decoder_layers: how many there are; as published where not given.
+        decoder_layers: how many of them run in inference, see the attribute; as published where not given.
+        published_position_embedding: on inputs that are not square, as in the published code, which mixes up rows.
+        published_discrete_clamp: discrete sampling on inputs wider than high as in the published code, which keeps
+            columns below the number of rows.
     """
+
+    weights_of: ClassVar = "RT-DETR, PResNet or HGNetv2"
+    input_description: ClassVar = (
+        "RGB, by 255; resized to the square whatever the aspect ratio, by an average where it shrinks (as Pillow does)"
+    )
 
     def __init__(
         self,
@@ -156,19 +193,36 @@ class RTDETR(Detector):
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         *,
+        task: str = "det",
         sampling: Sampling = "bilinear",
         num_points: Sequence[int] = (4, 4, 4),
         num_queries: int = 300,
+        num_decoder_layers: int | None = None,
         decoder_layers: int | None = None,
         published_position_embedding: bool = False,
+        published_discrete_clamp: bool = False,
     ):
         super().__init__()
         if size not in SIZES:
             raise UserError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+        if version not in (1, 2):
+            raise UserError(f"version is {version!r}; RT-DETR has 1 and 2")
+        if (size, version) == ("h", 1):
+            raise UserError("size 'h' is of version 2 alone")
+        if task != "det":
+            raise UserError(f"task {task!r} is not one of RT-DETR's, which finds boxes: det")
+        if sampling not in ("bilinear", "discrete"):
+            raise UserError(f"sampling is {sampling!r}; choose bilinear or discrete")
+        if len(num_points) != len(STRIDES) or min(num_points) < 1:
+            raise UserError(f"num_points is {tuple(num_points)}; each of {len(STRIDES)} levels needs at least one")
         architecture = SIZES[size]()
-        self.size, self.version, self.task, self.image_size, self.patch_size = size, version, "det", 640, None
+        layers = architecture.decoder_layers if num_decoder_layers is None else num_decoder_layers
+        for name, value in (("num_queries", num_queries), ("num_decoder_layers", layers)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        self.size, self.version, self.task, self.image_size, self.patch_size = size, version, task, 640, None
+        self.test_settings = TEST_SETTINGS
         self.class_names = resolve_class_names(num_classes, class_names, COCO_CLASSES)
-        layers = architecture.decoder_layers if decoder_layers is None else decoder_layers
         self.backbone = architecture.backbone()
         self.decoder = Decoder(
             architecture.channels,
@@ -178,6 +232,7 @@ class RTDETR(Detector):
             tuple(num_points),
             sampling,
             version,
+            published_clamp=published_discrete_clamp,
         )
         self.encoder = HybridEncoder(
             self.backbone.out_channels,
@@ -188,7 +243,23 @@ class RTDETR(Detector):
             ("0", "1") if version == 1 else ("conv", "norm"),
             published_position_embedding=published_position_embedding,
         )
-        self.decoder.num_layers = min(architecture.inference_layers, layers)
+        self.decoder_layers = min(architecture.inference_layers, layers) if decoder_layers is None else decoder_layers
+
+    @property
+    def decoder_layers(self) -> int:
+        """How many of the decoder's layers run in eval mode: with fewer it is faster, and its boxes are coarser."""
+        return self.decoder.num_layers
+
+    @decoder_layers.setter
+    def decoder_layers(self, count: int) -> None:
+        built = len(self.decoder.dec_score_head)
+        if not 1 <= count <= built:
+            raise UserError(f"decoder_layers is {count}; this model has {built}, and needs at least 1")
+        self.decoder.num_layers = count
+
+    @property
+    def title(self) -> str:
+        return f"RT-DETR{'v2' if self.version == 2 else ''}-{self.size}"
 
     def forward(self, images: Tensor, targets: Targets | None = None) -> Predictions | dict[str, Tensor]:
         """Images [B, 3, H, W] in [0, 1] (H, W multiples of 32) → predictions, or losses where targets are given."""
@@ -202,3 +273,191 @@ class RTDETR(Detector):
         queries = min(self.decoder.num_queries, memory.shape[1])
         denoising = denoising_queries(targets, len(self.class_names), queries)
         return detr_losses(self.decoder(memory, sizes, denoising), denoising, targets, version=self.version)
+
+    @staticmethod
+    def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
+        return squash(image, image_size)
+
+    @staticmethod
+    def normalize(canvases: Tensor) -> Tensor:
+        return canvases.flip(1).float() / 255
+
+    def postprocess(
+        self,
+        output: Predictions,
+        canvas_size: tuple[int, int],
+        scales: Sequence[tuple[float, float]],
+        shapes: Sequence[tuple[int, int]],
+        settings: DetectSettings,
+        *,
+        clip: bool,
+    ) -> list[Detections]:
+        boxes, scores, labels, queries, counts, _ = self.detect_padded(output, canvas_size, settings)
+        found = (
+            Detections(boxes[i, :count], scores[i, :count], labels[i, :count], queries[i, :count])
+            for i, count in enumerate(counts.tolist())
+        )
+        return [
+            self.to_image(detections, scale, shape, clip=clip)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
+
+    def detect_padded(
+        self,
+        output: Predictions,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int = 0,
+        nms: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> PaddedDetections:
+        """The best pairs of query and class: there is no NMS, and so no capacity; boxes are not clipped."""
+        boxes, scores = self.boxes_and_scores(output, input_size)
+        classes, flat = scores.shape[2], scores.flatten(1)
+        score, index = flat.topk(min(settings.max_detections, flat.shape[1]))
+        query, kept = index // classes, score > settings.score_threshold
+        counts = kept.sum(1)
+        return PaddedDetections(
+            boxes.gather(1, query[..., None].expand(-1, -1, 4)).where(kept[..., None], 0.0),
+            score.where(kept, 0.0),
+            (index % classes).where(kept, -1),
+            query.where(kept, 0),
+            counts,
+            counts,
+        )
+
+    def boxes_and_scores(self, output: Predictions, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        height, width = input_size
+        boxes = cxcywh_to_xyxy(output.boxes.float())
+        x, y = boxes[..., 0::2] * width, boxes[..., 1::2] * height
+        return torch.stack((x, y), -1).flatten(-2), output.logits.float().sigmoid()
+
+    @staticmethod
+    def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        return DetectionHead.to_image(found, scale, shape, clip=clip)
+
+    @classmethod
+    def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        state = checkpoint.state_dict
+        if any(key.endswith("._mean") for key in state):
+            return cls._translate_paddle(checkpoint)
+        if any(key.startswith("model.backbone.model.embedder.") for key in state):
+            state = from_hugging_face(state)
+        if STEMS & {f"backbone.{key}" for key in state}:
+            state = {f"backbone.{key}": value for key, value in state.items()}
+        if not STEMS & state.keys():
+            return None
+        # what a published model for deployment keeps beside the branches that it is made of
+        state = {key: value for key, value in state.items() if not re.search(r"bottlenecks\.\d+\.conv\.", key)}
+        return replace(checkpoint, state_dict=state)
+
+    @classmethod
+    def _translate_paddle(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        arrays = list(checkpoint.state_dict.values())
+        for size in SIZES:
+            if size == "h":
+                continue
+            with torch.device("meta"):
+                keys = [key for key in cls(size).state_dict() if not key.endswith(".num_batches_tracked")]
+            if len(keys) != len(arrays):
+                continue
+            classes = arrays[keys.index("decoder.denoising_class_embed.weight")]
+            with torch.device("meta"):
+                shapes = {key: value.shape for key, value in cls(size, num_classes=len(classes)).state_dict().items()}
+            state = from_paddle(checkpoint.state_dict, shapes)
+            if state is not None:
+                return replace(checkpoint, state_dict=state)
+        return None
+
+    @classmethod
+    def inspect(cls, checkpoint: Checkpoint) -> Inspected:
+        """Size, number of classes and options of the weights; of a bare backbone what it tells."""
+        checkpoint = cls.own(checkpoint)
+        state = checkpoint.state_dict
+
+        def width(key: str) -> int | None:
+            weight = state.get(key)
+            if weight is not None and not weight.ndim:
+                raise UserError(f"{checkpoint.path} is damaged: {key} has shape []")
+            return None if weight is None else len(weight)
+
+        depth = sum(f"backbone.res_layers.2.blocks.{i}.branch2a.conv.weight" in state for i in range(len(state)))
+        bottleneck = "backbone.res_layers.0.blocks.0.branch2c.conv.weight" in state
+        stem = width("backbone.stem.stem4.conv.weight")
+        sizes = HGNETS.get(stem, ()) if stem is not None else PRESNETS.get((bottleneck, depth), ())
+        if not sizes:
+            raise UserError(f"{checkpoint.path} has a backbone that no RT-DETR of {', '.join(SIZES)} has")
+        rep_width = width("encoder.fpn_blocks.0.conv1.conv.weight")
+        if len(sizes) > 1 and rep_width is not None:
+            sizes = [s for s in sizes if int(SIZES[s]().channels * SIZES[s]().expansion) == rep_width] or sizes
+        version = next((v for v, name in ENCODER_OUTPUTS.items() if f"decoder.enc_output.{name}.weight" in state), None)
+        layers = sum(f"decoder.dec_score_head.{i}.weight" in state for i in range(len(state)))
+        options = {"version": version, "num_points": points_of(state, HEADS), "num_decoder_layers": layers or None}
+        classes = width("decoder.enc_score_head.weight")
+        return Inspected(sizes[0] if len(sizes) == 1 else None, None, classes, options | cls._told_options(checkpoint))
+
+    @staticmethod
+    def _told_options(checkpoint: Checkpoint) -> dict[str, Any]:
+        """What weights do not show, and a file of this project or Hugging Face's settings do."""
+        own, config = (checkpoint.meta.get(key) for key in ("rtmdet_fast", "config"))
+        told: dict[str, Any] = {}
+        if isinstance(own, Mapping):
+            told = {key: own[key] for key in ("sampling", "num_queries", "decoder_layers") if key in own}
+        elif isinstance(config, Mapping):
+            told = {"num_queries": config.get("num_queries", 300)}
+            if config.get("decoder_method") == "discrete":
+                told["sampling"] = "discrete"
+        elif "_dsp_" in checkpoint.path.name:  # the published names of such files
+            told = {"sampling": "discrete"}
+        for key, value in told.items():
+            if type(value) is not (str if key == "sampling" else int):
+                raise UserError(f"{checkpoint.path} is damaged: its {key} is {str(value)[:40]!r}")
+        return told
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
+        checkpoint = self.own(checkpoint)
+        found = self.inspect(checkpoint)
+        for what, own, other in (
+            ("size", self.size, found.size),
+            ("version", self.version, found.options["version"]),
+            ("num_points", self.decoder.num_points, points_of_scale(checkpoint.state_dict)),
+        ):
+            if other is not None and own != other:
+                raise UserError(f"{checkpoint.path} holds a model of {what} {other!r}, not {own!r}")
+        model = self.state_dict()
+        state = {key: value for key, value in checkpoint.state_dict.items() if not key.endswith(".num_points_scale")}
+        fitting = {key: value for key, value in state.items() if key in model and model[key].shape == value.shape}
+        other_shape = [key for key in state if key in model and key not in fitting]
+        missing = [key for key in model if key not in state and not key.endswith(".num_batches_tracked")]
+        unfit = [key for key in other_shape if not key.startswith(CLASSIFIERS)]
+        unfit += [key for key in missing if key.startswith("backbone.")]
+        unfit += [key for key in state if key not in model and not key.endswith(".num_batches_tracked")]
+        if unfit:
+            raise UserError(f"{checkpoint.path} does not fit a {self.title} model (first: {min(unfit)})")
+        self.load_state_dict(fitting, strict=False)
+        bare = all(key.startswith("backbone.") for key in state)
+        fresh = sorted({".".join(key.split(".")[: 1 if bare else 2]) for key in [*missing, *other_shape]})
+        if fresh:
+            classes = f" for {len(self.class_names)} classes" if other_shape else ""
+            warnings.warn(
+                f"{checkpoint.path.name}: freshly initialised{classes}, to be trained: {', '.join(fresh)}", stacklevel=3
+            )
+
+    def saved_weights(self) -> dict[str, dict[str, Tensor]]:
+        state = self.state_dict()
+        if self.version == 2:  # whose published code has these among its weights
+            sizes = tuple((self.image_size // stride,) * 2 for stride in STRIDES)
+            boxes, valid = anchors(sizes, torch.device("cpu"))
+            state |= {"decoder.anchors": boxes[None], "decoder.valid_mask": valid[None]}
+            scale = torch.cat([torch.full((p,), 1 / p) for p in self.decoder.num_points])
+            for i in range(len(self.decoder.dec_score_head)):
+                state[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = scale
+        return {"model": state}
+
+    def saved_options(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "sampling": self.decoder.sampling,
+            "num_queries": self.decoder.num_queries,
+            "decoder_layers": self.decoder_layers,
+        }
