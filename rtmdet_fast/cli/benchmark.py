@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtmdet_fast.cli.output import Outcome
+from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
     from rtmdet_fast.data.coco import CocoDataset
@@ -23,7 +25,9 @@ class BenchmarkConfig:
     data: Path | None = None
     """Folder laid out like COCO (rotated: or DOTA), on whose validation images the AP is measured too."""
     engines: tuple[str, ...] = ()
-    """Of pytorch, folded, compiled, onnxruntime and openvino; all where not given."""
+    """pytorch, folded, compiled, onnxruntime, openvino, openvino-bf16, openvino-int8, pt2; all where not given."""
+    calibrate: Path | None = None
+    """Folder of images for int8; the training images of --data where not given."""
     image_size: int | None = None
     """Side of the network input in pixels; the model's own where not given."""
     batch_size: int = 1
@@ -43,6 +47,7 @@ class BenchmarkConfig:
 
 
 def run_benchmark(config: BenchmarkConfig) -> Outcome:
+    from rtmdet_fast.data.layout import find_dota_split
     from rtmdet_fast.evaluation.benchmark import benchmark
     from rtmdet_fast.tasks import TASKS
 
@@ -56,6 +61,10 @@ def run_benchmark(config: BenchmarkConfig) -> Outcome:
             match_by_position=config.match_by_position,
         )
 
+    calibrate = config.calibrate
+    if calibrate is None and config.data is not None:
+        with suppress(UserError):  # without a training split
+            _, calibrate = find_dota_split(config.data, "train")
     with tempfile.TemporaryDirectory() as folder:
         engines, absent = benchmark(
             config.weights,
@@ -67,6 +76,7 @@ def run_benchmark(config: BenchmarkConfig) -> Outcome:
             threads=config.threads,
             rounds=config.rounds,
             device=config.device,
+            calibrate=calibrate,
         )
     columns = [name for name in ("AP", "segm_AP") if name in engines[0].get("metrics", {})]
     width = max(len(name) for name in ("engine", *(engine["engine"] for engine in engines), *absent))

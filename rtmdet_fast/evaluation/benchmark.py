@@ -19,8 +19,9 @@ from rtmdet_fast.data.shapes import draw_scene
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate
-from rtmdet_fast.export.engine import load_engine
+from rtmdet_fast.export.engine import FORMATS, Dtype, load_engine
 from rtmdet_fast.export.export import export
+from rtmdet_fast.export.openvino import import_openvino
 from rtmdet_fast.models.checkpoint import resolve_weights
 from rtmdet_fast.models.detector import Detector, check_image_size
 from rtmdet_fast.models.families import load_model
@@ -44,6 +45,8 @@ class Setup:
     batch_size: int
     threads: int | None
     device: torch.device
+    calibrate: Path | None
+    """Folder of images for int8."""
 
 
 def eager(model: Detector, setup: Setup) -> tuple[Detector, Path]:
@@ -60,10 +63,24 @@ def compiled(model: Detector, setup: Setup) -> tuple[Detector, Path]:
     return fast, setup.weights
 
 
-def exported(model: Detector, setup: Setup, *, suffix: str) -> tuple[Detector, Path]:
-    path = setup.folder / f"model{suffix}"
-    export(model, path, image_size=setup.image_size, batch_size=setup.batch_size)
-    return load_engine(path, setup.threads), path
+def exported(
+    model: Detector, setup: Setup, *, suffix: str, dtype: Dtype = "auto", int8: bool = False
+) -> tuple[Detector, Path]:
+    path = setup.folder / f"{'int8' if int8 else 'model'}{suffix}"
+    if int8 and setup.calibrate is None:
+        raise UserError("give images to calibrate with: --calibrate FOLDER, or --data FOLDER with a training split")
+    if dtype == "bf16" and "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UserError("this processor does not compute in bfloat16")
+    if not path.exists():
+        export(
+            model,
+            path,
+            image_size=setup.image_size,
+            batch_size=setup.batch_size,
+            int8=int8,
+            calibrate=setup.calibrate if int8 else None,
+        )
+    return load_engine(path, setup.threads, dtype), path
 
 
 def given(engine: Detector, setup: Setup) -> tuple[Detector, Path]:
@@ -78,6 +95,9 @@ ENGINES: dict[str, Build] = {
     "compiled": compiled,
     "onnxruntime": partial(exported, suffix=".onnx"),
     "openvino": partial(exported, suffix=".xml"),
+    "openvino-bf16": partial(exported, suffix=".xml", dtype="bf16"),
+    "openvino-int8": partial(exported, suffix=".xml", int8=True),
+    "pt2": partial(exported, suffix=".pt2"),
 }
 
 
@@ -112,6 +132,7 @@ def benchmark(
     threads: int | None = None,
     rounds: int = 50,
     device: str = "auto",
+    calibrate: Path | None = None,
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Milliseconds of a call, images a second, bytes and, with a data set, average precision of every engine.
@@ -128,6 +149,7 @@ def benchmark(
         threads: of every engine; as many as it likes where not given.
         rounds: timed calls of each engine.
         device: of PyTorch's forms.
+        calibrate: folder of images, of which int8 takes the ranges of what it computes.
 
     Returns the engines' figures, and by name why an engine does not run here. Raises UserError where none does.
     """
@@ -144,7 +166,7 @@ def benchmark(
     for i, name in enumerate(weights):
         model: Detector
         builds: dict[str, Build]
-        if Path(name).suffix in (".onnx", ".xml"):
+        if Path(name).suffix in FORMATS.values():
             model, path, builds = load_engine(name, threads), Path(name), {Path(name).name: given}
         else:
             model, path, builds = load_model(name), resolve_weights(name), {x: ENGINES[x] for x in engines or ENGINES}
@@ -155,6 +177,7 @@ def benchmark(
             batch_size=batch_size,
             threads=threads,
             device=where,
+            calibrate=calibrate,
         )
         dataset = None if open_dataset is None else open_dataset(model)
         several = f"{path.name} " if len(weights) > 1 and builds.keys() <= ENGINES.keys() else ""

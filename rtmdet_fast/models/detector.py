@@ -394,6 +394,15 @@ class Detector(nn.Module):
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
 
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
+
+        The options are those of `rtmdet_fast.export.export.export`, and so is the Agreement that comes back.
+        """
+        from rtmdet_fast.export.export import export
+
+        return export(self, path, **options)
+
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
         if self.is_folded:

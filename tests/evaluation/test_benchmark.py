@@ -143,6 +143,46 @@ def test_an_engine_that_does_not_run_is_told_in_a_line(weights, monkeypatch, tmp
     assert capsys.readouterr().err.endswith("error: no engine can be run here: compiled: no operator of that name\n")
 
 
+def test_exports_are_made_once_and_int8_of_the_training_images(shapes, weights, monkeypatch, tmp_path):
+    made, loaded = [], []
+
+    def export(model, path, **settings):
+        made.append((path.name, settings["int8"], settings["calibrate"]))
+        path.parent.mkdir(exist_ok=True)
+        for part in (path, path.with_suffix(".bin")):
+            part.write_bytes(b"1")
+
+    def load_engine(path, threads, dtype):
+        loaded.append((path.name, threads, dtype))
+        return Recorder(path.name, [])
+
+    processor = SimpleNamespace(get_property=lambda device, name: ["FP32", "BF16"])
+    monkeypatch.setattr(module, "import_openvino", lambda: SimpleNamespace(Core=lambda: processor))
+    monkeypatch.setattr(module, "export", export)
+    monkeypatch.setattr(module, "load_engine", load_engine)
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: SimpleNamespace(metrics={"AP": 0.5}))
+    options = ["--weights", str(weights), "--device", "cpu", "--rounds", "1", "--threads", "1", "--engines"]
+    engines = ["openvino", "openvino-bf16", "openvino-int8", "pt2"]
+    assert main(["benchmark", "--data", str(shapes.root), *options, *engines]) == 0
+    assert made == [
+        ("model.xml", False, None),
+        ("int8.xml", True, shapes.train_images),
+        ("model.pt2", False, None),
+    ]
+    assert loaded == [
+        ("model.xml", 1, "auto"),
+        ("model.xml", 1, "bf16"),
+        ("int8.xml", 1, "auto"),
+        ("model.pt2", 1, "auto"),
+    ]
+    processor.get_property = lambda device, name: ["FP32"]
+    _, absent = benchmark([str(weights)], tmp_path, rounds=1, engines=["pytorch", *engines[1:3]], progress=False)
+    assert absent == {
+        "openvino-bf16": "this processor does not compute in bfloat16",
+        "openvino-int8": "give images to calibrate with: --calibrate FOLDER, or --data FOLDER with a training split",
+    }
+
+
 def test_exported_files_and_several_weights_have_their_names(weights, monkeypatch, tmp_path):
     log = []
     monkeypatch.setattr(module, "load_engine", lambda name, threads: Recorder("file", log))
@@ -171,8 +211,7 @@ def test_bad_options_are_named(weights, options, words, capsys):
 
 
 def test_help_names_the_engines():
-    *first, last = ENGINES
-    assert f'"""Of {", ".join(first)} and {last}; all where not given."""' in inspect.getsource(BenchmarkConfig)
+    assert f'"""{", ".join(ENGINES)}; all where not given."""' in inspect.getsource(BenchmarkConfig)
 
 
 def test_images_are_repeated_where_a_data_set_has_fewer(shapes):
