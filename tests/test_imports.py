@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,55 @@ def test_models_losses_and_detection_need_only_torch_and_numpy():
     assert done.stdout.strip() == "fine", done.stderr
 
 
+HEAVY = {"torch", "torch._dynamo", "torch._inductor", "sympy", "cv2", "PIL", "matplotlib", "pycocotools", "scipy"}
+HEAVY |= {"tensorboard", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "safetensors"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Which of the heavy modules a process has imported after this code."""
+    code += "\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import rtmdet_fast; dir(rtmdet_fast)",
+        "import rtmdet_fast.cli",
+        *(
+            f"from rtmdet_fast.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+            for arguments in (["--version"], ["--help"], ["train", "--help"], ["predict", "--help"])
+        ),
+    ],
+)
+def test_help_needs_no_pytorch(code):
+    assert not imported_by(code)
+
+
+CPU = """
+import torch
+from rtmdet_fast import RTMDet, accelerate
+model = RTMDet("nano", num_classes=2).eval()
+with torch.no_grad():
+    model(torch.randn(1, 3, 64, 64))
+"""
+
+
+def test_a_model_on_a_cpu_needs_nothing_of_torch_compile():
+    assert imported_by(CPU) == {"torch"}
+
+
+def test_the_names_of_the_package_are_found_when_asked_for():
+    assert set(rtmdet_fast.__all__) <= set(dir(rtmdet_fast))
+    assert all(getattr(rtmdet_fast, name) for name in rtmdet_fast.__all__)
+    with pytest.raises(AttributeError, match=r"^module 'rtmdet_fast' has no attribute 'bogus'$"):
+        _ = rtmdet_fast.bogus
+    with pytest.raises(ImportError, match="cannot import name 'bogus'"):
+        from rtmdet_fast import bogus  # noqa: F401
+
+
 PACKAGE = Path(rtmdet_fast.__file__).parent
 FLOORS = (
     "errors",
@@ -41,12 +91,17 @@ FLOORS = (
     "kernels geometry",
     "ops compat inference",
     "models",
-    "accelerate data export",
+    "acceleration data export",
+    "predictor",
     "evaluation tasks",
     "training",
     "cli",
 )
 """From the ground up: a room imports from itself and from the floors below."""
+DOORS: dict[str, set[str]] = {
+    "rtmdet_fast.models.detector": {"rtmdet_fast.export.export", "rtmdet_fast.predictor.predictor"},
+}
+"""Modules with methods that open what stands above, and what these import, inside of functions only."""
 
 
 def modules(folder: Path = PACKAGE) -> dict[str, Path]:
@@ -61,10 +116,29 @@ def modules(folder: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Which of the known modules a file imports, wherever in it."""
+def imports(path: Path, known: dict[str, Path], *, doors: bool = True) -> set[str]:
+    """Which of the known modules a file imports, wherever in it; without `doors` not those of DOORS in its functions.
+
+    Such an import outside of functions counts in any case.
+    """
+    tree = ast.parse(path.read_text())
+    found = _imported(ast.walk(tree), path, known)
+    if doors:
+        return found
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    outside = _imported((node for node in ast.walk(tree) if node not in inside), path, known)
+    opened = {imported for name, targets in DOORS.items() if known.get(name) == path for imported in targets}
+    return found - (opened - outside)
+
+
+def _imported(nodes: Iterable[ast.AST], path: Path, known: dict[str, Path]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +157,7 @@ def test_every_room_stands_on_a_floor_and_imports_downwards_only():
     wrong = [
         f"{name} imports {imported}"
         for name, room in room_of.items()
-        for imported in imports(known[name], known) - {"rtmdet_fast"}
+        for imported in imports(known[name], known, doors=False) - {"rtmdet_fast"}
         if room_of[imported] != room and floor_of[room_of[imported]] >= floor_of[room]
     ]
     assert not wrong
@@ -91,7 +165,7 @@ def test_every_room_stands_on_a_floor_and_imports_downwards_only():
 
 def test_no_two_modules_import_each_other():
     known = modules()
-    graph = {name: imports(path, known) - {name} for name, path in known.items()}
+    graph = {name: imports(path, known, doors=False) - {name} for name, path in known.items()}
     graphlib.TopologicalSorter(graph | {"rtmdet_fast": set()}).prepare()
 
 
@@ -101,3 +175,22 @@ def test_no_two_modules_import_each_other():
 def test_an_import_of_any_form_is_seen(text, tmp_path):
     (tmp_path / "a.py").write_text(f"def f():\n    {text}\n")
     assert imports(tmp_path / "a.py", modules()) == {"rtmdet_fast.cli"}
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("def f():\n    from rtmdet_fast.export.export import export\n", False),
+        ("class A:\n    def f(self):\n        import rtmdet_fast.export.export\n", False),
+        ("from rtmdet_fast.export.export import export\n", True),
+        ("class A:\n    from rtmdet_fast.export.export import export\n", True),
+        ("import rtmdet_fast.export.export\ndef f():\n    import rtmdet_fast.export.export\n", True),
+        ("def f():\n    from rtmdet_fast.export.engine import Engine\n", True),
+    ],
+)
+def test_a_door_opens_inside_of_functions_to_what_it_names(text, counts, tmp_path):
+    (tmp_path / "detector.py").write_text(text)
+    known = modules() | {"rtmdet_fast.models.detector": tmp_path / "detector.py"}
+    assert len(imports(tmp_path / "detector.py", known, doors=False)) == counts
+    (tmp_path / "other.py").write_text(text)  # which is not in DOORS
+    assert len(imports(tmp_path / "other.py", known, doors=False)) == 1

@@ -12,14 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtmdet_fast.inference.detections import DetectSettings
-from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import _iou
-from rtmdet_fast.models.rtmdet.detection_head import flatten_levels
-from rtmdet_fast.models.rtmdet.instance_head import KERNEL_SIZE, MASK_STRIDE
+from rtmdet_fast.models.detector import Detector
 
 
-class EndToEnd(nn.Module):
+class Graph(nn.Module):
+    """What is exported of a model, which is folded: normalised images [B, 3, H, W] → the outputs by `output_names`."""
+
+    output_names: list[str]
+
+    def __init__(self, model: Detector):
+        super().__init__()
+        self.model = model
+
+
+class WithoutNMS(Graph):
+    """boxes [B, N, 4 or 5] in pixels of the network's input, scores [B, N, C], for clients with NMS of their own."""
+
+    output_names = ["boxes", "scores"]  # noqa: RUF012 - which nothing changes
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.boxes_and_scores(self.model(input), (input.shape[2], input.shape[3]))
+
+
+class EndToEnd(Graph):
     """Normalised images [B, 3, H, W] → dets [B, D, 5] xyxy and score, labels [B, D], in pixels of the network's input.
 
     Names and shapes are those of mmdeploy's end-to-end models; rotated boxes make dets [B, D, 6]. Detections fall by
@@ -27,44 +44,42 @@ class EndToEnd(nn.Module):
     [B, D, H/8, W/8], which they are interpolated from.
     """
 
-    def __init__(self, model: Any, settings: DetectSettings, capacity: int):
-        """model: folded. capacity: the K candidates of an image that NMS sees."""
-        super().__init__()
-        self.model, self.settings, self.capacity = model, settings, capacity
-
-    @property
-    def output_names(self) -> list[str]:
-        return ["dets", "labels", *(["masks", "mask_logits"] if self.model.has_masks else [])]
+    def __init__(self, model: Detector, settings: DetectSettings, capacity: int, *, full_masks: bool = True):
+        """capacity: the K candidates of an image that NMS sees. full_masks: whether `masks` are among the outputs."""
+        super().__init__(model)
+        self.settings, self.capacity, self.full_masks = settings, capacity, full_masks
+        self.output_names = ["dets", "labels"]
+        if model.has_masks:
+            self.output_names += ["masks", "mask_logits"] if full_masks else ["mask_logits"]
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        output, head = self.model(input), self.model.bbox_head
-        size = input.shape[2], input.shape[3]
+        output, size = self.model(input), (input.shape[2], input.shape[3])
         nms = rotated_nms_padded if self.model.task == "rotated" else batched_nms_padded
-        found = head.detect_padded(output, size, self.settings, self.capacity, nms)
+        found = self.model.detect_padded(output, size, self.settings, self.capacity, nms)
         dets = torch.cat((found.boxes, found.scores[..., None]), -1)
         if not self.model.has_masks:
             return dets, found.labels
-        priors = head.priors(output)[found.priors]
-        kernels = flatten_levels(output.kernels).gather(1, found.priors[..., None].expand(-1, -1, KERNEL_SIZE))
-        logits = mask_logits(output.features, kernels, priors[..., :2], priors[..., 2])
-        masks = F.interpolate(logits, scale_factor=float(MASK_STRIDE), mode="bilinear", align_corners=False).sigmoid()
+        logits = self.model.mask_logits(output, found)
+        if not self.full_masks:
+            return dets, found.labels, logits
+        masks = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).sigmoid()
         return dets, found.labels, masks, logits
 
 
-def mask_logits(features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor) -> Tensor:
-    """`dynamic_mask_logits` of as many masks in every image, in plain operators.
+def example_input(image_size: int | None, batch_size: int | None) -> tuple[Tensor, dict[int, Any]]:
+    """What a graph is traced with, and torch.export's dimensions of it that stay open.
 
-    features [B, 8, h, w], kernels [B, D, 169], points [B, D, 2] and strides [B, D] of the priors → [B, D, h, w].
-    Coordinates, affine in the pixel's place, are folded into the first layer: no input is copied for each mask.
+    image_size: side in pixels of the square input, None for any multiples of 32. batch_size: None for any.
     """
-    (B, _, h, w), D = features.shape, kernels.shape[1]
-    scale = 1 / (8 * strides.flatten()[:, None, None])
-    first, w2, b2, w3, b3 = layers(kernels.flatten(0, 1), points.flatten(0, 1), scale)
-    at = places(h, w, MASK_STRIDE, features.dtype, features.device)
-    pixels = torch.cat((features, at[None].expand(B, -1, -1, -1)), 1).flatten(2)
-    x1 = (first.reshape(B, D * 8, 11) @ pixels).relu().reshape(B * D, 8, h * w)
-    x2 = (w2 @ x1 + b2).relu()
-    return (w3 @ x2 + b3).reshape(B, D, h, w)
+    side = 128 if image_size is None else image_size
+    example = torch.zeros(batch_size or 2, 3, side, side)
+    dynamic: dict[int, Any] = {}
+    if batch_size is None:
+        dynamic[0] = torch.export.Dim("batch", min=1)
+    if image_size is None:
+        # the least sides must be below, the greatest above what is traced
+        dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
+    return example, dynamic
 
 
 def rotated_nms_padded(

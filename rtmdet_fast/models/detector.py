@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import as_bgr, read_image
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, unpack
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
+from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
 from rtmdet_fast.models.fold import folded_copy
 
 MAX_IMAGE_SIZE = 16384
+MAX_CANDIDATES = 1000
+"""Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
 
 class Targets(NamedTuple):
@@ -41,11 +44,15 @@ D = TypeVar("D", bound="Detector")
 
 
 class Inspected(NamedTuple):
-    """What a weights file tells of its model; None for what it does not."""
+    """What a weights file tells of its model; None for what it does not, which a bare backbone's may.
 
-    size: str
+    options: further arguments of the family's constructor.
+    """
+
+    size: str | None
     task: str | None
     num_classes: int | None
+    options: dict[str, Any]
 
 
 class Detector(nn.Module):
@@ -65,11 +72,20 @@ class Detector(nn.Module):
     class_names: tuple[str, ...]
     image_size: int
     patch_size: int | None
+    weights_of: ClassVar[str]
+    """Which models' weights the family loads, for messages."""
     has_masks = False
     is_folded = False
     """Whether `fold` made it."""
     test_settings: DetectSettings
     """Those that published figures were measured with."""
+    input_description: ClassVar[str]
+    """What `to_canvas` and `normalize` make of an image, for those who write a client of an exported file."""
+
+    @property
+    def title(self) -> str:
+        """The model's published name."""
+        raise NotImplementedError
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -94,6 +110,55 @@ class Detector(nn.Module):
         """Detections of each image in its own pixels, from the network's output; see `detect`."""
         raise NotImplementedError
 
+    def detect_padded(
+        self,
+        output: Any,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int,
+        nms: Callable[..., tuple[Tensor, Tensor]] = batched_nms_padded,
+    ) -> PaddedDetections:
+        """Detections of all images in pixels of the network's input, from its output, without waiting for the device.
+
+        Args:
+            output: of the network, from inputs of (height, width) `input_size`.
+            input_size: to which boxes are clipped.
+            settings: thresholds and limits.
+            capacity: candidates of an image.
+            nms: `batched_nms_padded`, or what does the same; a family without NMS leaves it alone.
+        """
+        raise NotImplementedError
+
+    def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
+        """Of a model with masks: their logits [B, D, H/8, W/8] for what `detect_padded` found."""
+        raise NotImplementedError
+
+    def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What detections are chosen from: boxes [B, N, 4 or 5] in pixels of the network's input, scores [B, N, C]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        """Detections in pixels of the original image, whose (height, width) is `shape`, from those of the input.
+
+        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The checkpoint by the keys of the published models; None where it holds no weights of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def own(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """`translate`; UserError in place of None."""
+        own = cls.translate(checkpoint)
+        if own is None:
+            first = next(iter(checkpoint.state_dict))
+            raise UserError(f"{checkpoint.path} holds no {cls.weights_of} weights (its first key is {first[:60]!r})")
+        return own
+
     @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
         """What the weights are of. UserError where they are none of this family."""
@@ -102,6 +167,12 @@ class Detector(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
+
+    def enable_sync_bn(self) -> None:
+        """Let every batch norm take its batch statistics over all distributed processes."""
+        for child in self.modules():
+            if hasattr(child, "process_group"):
+                child.process_group = torch.distributed.group.WORLD  # type: ignore[assignment]
 
     def fold(self: D) -> D:
         """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.
@@ -151,7 +222,36 @@ class Detector(nn.Module):
             for module in training:
                 module.training = True
         canvas_size = canvases.shape[2], canvases.shape[3]
-        return self.postprocess(output, canvas_size, scales, shapes, settings or self.test_settings, clip=clip_to_image)
+        settings = settings or self.test_settings
+        found = None
+        if images.device.type != "cpu":  # where nothing waits, and what fixed sizes need takes longer
+            found = self.unpack(self.pack(output, canvas_size, settings).cpu(), canvas_size, settings)
+        if found is None:
+            return self.postprocess(output, canvas_size, scales, shapes, settings, clip=clip_to_image)
+        return [
+            self.to_image(detections, scale, shape, clip=clip_to_image)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
+
+    def pack(self, output: Any, input_size: tuple[int, int], settings: DetectSettings) -> Tensor:
+        """All that is found [B, L] float32, for `unpack`, from the network's output; the host waits for nothing."""
+        found = self.detect_padded(output, input_size, settings, self._capacity(settings))
+        return found.pack(self.mask_logits(output, found) if self.has_masks else None)
+
+    def unpack(self, packed: Tensor, input_size: tuple[int, int], settings: DetectSettings) -> list[Detections] | None:
+        """Detections of each image, in pixels of the network's input, from what `pack` made, on the host.
+
+        None where an image has more candidates than took part, so that only `postprocess` finds all.
+        """
+        mask_shape = (input_size[0] // 8, input_size[1] // 8) if self.has_masks else None
+        box_size = 5 if self.task == "rotated" else 4
+        found, candidates = unpack(packed, settings.max_detections, box_size, mask_shape)
+        return None if max(candidates) > self._capacity(settings) else found
+
+    @staticmethod
+    def _capacity(settings: DetectSettings) -> int:
+        # with `nms_pre` candidates or fewer on all levels together, it cuts none off
+        return min(MAX_CANDIDATES, settings.nms_pre)
 
     @overload
     def predict(
@@ -290,8 +390,18 @@ class Detector(nn.Module):
             batch_size=batch_size,
             iou_threshold=settings.iou_threshold,
             max_detections=settings.max_detections,
+            device=next((parameter.device for parameter in self.parameters()), None),
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
+
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
+
+        The options are those of `rtmdet_fast.export.export.export`, and so is the Agreement that comes back.
+        """
+        from rtmdet_fast.export.export import export
+
+        return export(self, path, **options)
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
@@ -304,9 +414,18 @@ class Detector(nn.Module):
                 "task": self.task,
                 "image_size": self.image_size,
                 "patch_size": self.patch_size,
+                **self.saved_options(),
             },
         }
-        save_atomically({"meta": meta, "state_dict": self.state_dict(), **extra}, path)
+        save_atomically({"meta": meta, **self.saved_weights(), **extra}, path)
+
+    def saved_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights as the published code looks for them in a file."""
+        return {"state_dict": self.state_dict()}
+
+    def saved_options(self) -> dict[str, Any]:
+        """Further arguments of the constructor that a file is to tell."""
+        return {}
 
     @classmethod
     def from_pretrained(
@@ -316,14 +435,30 @@ class Detector(nn.Module):
         task: str | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
+        **options: Any,
     ) -> D:
         """A model in eval mode with the weights of a file, or of a published model by name ("rtmdet-tiny").
 
-        Size, task, classes and names are found in the file where they are not given. Other classes than the file's,
-        or a backbone-only file, leave the affected layers freshly initialised and say so in a warning.
+        Size, task, classes and names are found in the file where they are not given, and so are the family's further
+        `options`. Other classes than the file's, or a backbone-only file, leave the affected layers freshly initialised
+        and say so in a warning.
         """
         checkpoint = read_checkpoint(resolve_weights(path_or_name))
-        found_size, found_task, found_classes = cls.inspect(checkpoint)
+        return cls.from_checkpoint(checkpoint, size, task, num_classes, class_names, **options)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[D],
+        checkpoint: Checkpoint,
+        size: str | None = None,
+        task: str | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> D:
+        """`from_pretrained` of what was read."""
+        checkpoint = cls.own(checkpoint)
+        found_size, found_task, found_classes, found_options = cls.inspect(checkpoint)
         for what, told, found in (("size", size, found_size), ("task", task, found_task)):
             if told is not None and found is not None and told != found:
                 raise UserError(f"{checkpoint.path} holds a model of {what} {found!r}, not {told!r}")
@@ -333,7 +468,9 @@ class Detector(nn.Module):
                 class_names = None
         if num_classes is None and class_names is None:
             num_classes = found_classes
-        model = cls(found_size, task or found_task or "det", num_classes, class_names)
+        arguments = {"size": size or found_size, "task": task or found_task, **found_options, **options}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        model = cls(num_classes=num_classes, class_names=class_names, **given)  # type: ignore[call-arg]
         model.load_weights(checkpoint)
         for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
             setattr(model, name, size_in_pixels)

@@ -1,4 +1,4 @@
-"""Training: the published two-stage recipe in one loop that reads from top to bottom."""
+"""Training: one loop for every family, which reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
-from rtmdet_fast.data.recipes import recipe_for
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.files import write_json
-from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
-from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.rtmdet.layers import enable_sync_bn
-from rtmdet_fast.models.rtmdet.model import RTMDet
+from rtmdet_fast.models.detector import Detector, Targets
+from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import gather, join_processes
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
-from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
+from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
 
 LOG_EVERY = 10
@@ -50,7 +47,8 @@ def train(config: TrainConfig) -> TrainResult:
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
         settings = replace(settings, progress=False, report=False)
-    task, device, out = TASKS[settings.task], torch.device(settings.device), settings.out
+    task, recipe = TASKS[settings.task], settings.recipe
+    device, out = torch.device(settings.device), settings.out
     last, best = out / "last.pth", out / "best.pth"
     if not (settings.resume or settings.overwrite):
         if last.exists():
@@ -75,14 +73,14 @@ def train(config: TrainConfig) -> TrainResult:
     sampler = PlanSampler(
         len(dataset),
         settings.batch_size,
-        recipe_for(settings.size, settings.image_size),
+        recipe.caches,
         settings.seed,
         settings.num_workers,
         rank=rank,
         world_size=world_size,
     )
     loader = DataLoader(
-        task.augment(dataset, settings.size, settings.image_size),
+        recipe.augment(dataset, settings.image_size),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.num_workers,
@@ -90,21 +88,26 @@ def train(config: TrainConfig) -> TrainResult:
         pin_memory=device.type == "cuda",
         persistent_workers=settings.num_workers > 0,
     )
+    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
+    total = steps_per_epoch * settings.epochs
+    warmup = settings.warmup_iterations
+    if warmup is None:
+        warmup = min(recipe.warmup, total // 10)
 
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
     model = make_model(settings, dataset)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEMA(model, settings.ema_momentum)
+    ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
+        recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
     if world_size > 1:
-        enable_sync_bn(model)
+        model.enable_sync_bn()
         step_model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
@@ -113,11 +116,6 @@ def train(config: TrainConfig) -> TrainResult:
 
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
-    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
-    total = steps_per_epoch * settings.epochs
-    warmup = settings.warmup_iterations
-    if warmup is None:
-        warmup = min(1000, total // 10)
     iteration = start_epoch = 0
     best_epoch, best_metrics = None, {}
     if settings.resume:
@@ -145,22 +143,25 @@ def train(config: TrainConfig) -> TrainResult:
     validating = 0.0
 
     for epoch in range(start_epoch, settings.epochs):
-        sampler.set_stage2(not task.two_stages or epoch >= settings.epochs - settings.stage2_epochs)
+        stage2 = epoch >= settings.epochs - settings.stage2_epochs
+        sampler.set_stage2(stage2)
+        sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
         epoch_loss = torch.zeros((), device=device)
         batches = timed(iter(loader), meter)
         name = f"epoch {epoch + 1}/{settings.epochs}"
         bar = tqdm(range(steps_per_epoch), desc=name, disable=not settings.progress, leave=False)
         for step in bar:
-            lr = settings.lr * learning_rate_factor(iteration, total, warmup)
+            lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
-            for batch in itertools.islice(batches, parts):
+            for part, batch in enumerate(itertools.islice(batches, parts)):
                 batch = batch.to(device, non_blocking=True)
+                batch = batch.resized(random_side(sides, settings.seed, iteration, part))
                 targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
                 with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
-                    losses = step_model(normalize(batch.images), targets)
+                    losses = step_model(model.normalize(batch.images), targets)
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
                 meter.add(losses, len(batch.images) * world_size)
@@ -168,6 +169,9 @@ def train(config: TrainConfig) -> TrainResult:
                 # Looking at the loss one batch late keeps the host one batch ahead of the device.
                 stop_on_nan(previous, out, iteration)
                 previous = (on_its_way(loss.detach()), batch)
+            if recipe.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -245,9 +249,9 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts)
 
 
-def make_model(settings: Settings, dataset: CocoDataset) -> RTMDet:
+def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from."""
-    model = RTMDet(settings.size, settings.task, class_names=dataset.class_names)
+    model = settings.recipe.build(class_names=dataset.class_names)
     if settings.init is not None:
         checkpoint = read_checkpoint(resolve_weights(settings.init))
         model.load_weights(checkpoint)
@@ -309,7 +313,7 @@ def report_run(
     pace: float,
 ) -> Path:
     """Evaluate the best weights once more, for curves and pictures, and write report.html."""
-    model = RTMDet.from_pretrained(settings.out / "best.pth").to(settings.device)
+    model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     samples = []
@@ -325,7 +329,7 @@ def report_run(
             samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
     return write_report(
         settings.out / "report.html",
-        title=f"RTMDet-{settings.size} on {dataset.annotation_path.name}",
+        title=f"{model.title} on {dataset.annotation_path.name}",
         history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,

@@ -172,14 +172,13 @@ def test_training_starts_from_other_weights(config, tmp_path):
 
 
 def test_nan_stops_the_run_and_keeps_the_batch(config, monkeypatch):
-    normalize = train_module.normalize
     count = []
 
     def poisoned(images):
         count.append(1)
         return normalize(images) * (float("nan") if len(count) == 6 else 1.0)
 
-    monkeypatch.setattr(train_module, "normalize", poisoned)
+    monkeypatch.setattr(RTMDet, "normalize", staticmethod(poisoned))
     with pytest.raises(UserError, match=r"loss is nan.*nan_batch\.pt"):
         train(config)
     batch = torch.load(config.out / "nan_batch.pt", weights_only=True)

@@ -2,7 +2,7 @@
 
 Each prior predicts the weights of a small network of its own, which turns shared mask features into its mask.
 
-Legend: B images, N priors, M ground truths, K positives or detections of all images.
+Legend: B images, N priors, M ground truths, K positives or detections of all images, D detections of each.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
+from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.detection_head import (
     STRIDES,
     Assignment,
     DetectionHead,
     flatten_levels,
-    mean_over_processes,
     predictors,
     towers,
 )
@@ -124,13 +125,36 @@ class InstanceHead(DetectionHead):
         found = super().detect(output, input_size, settings)  # type: ignore[arg-type]
         counts = [len(detections.priors) for detections in found]
         prior = torch.cat([detections.priors for detections in found])
-        image = torch.arange(len(found), device=prior.device).repeat_interleave(torch.tensor(counts).to(prior.device))
+        image = torch.cat([torch.full_like(detections.priors, i) for i, detections in enumerate(found)])
         instances = _instances(output, self.priors(output), image, prior)
         logits = dynamic_mask_logits(*instances, feature_stride=MASK_STRIDE)
         return [
             detections._replace(masks=PredictedMasks(part, (1.0, 1.0), input_size, MASK_STRIDE))
             for detections, part in zip(found, logits.split(counts), strict=True)
         ]
+
+    def padded_mask_logits(self, output: InstanceOutput, found: PaddedDetections) -> Tensor:
+        """The mask logits [B, D, H, W] of padded detections; what those of the padding are does not matter."""
+        B, D = found.priors.shape
+        image = torch.arange(B, device=found.priors.device)[:, None].expand(B, D).flatten()
+        instances = _instances(output, self.priors(output), image, found.priors.flatten())
+        return dynamic_mask_logits(*instances, feature_stride=MASK_STRIDE).unflatten(0, (B, D))
+
+    def mask_logits(self, output: InstanceOutput, found: PaddedDetections) -> Tensor:
+        """`dynamic_mask_logits` [B, D, H, W] of as many masks in every image, in plain operators.
+
+        Coordinates, affine in the pixel's place, are folded into the first layer: no input is copied for each mask.
+        """
+        features, priors = output.features, self.priors(output)[found.priors]
+        (B, _, h, w), D = features.shape, found.priors.shape[1]
+        kernels = flatten_levels(output.kernels).gather(1, found.priors[..., None].expand(-1, -1, KERNEL_SIZE))
+        scale = 1 / (8 * priors[..., 2].flatten()[:, None, None])
+        first, w2, b2, w3, b3 = layers(kernels.flatten(0, 1), priors[..., :2].flatten(0, 1), scale)
+        at = places(h, w, MASK_STRIDE, features.dtype, features.device)
+        pixels = torch.cat((features, at[None].expand(B, -1, -1, -1)), 1).flatten(2)
+        x1 = (first.reshape(B, D * 8, 11) @ pixels).relu().reshape(B * D, 8, h * w)
+        x2 = (w2 @ x1 + b2).relu()
+        return (w3 @ x2 + b3).reshape(B, D, h, w)
 
     @classmethod
     def to_image(

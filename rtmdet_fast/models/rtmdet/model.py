@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.inference.detections import Detections, DetectSettings
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.preprocess import letterbox, normalize
+from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint
 from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
 from rtmdet_fast.models.rtmdet.backbone import CSPNeXt
@@ -78,6 +82,11 @@ class RTMDet(Detector):
         class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
     """
 
+    weights_of: ClassVar = "RTMDet or CSPNeXt"
+    input_description: ClassVar = (
+        "BGR, less MEAN, by STD; resized to fit the square, padded on the right and at the bottom with 114"
+    )
+
     def __init__(
         self,
         size: str = "tiny",
@@ -106,6 +115,10 @@ class RTMDet(Detector):
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
 
+    @property
+    def title(self) -> str:
+        return f"RTMDet-{self.size}"
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         return letterbox(image, image_size)
@@ -130,9 +143,47 @@ class RTMDet(Detector):
             for detections, scale, shape in zip(found, scales, shapes, strict=True)
         ]
 
+    def detect_padded(
+        self,
+        output: Any,
+        input_size: tuple[int, int],
+        settings: DetectSettings,
+        capacity: int,
+        nms: Callable[..., tuple[Tensor, Tensor]] = batched_nms_padded,
+    ) -> PaddedDetections:
+        return self.bbox_head.detect_padded(output, input_size, settings, capacity, nms)
+
+    def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
+        head = self.bbox_head
+        assert isinstance(head, InstanceHead)
+        # other runtimes have no kernel for them
+        return (head.mask_logits if torch.compiler.is_compiling() else head.padded_mask_logits)(output, found)
+
+    def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        logits, boxes, _ = self.bbox_head.decode(output)
+        return self.bbox_head.clip(boxes, input_size), logits.float().sigmoid()
+
+    @staticmethod
+    def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        task = "rotated" if found.boxes.shape[1] == 5 else "det" if found.masks is None else "ins"
+        return HEADS[task].to_image(found, scale, shape, clip=clip)
+
+    @classmethod
+    def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        tensors = checkpoint.state_dict
+        if any(key.startswith("head.rtm_") for key in tensors):  # LibreYOLO's
+            tensors = {re.sub(r"^head\.", "bbox_head.", key): value for key, value in tensors.items()}
+        if "stem.0.conv.weight" in tensors:
+            tensors = {f"backbone.{key}": value for key, value in tensors.items()}
+        if not any(key.startswith("backbone.stem.0.") for key in tensors):
+            return None
+        parts = ("backbone.", "neck.", "bbox_head.")
+        return replace(checkpoint, state_dict={k: v for k, v in tensors.items() if k.startswith(parts)})
+
     @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
         """Size, task and number of classes of the weights; task and classes are None for a bare backbone."""
+        checkpoint = cls.own(checkpoint)
         state = checkpoint.state_dict
         weight = state.get("backbone.stem.0.conv.weight")
         if weight is None or weight.ndim != 4:
@@ -155,13 +206,14 @@ class RTMDet(Detector):
         weight = state.get("bbox_head.rtm_cls.0.weight")
         if weight is not None and (weight.ndim != 4 or not len(weight)):
             raise UserError(f"{checkpoint.path} is damaged: bbox_head.rtm_cls.0.weight has shape {list(weight.shape)}")
-        return Inspected(by_stem[stem], task, None if weight is None else weight.shape[0])
+        return Inspected(by_stem[stem], task, None if weight is None else weight.shape[0], {})
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named.
 
         Of a model with masks for one without, and the reverse, backbone and neck are taken.
         """
+        checkpoint = self.own(checkpoint)
         own, state = self.state_dict(), checkpoint.state_dict
         task = self.inspect(checkpoint).task
         # The heads of boxes and of rotated boxes differ by the angle alone; that of masks is another one.

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from rtmdet_fast import RTMDet
-from rtmdet_fast.export.graph import mask_logits, rotated_nms_padded
+from rtmdet_fast.export.graph import rotated_nms_padded
+from rtmdet_fast.inference.detections import PaddedDetections
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
+from rtmdet_fast.models.rtmdet.instance_head import InstanceOutput
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 
@@ -75,11 +77,15 @@ def test_rotated_nms_of_plain_operators(seed):
 
 def test_mask_logits_of_plain_operators():
     torch.manual_seed(0)
-    features, kernels = torch.randn(2, 8, 6, 9), torch.randn(2, 4, 169)
-    points, strides = torch.rand(2, 4, 2) * 60, torch.tensor([8.0, 16, 32, 8]).expand(2, 4)
+    head = RTMDet("nano", "ins", num_classes=2).bbox_head
+    kernels = tuple(torch.randn(2, 169, 48 // stride, 72 // stride) for stride in (8, 16, 24))
+    output = InstanceOutput(kernels, kernels, kernels, torch.randn(2, 8, 6, 9))
+    prior = torch.tensor([[0, 53, 54, 70], [3, 71, 30, 54]])
+    padded = PaddedDetections(*(prior,) * 6)
+    priors, flat = head.priors(output)[prior.flatten()], torch.cat([level.flatten(2) for level in kernels], 2).mT
     image = torch.arange(2).repeat_interleave(4)
-    expected = dynamic_mask_logits(features, kernels.flatten(0, 1), points.flatten(0, 1), strides.flatten(), image)
-    torch.testing.assert_close(mask_logits(features, kernels, points, strides).flatten(0, 1), expected)
+    expected = dynamic_mask_logits(output.features, flat[image, prior.flatten()], priors[:, :2], priors[:, 2], image)
+    torch.testing.assert_close(head.mask_logits(output, padded).flatten(0, 1), expected)
 
 
 def test_small_inputs_have_fewer_pairs_than_there_is_room_for():

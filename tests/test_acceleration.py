@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from rtmdet_fast import RTMDet, accelerate, revert
-from rtmdet_fast.accelerate import ATTENTION, DEPTHWISE, EPILOGUE, UNKNOWN
+from rtmdet_fast import RTMDet, accelerate, acceleration, revert
+from rtmdet_fast.acceleration import ATTENTION, DEPTHWISE, EPILOGUE, UNKNOWN
 from rtmdet_fast.kernels import _dispatch
 
 INTERPRETED = _dispatch.BACKEND == "triton"  # make test-triton
@@ -862,7 +861,7 @@ def test_attention_of_the_published_implementation(kind, monkeypatch):
     copied = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(copied[0](*inputs), model[0](*inputs))
     # and it was ours that ran
-    monkeypatch.setattr(sys.modules["rtmdet_fast.accelerate"], "box_deformable_attention", None)
+    monkeypatch.setattr(acceleration, "box_deformable_attention", None)
     with pytest.raises(TypeError, match="NoneType"):
         model[0](*inputs)
     revert(model)
@@ -874,7 +873,7 @@ def test_attention_that_is_called_or_made_in_other_ways_runs_as_it_did(monkeypat
     model, (query, references, value, sizes) = published("v2")
     original = copy.deepcopy(model)
     assert accelerate(model).replaced == {"0": ATTENTION}
-    monkeypatch.setattr(sys.modules["rtmdet_fast.accelerate"], "box_deformable_attention", None)
+    monkeypatch.setattr(acceleration, "box_deformable_attention", None)
     mask = torch.rand(2, 32) > 0.5
     assert torch.equal(
         model[0](query, references, value, sizes, mask), original[0](query, references, value, sizes, mask)

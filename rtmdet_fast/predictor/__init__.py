@@ -1,0 +1,1 @@
+"""A model made ready to run, on one image, a batch or a stream."""
