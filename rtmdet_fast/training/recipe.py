@@ -36,6 +36,8 @@ class Recipe:
     """Of the model; None where a family has but one."""
     build: Callable[..., Detector]
     """`class_names=` → a fresh model."""
+    needs_init: bool = False
+    """Whether parts that training leaves as they are, frozen batch norms, come from other weights."""
     image_size: int
     """Side of the training images in pixels."""
     epochs: int
@@ -130,6 +132,7 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
         size=size,
         version=version,
         build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries),
+        needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
         stage2_epochs=published.plain_epochs,
