@@ -26,7 +26,7 @@ TASK ?= det
 MODEL ?= rtmdet
 VENV ?= .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(filter-out tests/kernels/test_sizes_of_one.py,$(wildcard tests/kernels/test_*.py)) tests/test_accelerate.py
+KERNEL_TESTS := $(filter-out tests/kernels/test_sizes_of_one.py,$(wildcard tests/kernels/test_*.py)) tests/test_acceleration.py
 
 # mmdet pins old packages and mmrotate still older ones, so they have environments of their own.
 MMDET_VENV ?= .venv-mmdet

@@ -32,9 +32,9 @@ def box_locations(references: Tensor, offsets: Tensor, points: Sequence[int]) ->
 
     An offset of the number of points of its level leads from the centre of the box to its edge.
     """
-    scale = torch.tensor([0.5 / count for count in points for _ in range(count)], device=offsets.device)
+    scale = [[0.5 / count] for count in points for _ in range(count)]
     centre, size = references[:, :, None, None, :2], references[:, :, None, None, 2:]
-    return centre + offsets * scale.to(offsets.dtype)[:, None] * size
+    return centre + offsets * torch.tensor(scale, dtype=offsets.dtype, device=offsets.device) * size
 
 
 def deformable_attention_grid_sample(

@@ -24,7 +24,6 @@ from rtmdet_fast.cli.predict import PredictConfig, run_predict
 from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.kernels._dispatch import check_backend
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
     threading.excepthook = _tell_of_thread
     try:
+        from rtmdet_fast.kernels._dispatch import check_backend  # after --help, which has no need of PyTorch
+
         check_backend()
         if "\0" in "".join(arguments):  # only of a caller in Python
             raise UserError("an argument holds the character NUL, which no path or name can")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.agreement import Run
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import FAMILIES, load_model
 
-Run = Callable[[np.ndarray], dict[str, np.ndarray]]
-"""Network input [B, 3, H, W] float32 → outputs by name."""
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+"""Of exported files, by the names that a user gives, and what these end in."""
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Engine(Detector):
@@ -30,6 +32,8 @@ class Engine(Detector):
 
     def __init__(self, path: Path, metadata: dict[str, Any], run: Run):
         super().__init__()
+        if not metadata["nms"]:
+            raise UserError(f"{path} was exported without NMS, for other clients: it gives no detections")
         self.path, self.metadata, self.run = path, metadata, run
         self.size, self.task = metadata["size"], metadata["task"]
         self.class_names = tuple(metadata["class_names"])
@@ -41,6 +45,10 @@ class Engine(Detector):
         self.to_canvas = family.to_canvas  # type: ignore[method-assign]
         self.normalize = family.normalize  # type: ignore[method-assign]
         self.to_image = family.to_image  # type: ignore[method-assign]
+
+    @property
+    def title(self) -> str:
+        return self.metadata["title"]
 
     @torch.no_grad()
     def detect(
@@ -104,26 +112,43 @@ class Engine(Detector):
         raise UserError(f"{self.path} is an exported file: save the model that it was made from")
 
 
-def load_engine(path: str | Path, threads: int | None = None) -> Engine:
-    """An exported .onnx (run by ONNX Runtime) or .xml file (run by OpenVINO) as a detector.
+def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "auto") -> Engine:
+    """An exported .onnx (run by ONNX Runtime), .xml (by OpenVINO) or .pt2 file (by PyTorch) as a detector.
 
-    Task, classes and sizes come from the file. threads: of the runtime; as many as it likes where not given.
+    Task, classes and sizes come from the file. A .pt2 file holds machine code: load those alone that you trust.
+
+    threads: of ONNX Runtime and OpenVINO; as many as they like where not given.
+    dtype: bf16 or fp16, in which OpenVINO computes where the processor can; fp32 where not given.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.suffix == ".onnx":
-        metadata, run = open_onnx(path, threads)
-    elif path.suffix == ".xml":
-        from rtmdet_fast.export.openvino import open_openvino
-
-        metadata, run = open_openvino(path, threads)
-    else:
-        raise UserError(f"{path} is no exported model: .onnx and .xml are")
+    if path.suffix not in FORMATS.values():
+        raise UserError(f"{path} is no exported model: {', '.join(FORMATS.values())} are")
     try:
-        return Engine(path, json.loads(metadata), run)
+        return Engine(path, *open_file(path, threads, dtype))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
+
+
+def open_file(path: Path, threads: int | None = None, dtype: Dtype = "auto") -> tuple[dict[str, Any], Run]:
+    """The metadata of an exported file, and what runs it; see `load_engine`.
+
+    ValueError, TypeError or KeyError where the metadata is not what `export` writes.
+    """
+    if path.suffix == ".xml":
+        from rtmdet_fast.export.openvino import open_openvino
+
+        metadata, run = open_openvino(path, threads, dtype)
+        return json.loads(metadata), run
+    if dtype in ("bf16", "fp16"):
+        raise UserError(f"{path} cannot run in {dtype}: files of OpenVINO (.xml) can")
+    if path.suffix == ".pt2":
+        from rtmdet_fast.export.pt2 import open_pt2
+
+        return open_pt2(path)
+    metadata, run = open_onnx(path, threads)
+    return json.loads(metadata), run
 
 
 def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
@@ -151,8 +176,10 @@ def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
     return metadata, run
 
 
-def load_detector(weights: str, device: str = "auto") -> Detector:
+def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto") -> Detector:
     """A detector in eval mode from a weights file or published name, on `device`, or from an exported file."""
-    if Path(weights).suffix in (".onnx", ".xml"):
-        return load_engine(weights)
+    if Path(weights).suffix in FORMATS.values():
+        return load_engine(weights, dtype=dtype)
+    if dtype in ("bf16", "fp16"):
+        raise UserError(f"{weights} cannot run in {dtype}: files of OpenVINO (.xml) can")
     return load_model(weights).to(pick_device(device))

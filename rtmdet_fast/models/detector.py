@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import as_bgr, read_image
-from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, unpack
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
 from rtmdet_fast.kernels.nms import batched_nms_padded
@@ -22,6 +22,8 @@ from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_w
 from rtmdet_fast.models.fold import folded_copy
 
 MAX_IMAGE_SIZE = 16384
+MAX_CANDIDATES = 1000
+"""Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
 
 class Targets(NamedTuple):
@@ -220,7 +222,36 @@ class Detector(nn.Module):
             for module in training:
                 module.training = True
         canvas_size = canvases.shape[2], canvases.shape[3]
-        return self.postprocess(output, canvas_size, scales, shapes, settings or self.test_settings, clip=clip_to_image)
+        settings = settings or self.test_settings
+        found = None
+        if images.device.type != "cpu":  # where nothing waits, and what fixed sizes need takes longer
+            found = self.unpack(self.pack(output, canvas_size, settings).cpu(), canvas_size, settings)
+        if found is None:
+            return self.postprocess(output, canvas_size, scales, shapes, settings, clip=clip_to_image)
+        return [
+            self.to_image(detections, scale, shape, clip=clip_to_image)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
+
+    def pack(self, output: Any, input_size: tuple[int, int], settings: DetectSettings) -> Tensor:
+        """All that is found [B, L] float32, for `unpack`, from the network's output; the host waits for nothing."""
+        found = self.detect_padded(output, input_size, settings, self._capacity(settings))
+        return found.pack(self.mask_logits(output, found) if self.has_masks else None)
+
+    def unpack(self, packed: Tensor, input_size: tuple[int, int], settings: DetectSettings) -> list[Detections] | None:
+        """Detections of each image, in pixels of the network's input, from what `pack` made, on the host.
+
+        None where an image has more candidates than took part, so that only `postprocess` finds all.
+        """
+        mask_shape = (input_size[0] // 8, input_size[1] // 8) if self.has_masks else None
+        box_size = 5 if self.task == "rotated" else 4
+        found, candidates = unpack(packed, settings.max_detections, box_size, mask_shape)
+        return None if max(candidates) > self._capacity(settings) else found
+
+    @staticmethod
+    def _capacity(settings: DetectSettings) -> int:
+        # with `nms_pre` candidates or fewer on all levels together, it cuts none off
+        return min(MAX_CANDIDATES, settings.nms_pre)
 
     @overload
     def predict(
@@ -359,8 +390,18 @@ class Detector(nn.Module):
             batch_size=batch_size,
             iou_threshold=settings.iou_threshold,
             max_detections=settings.max_detections,
+            device=next((parameter.device for parameter in self.parameters()), None),
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
+
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
+
+        The options are those of `rtmdet_fast.export.export.export`, and so is the Agreement that comes back.
+        """
+        from rtmdet_fast.export.export import export
+
+        return export(self, path, **options)
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
@@ -153,8 +154,10 @@ class RTMDet(Detector):
         return self.bbox_head.detect_padded(output, input_size, settings, capacity, nms)
 
     def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
-        assert isinstance(self.bbox_head, InstanceHead)
-        return self.bbox_head.mask_logits(output, found)
+        head = self.bbox_head
+        assert isinstance(head, InstanceHead)
+        # other runtimes have no kernel for them
+        return (head.mask_logits if torch.compiler.is_compiling() else head.padded_mask_logits)(output, found)
 
     def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         logits, boxes, _ = self.bbox_head.decode(output)

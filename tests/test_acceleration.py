@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rtmdet_fast import RTMDet, accelerate, revert
-from rtmdet_fast.accelerate import DEPTHWISE, EPILOGUE, UNKNOWN
+from rtmdet_fast.acceleration import DEPTHWISE, EPILOGUE, UNKNOWN
 from rtmdet_fast.kernels import _dispatch
 
 INTERPRETED = _dispatch.BACKEND == "triton"  # make test-triton
