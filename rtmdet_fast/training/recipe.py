@@ -65,6 +65,8 @@ class Recipe:
     """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
     caches: AugmentRecipe | None = None
     """Which says what the caches of plans hold; None where there are none."""
+    empty_images: bool = False
+    """Whether images without objects are trained on."""
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
@@ -147,6 +149,7 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
         ema_momentum=None,
         ema_share=_rtdetr_share,
         batch_sides=multi_scale_sizes if published.multi_scale else _one_side,
+        empty_images=True,
         augment=_augment_detr,
     )
 

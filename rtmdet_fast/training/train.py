@@ -59,7 +59,13 @@ def train(config: TrainConfig) -> TrainResult:
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = task.open_dataset(settings.train, settings.train_images, skip_bad=settings.skip_bad, training=True)
+    dataset = task.open_dataset(
+        settings.train,
+        settings.train_images,
+        skip_bad=settings.skip_bad,
+        training=True,
+        keep_empty=recipe.empty_images,
+    )
     val_dataset = None
     if settings.val is not None and settings.val_images is not None:
         val_dataset = task.open_dataset(

@@ -193,7 +193,13 @@ def test_one_batch_is_learnt():
     assert max(totals[-3:]) < 0.7 * totals[0]
 
 
-def test_half_precision(config, tmp_path, monkeypatch):
+def test_half_precision_and_images_without_objects(config, tmp_path, monkeypatch):
+    """Losses are float32; images without objects, a whole batch of them too, are trained on."""
+    content = json.loads(config.train.read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(content))
     dtypes = set()
     forward = RTDETR.forward
 
@@ -204,7 +210,8 @@ def test_half_precision(config, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(RTDETR, "forward", recorded)
-    result = train(replace(config, out=tmp_path, epochs=1, stage2_epochs=0, image_size=64, amp="bf16"))
+    result = train(replace(config, train=empty, out=tmp_path, epochs=1, stage2_epochs=0, image_size=64, amp="bf16"))
+    assert not result.skipped and torch.load(result.last, weights_only=True)["training"]["iteration"] == 2
     assert dtypes == {torch.float32}
     assert all(value.isfinite().all() for value in load_model(result.last).parameters())
 
