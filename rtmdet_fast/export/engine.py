@@ -20,6 +20,8 @@ from rtmdet_fast.models.families import FAMILIES, load_model
 
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 """Network input [B, 3, H, W] float32 → outputs by name."""
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
+"""What runs an exported file, by its suffix."""
 
 
 class Engine(Detector):
@@ -104,40 +106,61 @@ class Engine(Detector):
         raise UserError(f"{self.path} is an exported file: save the model that it was made from")
 
 
-def load_engine(path: str | Path, threads: int | None = None) -> Engine:
+def load_engine(
+    path: str | Path, threads: int | None = None, *, device: str = "auto", precision: str = "f32"
+) -> Engine:
     """An exported .onnx (run by ONNX Runtime) or .xml file (run by OpenVINO) as a detector.
 
-    Task, classes and sizes come from the file. threads: of the runtime; as many as it likes where not given.
+    Task, classes and sizes come from the file.
+
+    Args:
+        path: the file.
+        threads: of the runtime; as many as it likes where not given.
+        device: auto takes what the runtime prefers; cuda is for an ONNX Runtime that was built for it.
+        precision: of OpenVINO's arithmetic: f32 or bf16. What the file has as int8 stays so.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if path.suffix == ".onnx":
-        metadata, run = open_onnx(path, threads)
+        metadata, run = open_onnx(path, threads, device)
     elif path.suffix == ".xml":
         from rtmdet_fast.export.openvino import open_openvino
 
-        metadata, run = open_openvino(path, threads)
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device!r} cannot be used: {path} is run by OpenVINO, on the CPU")
+        metadata, run = open_openvino(path, threads, precision)
     else:
-        raise UserError(f"{path} is no exported model: .onnx and .xml are")
+        raise UserError(f"{path} is no exported model: {' and '.join(RUNTIMES)} are")
     try:
         return Engine(path, json.loads(metadata), run)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
 
 
-def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
+def open_onnx(path: Path, threads: int | None, device: str = "auto") -> tuple[str, Run]:
     """The metadata of an ONNX file, and what runs it."""
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError("onnxruntime is not installed: pip install 'rtmdet-fast[export]'") from error
+    providers: list[Any] = onnxruntime.get_available_providers()
+    if device == "cpu":
+        providers = ["CPUExecutionProvider"]
+    elif device != "auto":
+        kind, _, number = device.partition(":")
+        if kind != "cuda" or "CUDAExecutionProvider" not in providers:
+            raise UserError(
+                f"--device {device!r} cannot be used: {path} is run by ONNX Runtime, which is installed here for "
+                f"{', '.join(name.removesuffix('ExecutionProvider') for name in providers)}"
+            )
+        providers = [("CUDAExecutionProvider", {"device_id": number or "0"}), "CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base but this one
         raise UserError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
     names = [output.name for output in session.get_outputs() if output.name != "masks"]
@@ -152,7 +175,7 @@ def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
 
 
 def load_detector(weights: str, device: str = "auto") -> Detector:
-    """A detector in eval mode from a weights file or published name, on `device`, or from an exported file."""
-    if Path(weights).suffix in (".onnx", ".xml"):
-        return load_engine(weights)
+    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`."""
+    if Path(weights).suffix in RUNTIMES:
+        return load_engine(weights, device=device)
     return load_model(weights).to(pick_device(device))

@@ -316,6 +316,15 @@ class Detector(nn.Module):
                 )
         return results[0] if single else results
 
+    def predictor(self, **options: Any) -> Any:
+        """A `Predictor` of this model as it is now: `predict` made ready for many images, streams and pools.
+
+        Its `options` are those of `rtmdet_fast.predictor.predictor.Predictor`.
+        """
+        from rtmdet_fast.predictor.predictor import Predictor  # which stands above
+
+        return Predictor(self, **options)
+
     def detect_images(
         self,
         images: Sequence[np.ndarray],
