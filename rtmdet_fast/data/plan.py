@@ -30,6 +30,8 @@ class SamplePlan:
     """Dataset indices in the mosaic cache once `index` was pushed, which is the last; empty in stage 2."""
     mixup_cache: tuple[SamplePlan, ...] = ()
     """Plans whose augmented images are in the mixup cache, this one the last; their own `mixup_cache` is empty."""
+    stage2: bool = False
+    """Whether it belongs to the last epochs, which go without strong augmentation."""
 
 
 @dataclass(slots=True)
@@ -51,14 +53,16 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         self,
         dataset_length: int,
         batch_size: int,
-        recipe: AugmentRecipe,
+        recipe: AugmentRecipe | None,
         seed: int,
         num_workers: int,
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`drop_last` leaves out an incomplete batch, unless it is the only one.
+        """A `recipe` of None is one without mosaic and mixup: the plans have no caches in either stage.
+
+        `drop_last` leaves out an incomplete batch, unless it is the only one.
 
         Each of `world_size` processes shows a part of its own of every epoch; `rank` counts them from 0.
         """
@@ -87,7 +91,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             yield [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
 
     def set_stage2(self, enabled: bool) -> None:
-        """From the next epoch on: with True no mosaic and no mixup; either way the caches start empty."""
+        """From the next epoch on: with True no strong augmentation; either way the caches start empty."""
         if enabled != self._stage2:
             self._stage2 = enabled
             self._streams = [_Stream() for _ in self._streams]
@@ -125,13 +129,15 @@ class PlanSampler(Sampler[list[SamplePlan]]):
 
     def _plan(self, stream: _Stream, index: int, seed: int) -> SamplePlan:
         if self._stage2:
+            return SamplePlan(index, seed, stage2=True)
+        if self.recipe is None:
             return SamplePlan(index, seed)
-        self._push(stream.mosaic, index, self.recipe.mosaic_cache)
+        self._push(stream.mosaic, index, self.recipe.mosaic_cache, self.recipe.random_pop)
         plan = SamplePlan(index, seed, tuple(stream.mosaic))
-        self._push(stream.mixup, plan, self.recipe.mixup_cache)
+        self._push(stream.mixup, plan, self.recipe.mixup_cache, self.recipe.random_pop)
         return replace(plan, mixup_cache=tuple(stream.mixup))
 
-    def _push(self, cache: list[Any], item: Any, limit: int) -> None:
+    def _push(self, cache: list[Any], item: Any, limit: int, random_pop: bool) -> None:
         cache.append(item)
         if len(cache) > limit:  # the item just pushed stays, and stays last
-            cache.pop(int(self._rng.integers(len(cache) - 1)) if self.recipe.random_pop else 0)
+            cache.pop(int(self._rng.integers(len(cache) - 1)) if random_pop else 0)

@@ -78,3 +78,47 @@ def rotated_recipe(image_size: int, class_names: Sequence[str]) -> RotatedRecipe
     """The published recipe at `image_size` pixels; its upright classes are found by their names in DOTA."""
     upright = tuple(i for i, name in enumerate(class_names) if name in UPRIGHT_CLASSES)
     return RotatedRecipe(image_size=image_size, upright_labels=upright)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetrRecipe:
+    """The training augmentation of RT-DETR; the defaults are the published ones.
+
+    Distortion of colours, zooming out and cropping are for all epochs but the last.
+    """
+
+    image_size: int
+    """Side of the square output in pixels, which the image is resized to whatever its aspect ratio."""
+    distort_prob: float = 0.5
+    """Of each of the five changes of colour by itself: the following four, and a permutation of the channels."""
+    brightness_range: tuple[float, float] = (0.875, 1.125)
+    contrast_range: tuple[float, float] = (0.5, 1.5)
+    """About the mean grey level; before the next two or after them, equally likely."""
+    saturation_range: tuple[float, float] = (0.5, 1.5)
+    hue_range: tuple[float, float] = (-0.05, 0.05)
+    """A shift, in turns of the circle of hues."""
+    zoom_out_prob: float = 0.5
+    zoom_out_range: tuple[float, float] = (1.0, 4.0)
+    """Sides of the black canvas that the image is placed on at random, in units of its own."""
+    crop_prob: float = 0.8
+    crop_ious: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    """One of them, each equally likely, is the least IoU of the crop with some box in it; 1 leaves the image whole."""
+    crop_range: tuple[float, float] = (0.3, 1.0)
+    """Sides of the crop, in units of the image's."""
+    crop_aspect_range: tuple[float, float] = (0.5, 2.0)
+    crop_trials: int = 40
+    """For one of `crop_ious`, before another is drawn."""
+    flip_prob: float = 0.5
+    min_box_size: float = 1.0
+    """Boxes with a shorter side, in pixels before the resize or after it, are dropped."""
+
+
+def multi_scale_sizes(image_size: int) -> tuple[int, ...]:
+    """The sides in pixels that RT-DETR's training draws one of for every batch, each entry equally likely.
+
+    The multiples of 32 within a quarter of `image_size`, itself thrice; of 640, the published list.
+    """
+    if image_size < 32 or image_size % 32:
+        raise UserError(f"image size {image_size} is no multiple of 32 pixels, the stride of the coarsest level")
+    least, most = -(-image_size * 3 // 128) * 32, image_size * 5 // 128 * 32
+    return tuple(sorted([*range(least, most + 1, 32), image_size, image_size]))

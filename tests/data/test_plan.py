@@ -118,11 +118,24 @@ def test_resume_refuses_another_run():
 
 def test_stage2():
     sampler = PlanSampler(40, 4, TINY, 0, 2)
-    epochs(sampler, 1)
+    assert not any(p.stage2 for batch in sampler for p in batch)
     sampler.set_stage2(True)
-    assert all(p.mosaic_cache == p.mixup_cache == () for batch in sampler for p in batch)
+    assert all(p.stage2 and p.mosaic_cache == p.mixup_cache == () for batch in sampler for p in batch)
     resumed = PlanSampler(40, 4, TINY, 0, 2)
     resumed.load_state_dict(sampler.state_dict())
     assert list(resumed) == list(sampler)
     sampler.set_stage2(False)
     assert [len(p.mosaic_cache) for p in next(iter(sampler))] == [1, 2, 3, 4]
+
+
+def test_a_recipe_without_caches():
+    """The plans tell their stage all the same, and a run is resumed as with caches."""
+    sampler = PlanSampler(40, 4, None, 0, 2)
+    plans = [p for batch in sampler for p in batch]
+    assert sorted(p.index for p in plans) == list(range(40)) and len({p.seed for p in plans}) == 40
+    assert all(p.mosaic_cache == p.mixup_cache == () and not p.stage2 for p in plans)
+    resumed = PlanSampler(40, 4, None, 9, 2)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert epochs(resumed, 1) == epochs(sampler, 1)
+    sampler.set_stage2(True)
+    assert all(p.stage2 for batch in sampler for p in batch)

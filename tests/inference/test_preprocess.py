@@ -1,13 +1,16 @@
-"""Letterbox and normalisation, against the reference's canvas."""
+"""Letterbox, squash and normalisation, against the reference's canvas."""
 
+import hashlib
+import runpy
 import subprocess
 import sys
 
 import numpy as np
+import PIL
 import pytest
 import torch
 
-from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize
+from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize, squash
 
 
 def test_letterbox_is_the_references_pixel_for_pixel(shared):
@@ -36,6 +39,38 @@ def test_letterbox_leaves_its_input_alone_and_pads_as_told():
     canvas[:] = 0
     assert np.array_equal(image, before)
     assert (letterbox(image, 8, pad_value=3)[0][4:] == 3).all()
+
+
+def test_squash_is_the_published_resize_pixel_for_pixel(shared):
+    recipe = runpy.run_path(str(shared / "reference" / "rtdetr" / "fixture_recipe.py"))
+    cases = torch.load(shared / "reference" / "rtdetr" / "preprocess_cases.pt", weights_only=True)["resize"]
+    squares = 0
+    for case in cases:
+        (h, w), (height, width) = case["size"], case["target"]
+        if height != width:
+            continue
+        squares += 1
+        if case["vertical_first"] and int(PIL.__version__.split(".")[0]) < 13:  # which rounds in the other order
+            continue
+        if case["kind"] == "noise":
+            image = np.floor(256 * recipe["uniform"](case["name"], (h, w, 3))).astype(np.uint8)
+        else:
+            image = (255 * recipe["image"](case["name"], h, w)).round().byte().permute(1, 2, 0).numpy()
+        canvas, scale = squash(image, width)
+        assert hashlib.sha256(canvas.tobytes()).hexdigest() == case["sha256"], case["name"]
+        assert scale == (width / w, height / h)
+    assert squares == 5
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (64, 64)])
+def test_squash_sizes(height, width):
+    image = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    before = image.copy()
+    canvas, scale = squash(image, 64)
+    assert canvas.shape == (64, 64, 3) and canvas.dtype == np.uint8 and scale == (64 / width, 64 / height)
+    assert np.array_equal(image, before) and canvas.flags.writeable
+    if (height, width) == (64, 64):
+        assert np.array_equal(canvas, image)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
