@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.sources import Frame, iter_sources
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import load_model
+from rtmdet_fast.predictor.graphs import GraphDetector
 from rtmdet_fast.predictor.stream import Stream
 
 ENGINES = ("auto", "torch", *RUNTIMES.values())
@@ -98,7 +101,10 @@ class Predictor:
         if place.type == "cpu" and self._dtype == "fp16":
             raise UserError("dtype 'fp16' is for GPUs: on a CPU take fp32 or bf16")
         dtype = ("fp16" if place.type == "cuda" else "fp32") if self._dtype == "auto" else self._dtype
-        return model.to(place, DTYPES[dtype])
+        model = model.to(place, DTYPES[dtype])
+        if place.type == "cuda" and type(model).to_canvases is not Detector.to_canvases:
+            return GraphDetector(model, self._settings["batch_size"])
+        return model
 
     def _opened(self, path: Path, runtime: str) -> Engine:
         if runtime == "onnxruntime" and self._dtype not in ("auto", "fp32"):
@@ -116,9 +122,10 @@ class Predictor:
         from rtmdet_fast.export.export import export
 
         log.warning("exporting to a temporary file for %s: `rtmdet-fast export` makes one to keep", runtime)
-        self._folder = tempfile.TemporaryDirectory(prefix="rtmdet-fast-")  # goes when this object does
+        folder = tempfile.mkdtemp(prefix="rtmdet-fast-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         suffix = next(suffix for suffix, name in RUNTIMES.items() if name == runtime)
-        path = Path(self._folder.name) / f"model{suffix}"
+        path = Path(folder) / f"model{suffix}"
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
         export(model, path, **{name: self._settings[name] for name in names})
         return self._opened(path, runtime)
