@@ -1,13 +1,14 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
 `python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`
-in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays registered
-for good.
+or `graph` in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays
+registered for good.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from busy import busy
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
@@ -23,9 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from rtmdet_fast import RTMDet
-from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, nms
+from rtmdet_fast.inference.detections import Detections
+from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, letterbox, nms
+from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
+from rtmdet_fast.predictor.graphs import GraphDetector
 
 _setup_privateuseone_for_python_backend("fake")
 torch.fake.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
@@ -224,6 +229,31 @@ def detect(task: str) -> None:
         raise AssertionError("post-processing of no fixed size would wait")
 
 
+def graph(task: str) -> None:
+    """What is captured on a GPU, uncaptured."""
+    model = busy(task).fold()
+    pictures = [np.random.default_rng(i).integers(0, 256, (60 + 30 * i, 90, 3), np.uint8) for i in range(3)]
+    settings = replace(model.test_settings, score_threshold=0.3, max_detections=20)
+    here, there = GraphDetector(model, batch_size=2), GraphDetector(copy.deepcopy(model), batch_size=2)
+    move(there.model)
+    for most in (1000, 10):  # with fewer than the candidates there are, it is as without a graph
+        detector.MAX_CANDIDATES = most
+        expected = here.detect_whole(pictures, 96, settings)
+        with FakeGpu():
+            found = there.detect_whole(pictures, 96, settings)
+            assert all(isinstance(one.scores, FakeGpuTensor) == (most == 10) for one in found)
+            found = [Detections(*(x.cpu() for x in one if x is not None)) for one in found]
+        for one, truth in zip(found, expected, strict=True):
+            assert all(map(torch.equal, one[:4], truth[:4])) and 10 < len(one.scores) <= 20
+            assert task != "ins" or torch.equal(one.masks.logits, truth.masks.logits)
+    detector.MAX_CANDIDATES = 1000
+    assert sorted(key[0] for key in there._graphs) == [1, 2]
+    launched = launch_nothing()
+    with FakeGpu(), no_waiting():
+        there._graphs[2, 96, settings].run()
+    assert launched == ["_letterbox_kernel", "_words_kernel", "_scan_kernel", *["_logits_kernel"] * (task == "ins")]
+
+
 def launch_nothing() -> list[str]:
     """From now on kernels are chosen and prepared as on a GPU, but what would be launched is named in this list."""
     launched: list[str] = []
@@ -236,7 +266,7 @@ def launch_nothing() -> list[str]:
             return lambda *args, **kwargs: launched.append(self.kernel.__name__)
 
     _dispatch.BACKEND = "triton"
-    for module in (nms, dynamic_mask_triton):
+    for module in (nms, dynamic_mask_triton, letterbox):
         module.wrap_triton = Recorder
     return launched
 
@@ -260,5 +290,5 @@ def train_rtdetr() -> None:
 
 if __name__ == "__main__":
     command, task = sys.argv[1:]
-    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect}[command](task)
+    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect, "graph": graph}[command](task)
     print("fine")
