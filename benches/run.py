@@ -38,6 +38,7 @@ OPS = (  # in order of importance
     "rtdetr",
     "training",
     "postprocess",
+    "matcher",
     "layers",
     "pipeline",
 )

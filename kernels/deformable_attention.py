@@ -13,12 +13,13 @@ with boxes (cx, cy, w, h), where level l has n_l points,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtmdet_fast.kernels import deformable_attention_torch, deformable_attention_triton
-from rtmdet_fast.kernels._dispatch import use_triton
+from rtmdet_fast.kernels._dispatch import unwatched, use_triton
 from rtmdet_fast.kernels.deformable_attention_torch import box_locations, precision
 
 
@@ -45,8 +46,8 @@ def deformable_attention(
     _check_points(value, weights, "weights", locations, "locations", points)
     settings = [n for size in sizes for n in size], list(points), method, published_clamp
     if _takes_triton(sizes, value, locations, weights):
-        return deformable_attention_triton.attention(value, None, locations, weights, *settings)
-    return deformable_attention_torch.attention(value, locations, weights, *settings)
+        return _triton(value, None, locations, weights, *settings)
+    return _reference(value, locations, weights, *settings)
 
 
 def box_deformable_attention(
@@ -67,11 +68,21 @@ def box_deformable_attention(
     _check_tensor("references", references, (value.shape[0], logits.shape[1], 4), value)
     settings = [n for size in sizes for n in size], list(points), method, published_clamp
     if _takes_triton(sizes, value, references, offsets, logits):
-        return deformable_attention_triton.attention(value, references, offsets, logits, *settings)
+        return _triton(value, references, offsets, logits, *settings)
     dtype = precision(value, references, offsets, logits)
     references, offsets, logits = (x.to(dtype) for x in (references, offsets, logits))
     locations = box_locations(references, offsets, points)
-    return deformable_attention_torch.attention(value, locations, logits.softmax(3), *settings)
+    return _reference(value, locations, logits.softmax(3), *settings)
+
+
+def _triton(value: Tensor, *arguments: Any) -> Tensor:
+    op = deformable_attention_triton.attention
+    return op.undispatched(value, *arguments) if unwatched(value) else op(value, *arguments)
+
+
+def _reference(value: Tensor, *arguments: Any) -> Tensor:
+    op = deformable_attention_torch
+    return op.undispatched(value, *arguments) if unwatched(value) else op.attention(value, *arguments)
 
 
 def _takes_triton(sizes: Sequence[tuple[int, int]], value: Tensor, *others: Tensor) -> bool:

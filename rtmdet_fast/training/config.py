@@ -19,6 +19,7 @@ BOUNDS = {
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
     "queries": (1, 2**16),
+    "version": (1, 2),
     "warmup_iterations": (0, 10**9),
     "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
@@ -173,8 +174,8 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     check_bounds(config)
+    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images

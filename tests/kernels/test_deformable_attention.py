@@ -337,13 +337,15 @@ def test_opcheck(method):
     tests = ("test_schema", "test_autograd_registration") + ("test_faketensor",) * (not INTERPRETED)
     tensors, settings = of_op("boxes", method)
     opcheck(
-        deformable_attention_triton.attention_backward,
+        deformable_attention_triton.attention_backward.library_op,
         (torch.ones(2, 3, 10, device=DEVICE),) * 2 + (*tensors, *settings),
         test_utils=tests[:1],
     )
     tensors[0].requires_grad_()
-    opcheck(deformable_attention_triton.attention, (*tensors, *settings), test_utils=tests)
-    opcheck(deformable_attention_triton.attention, (tensors[0], None, *tensors[2:], *settings), test_utils=tests)
+    opcheck(deformable_attention_triton.attention.library_op, (*tensors, *settings), test_utils=tests)
+    opcheck(
+        deformable_attention_triton.attention.library_op, (tensors[0], None, *tensors[2:], *settings), test_utils=tests
+    )
 
 
 @not_interpreted
