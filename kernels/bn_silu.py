@@ -62,7 +62,7 @@ def bn_silu_reference(
 ) -> Tensor:  # fmt: skip
     """`bn_silu` in PyTorch."""
     if training and process_group is not None:
-        y = sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, process_group)
+        y = sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bn.group_name(process_group))
     else:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return silu_add(y, residual)
@@ -91,10 +91,8 @@ class _AllReduce(torch.autograd.Function):
 
 def sync_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
-    momentum: float, eps: float, process_group: dist.ProcessGroup,
+    momentum: float, eps: float, group: str,
 ) -> Tensor:  # fmt: skip
-    """Batch norm in training by the statistics of all processes, in PyTorch: `nn.SyncBatchNorm` is for GPUs alone."""
-    group = bn.group_name(process_group)
     # the mean first and then the squared deviations from it: a large mean does not cancel the variance
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = _AllReduce.apply(wide.new_full((), x.numel() // x.shape[1]), group)

@@ -1,16 +1,22 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
-`python tests/fake_gpu.py TASK` trains one step of RTMDet on it, or with "rtdetr" of RT-DETR, and predicts. Own process:
-the device stays registered for good.
+`python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`
+or `graph` in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays
+registered for good.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from busy import busy
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
@@ -19,14 +25,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from rtmdet_fast import RTMDet
+from rtmdet_fast.inference.detections import Detections
+from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, letterbox, nms
+from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
+from rtmdet_fast.predictor.graphs import GraphDetector
 
 _setup_privateuseone_for_python_backend("fake")
 torch.fake.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 DEVICE = torch.device("fake:0")
-WAITS: list[str] = []
-"""Operations for whose outcome a host would wait."""
+WAITS = {
+    *("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"),
+    *("aten::_unique2", "aten::unique_consecutive", "aten::unique_dim", "aten::repeat_interleave", "aten::bincount"),
+    *("aten::argwhere", "aten::allclose", "aten::histc"),
+}
+"""For which CUDA makes the host wait: their result, or its size, is a matter of the values."""
+INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put")
+refusing_to_wait = False
+arrived: list[str] = []
+"""Operations whose outcome, of tensors on the device, the host got to see."""
 
 
 class FakeGpuTensor(Tensor):
@@ -47,10 +65,12 @@ class FakeGpuTensor(Tensor):
 
     # these two reach no dispatcher
     def tolist(self) -> Any:
-        WAITS.append("tolist")
+        refuse("tolist")
+        arrived.append("tolist")
         return self.host.tolist()
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:
+        refuse("new_tensor")
         return FakeGpuTensor(self.host.new_tensor(data, dtype=dtype))
 
 
@@ -71,6 +91,31 @@ class FakeGpuFactory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it, what would make the host wait for the device raises; copies between the two do, unless pinned."""
+    global refusing_to_wait
+    refusing_to_wait = True
+    try:
+        yield
+    finally:
+        refusing_to_wait = False
+
+
+def refuse(what: str) -> None:
+    if refusing_to_wait:
+        raise RuntimeError(f"{what} makes the host wait for the device")
+
+
+def would_wait(name: str, ours: list[Tensor], others: list[Tensor], devices: list[torch.device]) -> bool:
+    """Whether CUDA makes the host wait for an operator of tensors `ours` on the device and `others` on the host."""
+    if name in ("aten::copy_", "aten::_to_copy"):
+        return bool(ours and others) or bool(devices and (devices[0] == DEVICE) != bool(ours))
+    if name in INDEXING and ours:  # by bool, which asks how many; or by what has to be copied first
+        return any(x.dtype == torch.bool for x in ours[1:]) or any(x.dim() for x in others)
+    return bool(ours) and name in WAITS
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `func` on the values; what CUDA would refuse raises."""
     leaves = tree_leaves((args, kwargs))
@@ -78,9 +123,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeGpuTensor)]
     name = func._schema.name
     copies = name in ("aten::copy_", "aten::_to_copy")
+    if would_wait(name, ours, others, [x for x in leaves if isinstance(x, torch.device)]):
+        refuse(name)
     if ours and not copies:
         # x[index] takes indices from the host too, and everything takes numbers
-        index = torch.int64 if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") else None
+        index = torch.int64 if name in INDEXING else None
         wrong = [x for x in others if x.dim() and x.dtype != index]
         if wrong:
             raise RuntimeError(f"{name} mixes devices: {[(tuple(x.shape), x.dtype) for x in wrong]} are on the host")
@@ -107,7 +154,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stays = any(isinstance(x, FakeGpuTensor) for x in ([args[0]] if copies else leaves))
     result = tree_map(to_fake, result) if stays else result
     if ours and (name == "aten::nonzero" or not any(isinstance(x, FakeGpuTensor) for x in tree_leaves(result))):
-        WAITS.append(name)
+        arrived.append(name)
     return result
 
 
@@ -123,7 +170,7 @@ def move(model: nn.Module) -> None:
                 module._buffers[name] = moved.setdefault(buffer, FakeGpuTensor(buffer))
 
 
-def check(task: str) -> None:
+def train(task: str) -> None:
     torch.manual_seed(0)
     model = RTMDet("nano", task, num_classes=3)
     for predictor in model.bbox_head.rtm_reg:
@@ -147,7 +194,84 @@ def check(task: str) -> None:
             assert result.masks.shape == (len(result), 100, 150)
 
 
-def check_detr() -> None:
+def detect(task: str) -> None:
+    torch.manual_seed(0)
+    model, images, size = RTMDet("nano", task, num_classes=3).fold(), torch.randn(2, 3, 128, 96), (128, 96)
+    head, output = model.bbox_head, model(images)
+    # an untrained network says the same everywhere
+    logits = tuple(2 * torch.randn_like(level) - 3 for level in output.logits)
+    distances = tuple(5 * torch.randn_like(level) + 8 for level in output.distances)
+    output = output._replace(logits=logits, distances=distances)
+    settings = replace(model.test_settings, score_threshold=0.3, max_detections=20)
+    expected = model.unpack(model.pack(output, size, settings), size, settings)
+    assert expected is not None and all(len(found.scores) == 20 for found in expected)
+    for found, eager in zip(expected, head.detect(output, size, settings), strict=True):
+        assert all(map(torch.equal, found[:4], eager[:4]))
+        if task == "ins":
+            torch.testing.assert_close(found.masks.logits, eager.masks.logits)
+    move(model)
+    output = type(output)(*(FakeGpuTensor(x) if isinstance(x, Tensor) else [*map(FakeGpuTensor, x)] for x in output))
+    with FakeGpu():
+        packed = model.pack(output, size, settings).host
+    for found, other in zip(model.unpack(packed, size, settings), expected, strict=True):
+        assert all(map(torch.equal, found[:4], other[:4]))
+    launched = launch_nothing()
+    with FakeGpu(), no_waiting():
+        model(FakeGpuTensor(images))
+        model.pack(output, size, settings)
+    assert launched == ["_words_kernel", "_scan_kernel", *(["_logits_kernel"] if task == "ins" else [])]
+    try:
+        with FakeGpu(), no_waiting():
+            head.detect(output, size, settings)
+    except RuntimeError as error:
+        assert "makes the host wait" in str(error)
+    else:
+        raise AssertionError("post-processing of no fixed size would wait")
+
+
+def graph(task: str) -> None:
+    """What is captured on a GPU, uncaptured."""
+    model = busy(task).fold()
+    pictures = [np.random.default_rng(i).integers(0, 256, (60 + 30 * i, 90, 3), np.uint8) for i in range(3)]
+    settings = replace(model.test_settings, score_threshold=0.3, max_detections=20)
+    here, there = GraphDetector(model, batch_size=2), GraphDetector(copy.deepcopy(model), batch_size=2)
+    move(there.model)
+    for most in (1000, 10):  # with fewer than the candidates there are, it is as without a graph
+        detector.MAX_CANDIDATES = most
+        expected = here.detect_whole(pictures, 96, settings)
+        with FakeGpu():
+            found = there.detect_whole(pictures, 96, settings)
+            assert all(isinstance(one.scores, FakeGpuTensor) == (most == 10) for one in found)
+            found = [Detections(*(x.cpu() for x in one if x is not None)) for one in found]
+        for one, truth in zip(found, expected, strict=True):
+            assert all(map(torch.equal, one[:4], truth[:4])) and 10 < len(one.scores) <= 20
+            assert task != "ins" or torch.equal(one.masks.logits, truth.masks.logits)
+    detector.MAX_CANDIDATES = 1000
+    assert sorted(key[0] for key in there._graphs) == [1, 2]
+    launched = launch_nothing()
+    with FakeGpu(), no_waiting():
+        there._graphs[2, 96, settings].run()
+    assert launched == ["_letterbox_kernel", "_words_kernel", "_scan_kernel", *["_logits_kernel"] * (task == "ins")]
+
+
+def launch_nothing() -> list[str]:
+    """From now on kernels are chosen and prepared as on a GPU, but what would be launched is named in this list."""
+    launched: list[str] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: launched.append(self.kernel.__name__)
+
+    _dispatch.BACKEND = "triton"
+    for module in (nms, dynamic_mask_triton, letterbox):
+        module.wrap_triton = Recorder
+    return launched
+
+
+def train_rtdetr() -> None:
     torch.manual_seed(0)
     model = RTDETR("r18", num_classes=3, num_queries=20).train()
     move(model)
@@ -157,13 +281,14 @@ def check_detr() -> None:
     images = torch.rand(2, 3, 128, 128)
     for targets in some, none:
         with FakeGpu(), FakeGpuFactory():
-            WAITS.clear()
+            arrived.clear()
             losses = model(FakeGpuTensor(images), Targets(*map(FakeGpuTensor, targets)))
             sum(losses.values()).backward()
-            assert WAITS == ["aten::_to_copy"], WAITS  # the costs of the matching
+            assert arrived == ["aten::_to_copy"], arrived  # the costs of the matching
         assert all(p.grad.host.isfinite().all() for p in model.parameters())
 
 
 if __name__ == "__main__":
-    check_detr() if sys.argv[1] == "rtdetr" else check(sys.argv[1])
+    command, task = sys.argv[1:]
+    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect, "graph": graph}[command](task)
     print("fine")

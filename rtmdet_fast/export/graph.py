@@ -5,6 +5,8 @@ Legend: B images, K candidates, D detections.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,26 @@ from rtmdet_fast.kernels.rotated_iou import _iou
 from rtmdet_fast.models.detector import Detector
 
 
-class EndToEnd(nn.Module):
+class Graph(nn.Module):
+    """What is exported of a model, which is folded: normalised images [B, 3, H, W] → the outputs by `output_names`."""
+
+    output_names: list[str]
+
+    def __init__(self, model: Detector):
+        super().__init__()
+        self.model = model
+
+
+class WithoutNMS(Graph):
+    """boxes [B, N, 4 or 5] in pixels of the network's input, scores [B, N, C], for clients with NMS of their own."""
+
+    output_names = ["boxes", "scores"]  # noqa: RUF012 - which nothing changes
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.boxes_and_scores(self.model(input), (input.shape[2], input.shape[3]))
+
+
+class EndToEnd(Graph):
     """Normalised images [B, 3, H, W] → dets [B, D, 5] xyxy and score, labels [B, D], in pixels of the network's input.
 
     Names and shapes are those of mmdeploy's end-to-end models; rotated boxes make dets [B, D, 6]. Detections fall by
@@ -23,14 +44,13 @@ class EndToEnd(nn.Module):
     [B, D, H/8, W/8], which they are interpolated from.
     """
 
-    def __init__(self, model: Detector, settings: DetectSettings, capacity: int):
-        """model: folded. capacity: the K candidates of an image that NMS sees."""
-        super().__init__()
-        self.model, self.settings, self.capacity = model, settings, capacity
-
-    @property
-    def output_names(self) -> list[str]:
-        return ["dets", "labels", *(["masks", "mask_logits"] if self.model.has_masks else [])]
+    def __init__(self, model: Detector, settings: DetectSettings, capacity: int, *, full_masks: bool = True):
+        """capacity: the K candidates of an image that NMS sees. full_masks: whether `masks` are among the outputs."""
+        super().__init__(model)
+        self.settings, self.capacity, self.full_masks = settings, capacity, full_masks
+        self.output_names = ["dets", "labels"]
+        if model.has_masks:
+            self.output_names += ["masks", "mask_logits"] if full_masks else ["mask_logits"]
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         output, size = self.model(input), (input.shape[2], input.shape[3])
@@ -40,8 +60,26 @@ class EndToEnd(nn.Module):
         if not self.model.has_masks:
             return dets, found.labels
         logits = self.model.mask_logits(output, found)
+        if not self.full_masks:
+            return dets, found.labels, logits
         masks = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).sigmoid()
         return dets, found.labels, masks, logits
+
+
+def example_input(image_size: int | None, batch_size: int | None) -> tuple[Tensor, dict[int, Any]]:
+    """What a graph is traced with, and torch.export's dimensions of it that stay open.
+
+    image_size: side in pixels of the square input, None for any multiples of 32. batch_size: None for any.
+    """
+    side = 128 if image_size is None else image_size
+    example = torch.zeros(batch_size or 2, 3, side, side)
+    dynamic: dict[int, Any] = {}
+    if batch_size is None:
+        dynamic[0] = torch.export.Dim("batch", min=1)
+    if image_size is None:
+        # the least sides must be below, the greatest above what is traced
+        dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
+    return example, dynamic
 
 
 def rotated_nms_padded(

@@ -46,6 +46,39 @@ class PaddedDetections(NamedTuple):
     counts: Tensor
     candidates: Tensor
 
+    def pack(self, mask_logits: Tensor | None = None) -> Tensor:
+        """All of it, and mask_logits [B, D, h, w], as one tensor [B, L] float32: one copy takes it to the host.
+
+        Whole numbers stay exact up to 2^24, to which `candidates` are cut.
+        """
+        counts = torch.stack([self.counts, self.candidates.clamp(max=2**24)], 1)
+        parts = [counts, self.labels, self.priors, self.scores, self.boxes]
+        if mask_logits is not None:
+            parts.append(mask_logits)
+        return torch.cat([part.flatten(1).float() for part in parts], 1)
+
+
+def unpack(
+    packed: Tensor, max_detections: int, box_size: int, mask_shape: tuple[int, int] | None = None
+) -> tuple[list[Detections], list[int]]:
+    """Detections of each image from what `PaddedDetections.pack` made, on the host; and how many candidates each had.
+
+    box_size: 4, or 5 of rotated boxes; mask_shape: (h, w) of the mask logits.
+    """
+    counts, candidates = (column.long().tolist() for column in packed[:, :2].unbind(1))
+    lengths = [2, *[max_detections] * 3, max_detections * box_size]
+    _, labels, priors, scores, boxes, masks = packed.split([*lengths, packed.shape[1] - sum(lengths)], 1)
+    found = []
+    for i, count in enumerate(counts):
+        # copies: what was packed may be written over, and would be kept for as long as a view of it
+        box = boxes[i].view(max_detections, box_size)[:count].clone()
+        logits = None if mask_shape is None else masks[i].view(max_detections, *mask_shape)[:count].clone()
+        predicted = None if logits is None else PredictedMasks(logits, (1.0, 1.0), (0, 0))
+        found.append(
+            Detections(box, scores[i, :count].clone(), labels[i, :count].long(), priors[i, :count].long(), predicted)
+        )
+    return found, candidates
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectSettings:

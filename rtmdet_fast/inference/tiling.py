@@ -22,6 +22,7 @@ def predict_tiled(
     batch_size: int,
     iou_threshold: float,
     max_detections: int,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Detections on an image of any size, from overlapping windows.
 
@@ -33,9 +34,10 @@ def predict_tiled(
         batch_size: patches per call of `detect`.
         iou_threshold: of the non-maximum suppression over all windows, class by class.
         max_detections: that it leaves.
+        device: on which it runs; that of what `detect` makes where not given.
 
     Returns:
-        boxes [D, 4 or 5] in pixels of `image`, scores [D], labels [D], best score first; on the device of `detect`.
+        boxes [D, 4 or 5] in pixels of `image`, scores [D], labels [D], best score first; on that device.
     """
     height, width = image.shape[:2]
     places = windows(width, height, patch_size, overlap)
@@ -43,7 +45,7 @@ def predict_tiled(
     for start in range(0, len(places), batch_size):
         patches = [crop(image, x, y, patch_size) for x, y in places[start : start + batch_size]]
         found += [(d[0], d[1], d[2]) for d in detect(patches)]
-    return merge(found, places, iou_threshold, max_detections, (height, width))
+    return merge(found, places, iou_threshold, max_detections, (height, width), device)
 
 
 def merge(
@@ -52,6 +54,7 @@ def merge(
     iou_threshold: float,
     max_detections: int,
     shape: tuple[int, int],
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The detections (boxes, scores, labels) of windows at `places` (x, y) as those of the image of `shape` (H, W).
 
@@ -59,6 +62,7 @@ def merge(
     """
     boxes = torch.cat([_moved(b, x, y) for (b, _, _), (x, y) in zip(found, places, strict=True)])
     scores, labels = torch.cat([s for _, s, _ in found]), torch.cat([c for _, _, c in found])
+    boxes, scores, labels = (field.to(device) for field in (boxes, scores, labels))
     centres = boxes[:, :2] if boxes.shape[1] == 5 else (boxes[:, :2] + boxes[:, 2:]) / 2
     inside = (centres >= 0).all(1) & (centres[:, 0] <= shape[1]) & (centres[:, 1] <= shape[0])
     boxes, scores, labels = boxes[inside], scores[inside], labels[inside]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import as_bgr, read_image
-from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, unpack
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
 from rtmdet_fast.kernels.nms import batched_nms_padded
@@ -22,6 +22,8 @@ from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_w
 from rtmdet_fast.models.fold import folded_copy
 
 MAX_IMAGE_SIZE = 16384
+MAX_CANDIDATES = 1000
+"""Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
 
 class Targets(NamedTuple):
@@ -93,6 +95,16 @@ class Detector(nn.Module):
     @staticmethod
     def normalize(canvases: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 BGR as the network takes it, float32."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_canvases(frames: Tensor, sizes: Tensor, image_size: int, dtype: torch.dtype) -> Tensor:
+        """The network's input [B, 3, S, S] of frames as `letterbox_normalize` takes them, where they lie."""
+        raise NotImplementedError
+
+    @staticmethod
+    def canvas_scales(sizes: Tensor, image_size: int) -> Tensor:
+        """Of it, canvas pixels per pixel of the frame (x, y) [B, 2], for sizes [B, 2] (height, width)."""
         raise NotImplementedError
 
     def postprocess(
@@ -212,15 +224,46 @@ class Detector(nn.Module):
         images = self.normalize(canvases.to(parameter.device)).to(parameter.dtype)
         if self.is_folded:
             images = images.contiguous(memory_format=torch.channels_last)
-        training = [module for module in self.modules() if module.training]  # parts may be frozen
-        self.eval()
+        # parts may be frozen; a folded model never trains, and the search takes a tenth of the smallest network
+        training = [] if self.is_folded else [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             output = self(images)
         finally:
             for module in training:
                 module.training = True
         canvas_size = canvases.shape[2], canvases.shape[3]
-        return self.postprocess(output, canvas_size, scales, shapes, settings or self.test_settings, clip=clip_to_image)
+        settings = settings or self.test_settings
+        found = None
+        if images.device.type != "cpu":  # where nothing waits, and what fixed sizes need takes longer
+            found = self.unpack(self.pack(output, canvas_size, settings).cpu(), canvas_size, settings)
+        if found is None:
+            return self.postprocess(output, canvas_size, scales, shapes, settings, clip=clip_to_image)
+        return [
+            self.to_image(detections, scale, shape, clip=clip_to_image)
+            for detections, scale, shape in zip(found, scales, shapes, strict=True)
+        ]
+
+    def pack(self, output: Any, input_size: tuple[int, int], settings: DetectSettings) -> Tensor:
+        """All that is found [B, L] float32, for `unpack`, from the network's output; the host waits for nothing."""
+        found = self.detect_padded(output, input_size, settings, self._capacity(settings))
+        return found.pack(self.mask_logits(output, found) if self.has_masks else None)
+
+    def unpack(self, packed: Tensor, input_size: tuple[int, int], settings: DetectSettings) -> list[Detections] | None:
+        """Detections of each image, in pixels of the network's input, from what `pack` made, on the host.
+
+        None where an image has more candidates than took part, so that only `postprocess` finds all.
+        """
+        mask_shape = (input_size[0] // 8, input_size[1] // 8) if self.has_masks else None
+        box_size = 5 if self.task == "rotated" else 4
+        found, candidates = unpack(packed, settings.max_detections, box_size, mask_shape)
+        return None if max(candidates) > self._capacity(settings) else found
+
+    @staticmethod
+    def _capacity(settings: DetectSettings) -> int:
+        # with `nms_pre` candidates or fewer on all levels together, it cuts none off
+        return min(MAX_CANDIDATES, settings.nms_pre)
 
     @overload
     def predict(
@@ -316,6 +359,15 @@ class Detector(nn.Module):
                 )
         return results[0] if single else results
 
+    def predictor(self, **options: Any) -> Any:
+        """A `Predictor` of this model as it is now: `predict` made ready for many images, streams and pools.
+
+        Its `options` are those of `rtmdet_fast.predictor.predictor.Predictor`.
+        """
+        from rtmdet_fast.predictor.predictor import Predictor  # which stands above
+
+        return Predictor(self, **options)
+
     def detect_images(
         self,
         images: Sequence[np.ndarray],
@@ -328,7 +380,7 @@ class Detector(nn.Module):
         """Detections in BGR images [H, W, 3] uint8 of any size, in their pixels; see `predict` for the sizes."""
         patch = self.patch_size if patch_size is None else patch_size
         small = [image for image in images if not patch or max(image.shape[:2]) <= patch]
-        whole = iter(self._detect_whole(small, image_size, settings) if small else [])
+        whole = iter(self.detect_whole(small, image_size, settings) if small else [])
         return [
             next(whole)
             if not patch or max(image.shape[:2]) <= patch
@@ -336,9 +388,10 @@ class Detector(nn.Module):
             for image in images
         ]
 
-    def _detect_whole(
+    def detect_whole(
         self, images: Sequence[np.ndarray], image_size: int, settings: DetectSettings | None
     ) -> list[Detections]:
+        """Detections in BGR images [H, W, 3] uint8, none of which is cut into windows, in their pixels, clipped."""
         canvases, scales = zip(*(self.to_canvas(image, image_size) for image in images), strict=True)
         return self.detect(
             torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
@@ -352,15 +405,25 @@ class Detector(nn.Module):
         self, image: np.ndarray, image_size: int, patch_size: int, settings: DetectSettings, batch_size: int
     ) -> Detections:
         boxes, scores, labels = predict_tiled(
-            lambda patches: self._detect_whole(patches, image_size, settings),
+            lambda patches: self.detect_whole(patches, image_size, settings),
             image,
             patch_size=patch_size,
             overlap=patch_size // 4,
             batch_size=batch_size,
             iou_threshold=settings.iou_threshold,
             max_detections=settings.max_detections,
+            device=next((parameter.device for parameter in self.parameters()), None),
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
+
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
+
+        The options are those of `rtmdet_fast.export.export.export`, and so is the Agreement that comes back.
+        """
+        from rtmdet_fast.export.export import export
+
+        return export(self, path, **options)
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""

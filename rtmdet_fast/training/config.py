@@ -6,16 +6,12 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.tasks import TASKS
-from rtmdet_fast.training.distributed import process_count
-from rtmdet_fast.training.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from rtmdet_fast.training.recipe import Recipe
 
 BOUNDS = {
     "epochs": (1, 10**6),
@@ -23,6 +19,7 @@ BOUNDS = {
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
     "queries": (1, 2**16),
+    "version": (1, 2),
     "warmup_iterations": (0, 10**9),
     "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
@@ -128,6 +125,8 @@ class Settings(TrainConfig):
     @property
     def recipe(self) -> Recipe:
         """What the settings leave to the family."""
+        from rtmdet_fast.training.recipe import RECIPES
+
         return RECIPES[self.model](self.size, self.version, self.task, self.queries)
 
     def as_json(self) -> dict[str, Any]:
@@ -162,12 +161,21 @@ def check_bounds(config: Any) -> None:
 
 def resolve(config: TrainConfig) -> Settings:
     """The config with every default worked out. Raises UserError for values that cannot be."""
+    # here: `rtmdet-fast --help` shows the settings, and has no need of PyTorch
+    import torch
+
+    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.models.detector import check_image_size
+    from rtmdet_fast.tasks import TASKS
+    from rtmdet_fast.training.distributed import process_count
+    from rtmdet_fast.training.recipe import RECIPES
+
     if config.task not in TASKS:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     check_bounds(config)
+    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images

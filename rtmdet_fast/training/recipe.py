@@ -36,6 +36,8 @@ class Recipe:
     """Of the model; None where a family has but one."""
     build: Callable[..., Detector]
     """`class_names=` → a fresh model."""
+    needs_init: bool = False
+    """Whether parts that training leaves as they are, frozen batch norms, come from other weights."""
     image_size: int
     """Side of the training images in pixels."""
     epochs: int
@@ -63,6 +65,8 @@ class Recipe:
     """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
     caches: AugmentRecipe | None = None
     """Which says what the caches of plans hold; None where there are none."""
+    empty_images: bool = False
+    """Whether images without objects are trained on."""
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
@@ -130,6 +134,7 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
         size=size,
         version=version,
         build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries),
+        needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
         stage2_epochs=published.plain_epochs,
@@ -144,6 +149,7 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
         ema_momentum=None,
         ema_share=_rtdetr_share,
         batch_sides=multi_scale_sizes if published.multi_scale else _one_side,
+        empty_images=True,
         augment=_augment_detr,
     )
 

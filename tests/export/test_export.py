@@ -168,15 +168,16 @@ def test_fixed_sides_and_batch(tmp_path):
         engine.save(tmp_path / "a.pth")
 
 
-def test_an_export_that_disagrees_is_deleted(exported, tmp_path, monkeypatch):
+def test_an_export_that_disagrees_leaves_what_was_there(exported, tmp_path, monkeypatch):
     model, path = exported
     monkeypatch.setattr(export_module, "export_onnx", lambda graph, to, *rest: shutil.copy(path, to))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.bbox_head.rtm_reg[0].bias += 0.05
-    with pytest.raises(UserError, match="does not detect what the model does, and is deleted"):
-        export(other, tmp_path / "model.onnx", score_threshold=0.05, candidates=500)
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "model.onnx").write_bytes(b"good")
+    with pytest.raises(UserError, match="would not detect what the model does, and is not written"):
+        other.export(tmp_path / "model.onnx", score_threshold=0.05, candidates=500)
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"good"]
 
 
 @pytest.mark.parametrize(

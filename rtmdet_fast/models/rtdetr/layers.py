@@ -93,12 +93,11 @@ class ConvNorm(nn.Module):
         conv, norm = (self._modules[name] for name in self.names)
         assert conv is not None and norm is not None
         x = conv(x)
-        if isinstance(norm, nn.BatchNorm2d):
-            if self.activation == "silu":
-                return fused_bn_silu(x, norm, process_group=self.process_group)
-            if self.process_group is not None and norm.training:
-                return activate(synchronised(x, norm, self.process_group), self.activation)
-        return activate(norm(x), self.activation)
+        if not isinstance(norm, nn.BatchNorm2d):
+            return activate(norm(x), self.activation)
+        if self.activation == "silu":
+            return fused_bn_silu(x, norm, process_group=self.process_group)
+        return activate(batch_norm(x, norm, self.process_group), self.activation)
 
     def fused(self) -> nn.Conv2d:
         """Convolution and norm in eval mode as one convolution with a bias."""
@@ -122,13 +121,23 @@ class FoldedConv(nn.Module):
         return activate(self.conv(x), self.activation)
 
 
-def synchronised(x: Tensor, norm: nn.BatchNorm2d, process_group: torch.distributed.ProcessGroup) -> Tensor:
-    """`norm` in training by the statistics of all processes."""
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, process_group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`norm` of `x`, in training by the statistics of the whole group where there is one."""
+    if process_group is None or not norm.training:
+        return norm(x)
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    statistics = norm.running_mean, norm.running_var
-    return sync_batch_norm(x, norm.weight, norm.bias, *statistics, norm.momentum, norm.eps, process_group)
+    return sync_batch_norm(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.momentum,
+        norm.eps,
+        process_group.group_name,
+    )
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:

@@ -6,7 +6,8 @@ Legend: B images, N priors (all levels, stride 8 first), C classes, M ground tru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
+from rtmdet_fast.kernels._dispatch import unwatched
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
@@ -39,7 +41,7 @@ class Assignment(NamedTuple):
     labels: Tensor
 
 
-def grid_priors(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+def grid_priors(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Priors [N, 4] (x, y, stride, stride) in pixels of feature maps of the given (height, width), offset 0."""
     levels = []
     for (height, width), stride in zip(sizes, STRIDES, strict=True):
@@ -48,6 +50,13 @@ def grid_priors(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
         )
         levels.append(torch.stack((x, y, torch.full_like(x, stride), torch.full_like(x, stride)), -1).view(-1, 4))
     return torch.cat(levels).float()
+
+
+@cache  # a captured graph reads them where they lie, for as long as it lives
+@torch.inference_mode(False)
+def _kept_priors(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """`grid_priors`, made once; not to be written to."""
+    return grid_priors(sizes, device)
 
 
 def flatten_levels(levels: tuple[Tensor, ...]) -> Tensor:
@@ -122,7 +131,9 @@ class DetectionHead(nn.Module):
     @staticmethod
     def priors(output: Any) -> Tensor:
         """The priors [N, 4] of a head's output."""
-        return grid_priors([(level.shape[2], level.shape[3]) for level in output.logits], output.logits[0].device)
+        first = output.logits[0]
+        sizes = tuple((level.shape[2], level.shape[3]) for level in output.logits)
+        return (_kept_priors if unwatched(first) else grid_priors)(sizes, first.device)
 
     def decode(self, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, N, C], boxes [B, N, 4] xyxy pixels of the network input, and priors [N, 4]."""

@@ -125,13 +125,20 @@ class InstanceHead(DetectionHead):
         found = super().detect(output, input_size, settings)  # type: ignore[arg-type]
         counts = [len(detections.priors) for detections in found]
         prior = torch.cat([detections.priors for detections in found])
-        image = torch.arange(len(found), device=prior.device).repeat_interleave(torch.tensor(counts).to(prior.device))
+        image = torch.cat([torch.full_like(detections.priors, i) for i, detections in enumerate(found)])
         instances = _instances(output, self.priors(output), image, prior)
         logits = dynamic_mask_logits(*instances, feature_stride=MASK_STRIDE)
         return [
             detections._replace(masks=PredictedMasks(part, (1.0, 1.0), input_size, MASK_STRIDE))
             for detections, part in zip(found, logits.split(counts), strict=True)
         ]
+
+    def padded_mask_logits(self, output: InstanceOutput, found: PaddedDetections) -> Tensor:
+        """The mask logits [B, D, H, W] of padded detections; what those of the padding are does not matter."""
+        B, D = found.priors.shape
+        image = torch.arange(B, device=found.priors.device)[:, None].expand(B, D).flatten()
+        instances = _instances(output, self.priors(output), image, found.priors.flatten())
+        return dynamic_mask_logits(*instances, feature_stride=MASK_STRIDE).unflatten(0, (B, D))
 
     def mask_logits(self, output: InstanceOutput, found: PaddedDetections) -> Tensor:
         """`dynamic_mask_logits` [B, D, H, W] of as many masks in every image, in plain operators.

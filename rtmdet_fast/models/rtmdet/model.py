@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
-from rtmdet_fast.inference.preprocess import letterbox, normalize
+from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize
+from rtmdet_fast.kernels.letterbox import letterbox_normalize, letterbox_scales
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint
 from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
@@ -126,6 +128,14 @@ class RTMDet(Detector):
     def normalize(canvases: Tensor) -> Tensor:
         return normalize(canvases)
 
+    @staticmethod
+    def to_canvases(frames: Tensor, sizes: Tensor, image_size: int, dtype: torch.dtype) -> Tensor:
+        return letterbox_normalize(frames, sizes, image_size, mean=MEAN, std=STD, dtype=dtype)
+
+    @staticmethod
+    def canvas_scales(sizes: Tensor, image_size: int) -> Tensor:
+        return letterbox_scales(sizes, image_size)
+
     def postprocess(
         self,
         output: HeadOutput | RotatedOutput,
@@ -153,8 +163,10 @@ class RTMDet(Detector):
         return self.bbox_head.detect_padded(output, input_size, settings, capacity, nms)
 
     def mask_logits(self, output: Any, found: PaddedDetections) -> Tensor:
-        assert isinstance(self.bbox_head, InstanceHead)
-        return self.bbox_head.mask_logits(output, found)
+        head = self.bbox_head
+        assert isinstance(head, InstanceHead)
+        # other runtimes have no kernel for them
+        return (head.mask_logits if torch.compiler.is_compiling() else head.padded_mask_logits)(output, found)
 
     def boxes_and_scores(self, output: Any, input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         logits, boxes, _ = self.bbox_head.decode(output)
