@@ -16,6 +16,7 @@ from rtmdet_fast.kernels import (
     dwconv_bn_silu,
     dynamic_mask,
     dynamic_mask_triton,
+    letterbox,
     nms,
     rotated_iou,
 )
@@ -29,7 +30,15 @@ def launches(monkeypatch):
     # nothing is run: what a kernel would have written must be a possible index
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     return record_launches(
-        monkeypatch, assign_triton, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
+        monkeypatch,
+        assign_triton,
+        batch_norm,
+        bn_silu,
+        dwconv_bn_silu,
+        dynamic_mask_triton,
+        letterbox,
+        nms,
+        rotated_iou,
     )
 
 
@@ -87,4 +96,13 @@ def test_masks(launches):
     dynamic_mask.dynamic_mask_logits(*inputs, feature_stride=1).sum().backward()
     truth = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     dynamic_mask.dynamic_mask_dice_loss(*inputs, truth, index, feature_stride=1).sum().backward()
+    trace_all(launches, 6)
+
+
+def test_letterbox(launches):
+    for images, capacity, size, pad in ((1, 1, 1, 1), (1, 3, 1, 0), (2, 3, 2, 1)):
+        frames, sizes = torch.zeros(images, capacity, dtype=torch.uint8), torch.ones(images, 2, dtype=torch.int32)
+        for squash in (False, True):
+            options = dict(mean=(0, 0, 0), std=(1, 1, 1), pad=pad, squash=squash)
+            letterbox.letterbox_normalize(frames, sizes, size, **options)
     trace_all(launches, 6)
