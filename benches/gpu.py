@@ -27,7 +27,7 @@ import torch
 from benches import harness, run, table
 
 KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")
-OPS = (*KERNELS, "forward", "training", "postprocess", "layers")
+OPS = (*KERNELS, "forward", "training", "postprocess", "matcher", "layers")
 TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "training_with_kernels")
 SHARE_OF_TESTS = 0.4  # of the time, at most
 LATE = "the time limit came first"

@@ -37,6 +37,7 @@ OPS = (  # in order of importance
     "forward",
     "training",
     "postprocess",
+    "matcher",
     "layers",
     "pipeline",
 )

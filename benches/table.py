@@ -21,10 +21,11 @@ OPS = {
     "training": "Training step",
     "pipeline": "Input pipeline",
     "postprocess": "Post-processing",
+    "matcher": "Hungarian matching",
 }
 PICTURES = {  # file name -> title, ops
     "kernels": ("Kernels", ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")),
-    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess")},
+    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess", "matcher")},
 }
 REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"}
 INTRO = """# Benches

@@ -32,9 +32,9 @@ def box_locations(references: Tensor, offsets: Tensor, points: Sequence[int]) ->
 
     An offset of the number of points of its level leads from the centre of the box to its edge.
     """
-    scale = torch.tensor([0.5 / count for count in points for _ in range(count)], device=offsets.device)
+    scale = [[0.5 / count] for count in points for _ in range(count)]
     centre, size = references[:, :, None, None, :2], references[:, :, None, None, 2:]
-    return centre + offsets * scale.to(offsets.dtype)[:, None] * size
+    return centre + offsets * torch.tensor(scale, dtype=offsets.dtype, device=offsets.device) * size
 
 
 def deformable_attention_grid_sample(
@@ -127,8 +127,7 @@ def _bags(rows: Tensor, table: Tensor, coefficients: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, per_sample_weights=coefficients, mode="sum")
 
 
-@torch.library.custom_op("rtmdet_fast::deformable_attention_reference", mutates_args=())
-def attention(
+def undispatched(
     value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int], points: Sequence[int],
     method: str, published_clamp: bool,
 ) -> Tensor:  # fmt: skip
@@ -141,6 +140,9 @@ def attention(
     coefficients = _outer(y.coefficients * weights.to(dtype)[:, :, :, None], x.coefficients)
     table = value.reshape(-1, D).to(dtype)
     return _bags(rows.view(B * Q * H, -1), table, coefficients.view(B * Q * H, -1)).view(B, Q, H * D).to(value.dtype)
+
+
+attention = torch.library.custom_op("rtmdet_fast::deformable_attention_reference", undispatched, mutates_args=())
 
 
 @torch.library.custom_op("rtmdet_fast::deformable_attention_reference_backward", mutates_args=())

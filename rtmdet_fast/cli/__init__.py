@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[DemoConfig, subcommand("demo")]
         | Annotated[InfoConfig, subcommand("info")],
         prog="rtmdet-fast",
-        description="RTMDet: train, evaluate and predict. --version tells the version.",
+        description="RTMDet and RT-DETR: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
     warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)

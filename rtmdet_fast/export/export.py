@@ -100,6 +100,7 @@ def export(
     metadata = {
         "version": __version__,
         "family": next(name for name, family in FAMILIES.items() if isinstance(model, family)),
+        "title": model.title,
         "size": model.size,
         "task": model.task,
         "has_masks": model.has_masks,

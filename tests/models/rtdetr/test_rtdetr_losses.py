@@ -178,6 +178,17 @@ def test_more_objects_than_queries():
     assert (leaves[1].grad[:, 0, -10:].abs().sum(-1) > 0).all()  # each of the ten has one
 
 
+def test_padding_costs_nothing_whatever_the_first_query_predicts():
+    """Which is where padding points to."""
+    targets, _, output, leaves = scene((0, 2))
+    output = output._replace(logits=output.logits[:, :, 16:], boxes=output.boxes[:, :, 16:])
+    before = detr_losses(output, None, targets)
+    with torch.no_grad():
+        leaves[1][:, 0, 16, 2:] = 0
+    after = detr_losses(output._replace(boxes=leaves[1][:, :, 16:]), None, targets)
+    assert all(after[name] == before[name] for name in after)
+
+
 @pytest.mark.parametrize("prediction", [0.0, 1e-30, 1e-8, 0.5, 1.0])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1.0])
 def test_degenerate_boxes(prediction, size):
