@@ -36,6 +36,7 @@ OPS = (  # in order of importance
     "dwconv_bn_silu",
     "bn_silu",
     "forward",
+    "rtdetr",
     "training",
     "postprocess",
     "matcher",

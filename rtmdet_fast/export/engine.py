@@ -202,10 +202,17 @@ def open_onnx(path: Path, threads: int | None, device: str = "auto") -> tuple[st
     return metadata, run
 
 
-def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto") -> Detector:
-    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`."""
+def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto", **options: Any) -> Detector:
+    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`.
+
+    options: of the model's family, which an exported file has none of.
+    """
     if Path(weights).suffix in RUNTIMES:
+        if options:
+            raise UserError(
+                f"{weights} is an exported file, which takes no {next(iter(options))}: export it anew with it"
+            )
         return load_engine(weights, dtype=dtype, device=device)
     if dtype in ("bf16", "fp16"):
         raise UserError(f"{weights} cannot run in {dtype}: files of OpenVINO (.xml) can")
-    return load_model(weights).to(pick_device(device))
+    return load_model(weights, **options).to(pick_device(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
@@ -478,7 +479,9 @@ class Detector(nn.Module):
         class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> D:
-        """`from_pretrained` of what was read."""
+        """`from_pretrained` of what was read. UserError for options that the family lacks."""
+        if unknown := sorted(options.keys() - signature(cls).parameters.keys()):
+            raise UserError(f"{checkpoint.path} holds weights of {cls.__name__}, which has no option {unknown[0]!r}")
         checkpoint = cls.own(checkpoint)
         found_size, found_task, found_classes, found_options = cls.inspect(checkpoint)
         for what, told, found in (("size", size, found_size), ("task", task, found_task)):

@@ -276,6 +276,15 @@ class RTDETR(Detector):
         denoising = denoising_queries(targets, len(self.class_names), queries, num_denoising=most)
         return detr_losses(self.decoder(memory, sizes, denoising), denoising, targets, version=self.version)
 
+    def predict(self, images: Any, *, decoder_layers: int | None = None, **options: Any) -> Any:
+        """See `Detector.predict`; only the first `decoder_layers` of the decoder run, by default as many as always."""
+        before = self.decoder_layers
+        try:
+            self.decoder_layers = before if decoder_layers is None else decoder_layers
+            return super().predict(images, **options)
+        finally:
+            self.decoder_layers = before
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         return squash(image, image_size)

@@ -368,6 +368,12 @@ def test_fewer_decoder_layers_are_the_first_ones(shared):
     assert scored == [model.decoder.dec_score_head[1]]  # the others' scores are nobody's
     with pytest.raises(UserError, match="decoder_layers is 4; this model has 3"):
         model.decoder_layers = 4
+    model.decoder_layers = 3
+    image = (images[0].permute(1, 2, 0) * 255).byte().numpy()
+    one, two, three = (
+        model.predict(image, decoder_layers=n, image_size=64, score_threshold=0.0).boxes for n in (1, 2, None)
+    )
+    assert model.decoder_layers == 3 and not torch.equal(one, two) and not torch.equal(two, three)
 
 
 def test_r50m_runs_three_of_its_six_decoder_layers():
