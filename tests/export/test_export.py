@@ -231,8 +231,14 @@ def test_without_nms(tmp_path):
     torch.testing.assert_close(torch.from_numpy(scores), logits.sigmoid(), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="was exported without NMS"):
         load_detector(str(path))
+
+
+def test_what_a_model_cannot_be_exported_as(tmp_path):
     with pytest.raises(UserError, match="a model with masks is exported with its NMS only"):
-        export(RTMDet("nano", "ins"), tmp_path / "b.onnx", nms=False)
+        export(RTMDet("nano", "ins"), tmp_path / "a.onnx", nms=False)
+    with pytest.raises(UserError, match="RT-DETR-r18 is exported for one image size: leave dynamic out"):
+        export(RTDETR("r18", num_decoder_layers=1), tmp_path / "a.onnx", dynamic=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
