@@ -32,6 +32,7 @@ OPS = (  # in order of importance
     "rotated_iou",
     "nms",
     "dynamic_mask",
+    "deformable_attention",
     "dwconv_bn_silu",
     "bn_silu",
     "forward",

@@ -101,7 +101,7 @@ def _before(place, size):
 
 @triton.jit
 def _nearest(place, bound):
-    """place [R] in pixels of an axis -> the pixel that holds it, or the nearest below `bound`."""
+    """place [R] in pixels of an axis -> the pixel that the discrete method takes, of those below `bound`."""
     return tl.minimum(tl.maximum(place + 0.5, 0.0), bound - 1).to(tl.int32)
 
 

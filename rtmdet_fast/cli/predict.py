@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,8 +104,17 @@ def run_predict(config: PredictConfig) -> Outcome:
                 raise UserError(f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them")
             yield frame
 
-    def draw(frame: Frame, results: Results) -> None:
+    def keep(frame: Frame, results: Results) -> None:
+        """In a thread of its own too."""
         nonlocal video
+        if config.format == "dota":
+            boxes, scores, labels = results.boxes, results.scores, results.labels
+            found.append((Path(frame.name).stem, boxes.numpy(), scores.numpy(), labels.numpy()))
+        image_id = len(images) + 1
+        height, width = results.shape
+        images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
+        for entry in results.to_coco(image_id, range(1, len(names) + 1)):
+            annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
         if not frame.is_video:
             results.save(target(frame))
             return
@@ -123,19 +131,11 @@ def run_predict(config: PredictConfig) -> Outcome:
             write_task1(config.out / "Task1", names, found)
 
     started = time.perf_counter()
-    stream = predictor.stream(frames(), write=draw, limit=config.limit, total=source.total, progress=True)
+    stream = predictor.stream(frames(), write=keep, limit=config.limit, total=source.total, progress=True)
     try:
         try:
-            with closing(stream.pairs()) as pairs:
-                for frame, results in pairs:
-                    if config.format == "dota":
-                        boxes, scores, labels = results.boxes, results.scores, results.labels
-                        found.append((Path(frame.name).stem, boxes.numpy(), scores.numpy(), labels.numpy()))
-                    image_id = len(images) + 1
-                    height, width = results.shape
-                    images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
-                    for entry in results.to_coco(image_id, range(1, len(names) + 1)):
-                        annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
+            for _ in stream:
+                pass
         finally:
             if video is not None:
                 video.close()

@@ -35,8 +35,8 @@ class Tolerance(NamedTuple):
 
 EXACT = Tolerance(pixels=0.05, side=0, score=1e-4, masks=0.01, unmatched=0.01, clear=0)
 """Scores that differ by rounding and IoUs at the threshold make a detection another one."""
-INT8 = Tolerance(pixels=2, side=0.25, score=0.2, masks=0.2, unmatched=0.2, clear=0.5)
-"""Files that cost 0.01 AP or less were seen to leave 4 in 100 unmatched at most."""
+INT8 = Tolerance(pixels=2, side=0.25, score=0.2, masks=0.2, unmatched=0.3, clear=0.5)
+"""Files that cost 0.01 AP or less were seen to leave 10 in 100 unmatched at most."""
 
 
 class Agreement(NamedTuple):

@@ -133,6 +133,8 @@ def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "au
         raise UserError(f"{path} is no exported model: {', '.join(RUNTIMES)} are")
     try:
         return Engine(path, *open_file(path, threads, dtype, device))
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
 

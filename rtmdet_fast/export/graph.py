@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from rtmdet_fast.inference.detections import DetectSettings
+from rtmdet_fast.kernels.deformable_attention_torch import deformable_attention_grid_sample
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import _iou
 from rtmdet_fast.models.detector import Detector
@@ -66,20 +68,33 @@ class EndToEnd(Graph):
         return dets, found.labels, masks, logits
 
 
-def example_input(image_size: int | None, batch_size: int | None) -> tuple[Tensor, dict[int, Any]]:
-    """What a graph is traced with, and torch.export's dimensions of it that stay open.
+def trace(graph: Graph, image_size: int | None, batch_size: int | None) -> ExportedProgram:
+    """The graph as torch.export sees it, with deformable attention in standard operators.
 
     image_size: side in pixels of the square input, None for any multiples of 32. batch_size: None for any.
     """
     side = 128 if image_size is None else image_size
-    example = torch.zeros(batch_size or 2, 3, side, side)
+    example = torch.zeros(batch_size or 2, 3, side, side, device=next(graph.parameters()).device)
     dynamic: dict[int, Any] = {}
     if batch_size is None:
         dynamic[0] = torch.export.Dim("batch", min=1)
     if image_size is None:
         # the least sides must be below, the greatest above what is traced
         dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
-    return example, dynamic
+    program = torch.export.export(graph, (example,), dynamic_shapes={"input": dynamic})
+    attention = torch.ops.rtmdet_fast.deformable_attention_reference.default
+    if any(node.target is attention for node in program.graph.nodes):
+        program = program.run_decompositions({attention: _deformable_attention})
+    return program
+
+
+def _deformable_attention(
+    value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int], points: list[int], method: str, clamp: bool
+) -> Tensor:
+    levels = list(zip(sizes[::2], sizes[1::2], strict=True))
+    return deformable_attention_grid_sample(
+        value, levels, locations, weights, points, method=method, published_clamp=clamp
+    )
 
 
 def rotated_nms_padded(

@@ -86,8 +86,14 @@ def stays_float(network: Any) -> list[str]:
     A scale of 256 steps for distances of 0 to 640 pixels, or for scores that a threshold of 0.001 cuts, costs AP.
     """
     order = network.get_ordered_ops()
+    known = {node.get_name() for node in order}  # what no output needs is not among them
     followers = {
-        node.get_name(): [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
+        node.get_name(): [
+            target.get_node()
+            for output in node.outputs()
+            for target in output.get_target_inputs()
+            if target.get_node().get_name() in known
+        ]
         for node in order
     }
     is_convolution = {node.get_name(): "Convolution" in node.get_type_name() for node in order}

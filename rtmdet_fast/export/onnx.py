@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.graph import Graph, example_input
+from rtmdet_fast.export.graph import Graph, trace
 
 OPSET = 18
 
@@ -33,16 +33,13 @@ def export_onnx(
         raise UserError(f"{error.name} is not installed: pip install 'rtmdet-fast[export]'") from error
     from rtmdet_fast.export.onnx_ops import translations
 
-    example, dynamic = example_input(image_size, batch_size)
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            graph,
-            (example,),
+            trace(graph, image_size, batch_size),
             dynamo=True,
             opset_version=OPSET,
             input_names=["input"],
             output_names=graph.output_names,
-            dynamic_shapes={"input": dynamic} if dynamic else None,
             custom_translation_table=translations(),
         )
     assert program is not None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.graph import Graph, example_input
+from rtmdet_fast.export.graph import Graph, trace
 
 METADATA = "_metadata.json"
 """What the name of a part of the package ends in that AOTInductor puts metadata into."""
@@ -37,12 +37,11 @@ def export_pt2(
         raise UserError(
             f"{path.name}: no C++ compiler was found, which .pt2 takes: install g++, or export to .onnx or .xml"
         ) from error
-    example, dynamic = example_input(image_size, batch_size)
     device = next(graph.parameters()).device
     metadata = {**metadata, "device": device.type, "cpu": torch.backends.cpu.get_cpu_capability()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecated parts
-        program = torch.export.export(graph, (example.to(device),), dynamic_shapes={"input": dynamic})
+        program = trace(graph, image_size, batch_size)
         try:
             aoti_compile_and_package(
                 program,

@@ -45,7 +45,9 @@ class Predictor:
             the others make a temporary file first, which takes up to a minute.
         device: cpu, cuda, cuda:1, …; auto is where a model is, and for a file the first GPU where there is one.
         threads: of another runtime on a CPU; as many as it likes where not given (torch: torch.set_num_threads).
-        score_threshold, iou_threshold, max_detections: as `predict` takes them.
+        score_threshold: least score of a detection.
+        iou_threshold: of NMS; the published one of the task where not given.
+        max_detections: of an image; the published number where not given.
     """
 
     def __init__(

@@ -46,12 +46,7 @@ class Stream:
         self.total = total if limit is None else min(total or limit, limit)
         self.waited: dict[str, float] = {}
 
-    def __iter__(self) -> Iterator[Results]:
-        for _, results in self.pairs():
-            yield results
-
-    def pairs(self) -> Generator[Pair, None, None]:
-        """Frames with their results."""
+    def __iter__(self) -> Generator[Results, None, None]:
         stages: dict[str, Callable[[Iterator[Any]], Iterator[Any]]] = {"read": self._read, "detect": self._detect}
         if self.write is not None:
             stages["write"] = self._write
@@ -68,7 +63,7 @@ class Stream:
             thread.start()
         try:
             with tqdm(total=self.total, desc="predict", unit="frame", disable=not self.progress) as bar:
-                for pair in _taken(queues[-1], _Clock()):
+                for _, results in _taken(queues[-1], _Clock()):
                     seconds = time.perf_counter() - started
                     self.waited = {name: clock.seconds / seconds for name, clock in clocks.items()}
                     bar.set_postfix_str(
@@ -76,7 +71,7 @@ class Stream:
                         refresh=False,
                     )
                     bar.update()
-                    yield pair
+                    yield results
         finally:
             for queue in queues:
                 queue.close()
@@ -99,11 +94,7 @@ class Stream:
     def _write(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
         assert self.write is not None
         for pair in pairs:
-            try:
-                self.write(*pair)
-            except (Exception, KeyboardInterrupt):
-                yield pair  # which was found all the same
-                raise
+            self.write(*pair)
             yield pair
 
 

@@ -41,7 +41,7 @@ def client(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(client, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(confident("det", "nano"), path, image_size=SIDE, score_threshold=0.05, candidates=500)
+    export(confident("nano", "det"), path, image_size=SIDE, score_threshold=0.05, candidates=500)
     return path
 
 

@@ -371,6 +371,7 @@ def test_compiles_without_graph_break(form):
 
 
 @needs_lowering
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 takes all pointers of these kernels for written")
 @pytest.mark.parametrize("form", FUNCTIONS)
 def test_traces_forward_and_backward(form, traced_for_cuda):  # noqa: F811
     torch.use_deterministic_algorithms(False)

@@ -18,6 +18,7 @@ from rtmdet_fast.kernels import (
     dwconv_bn_silu,
     dynamic_mask,
     dynamic_mask_triton,
+    letterbox,
     nms,
     rotated_iou,
 )
@@ -31,8 +32,8 @@ def launches(monkeypatch):
     # nothing is run: what a kernel would have written must be a possible index
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     modules = (
-        assign_triton, batch_norm, bn_silu, deformable_attention_triton, dwconv_bn_silu, dynamic_mask_triton, nms,
-        rotated_iou,
+        assign_triton, batch_norm, bn_silu, deformable_attention_triton, dwconv_bn_silu, dynamic_mask_triton,
+        letterbox, nms, rotated_iou,
     )  # fmt: skip
     return record_launches(monkeypatch, *modules)
 
@@ -107,3 +108,12 @@ def test_attention(launches, method):
             value, sizes, torch.rand(1, 1, 4), offsets, weights, points, method=method
         ).sum().backward()
     trace_all(launches, 8)
+
+
+def test_letterbox(launches):
+    for images, capacity, size, pad in ((1, 1, 1, 1), (1, 3, 1, 0), (2, 3, 2, 1)):
+        frames, sizes = torch.zeros(images, capacity, dtype=torch.uint8), torch.ones(images, 2, dtype=torch.int32)
+        for squash in (False, True):
+            options = dict(mean=(0, 0, 0), std=(1, 1, 1), pad=pad, squash=squash)
+            letterbox.letterbox_normalize(frames, sizes, size, **options)
+    trace_all(launches, 6)

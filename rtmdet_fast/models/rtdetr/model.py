@@ -186,6 +186,7 @@ class RTDETR(Detector):
     input_description: ClassVar = (
         "RGB, by 255; resized to the square whatever the aspect ratio, by an average where it shrinks (as Pillow does)"
     )
+    exports_any_size: ClassVar = False  # the levels' sizes are constants of the decoder
 
     def __init__(
         self,

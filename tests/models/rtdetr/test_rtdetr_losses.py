@@ -230,6 +230,21 @@ def test_sums_that_overflow_half_precision():
     assert detr_losses(output, None, targets, precision=torch.float16)["loss_vfl"] == math.inf
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile looks at where the graph goes on
+def test_under_torch_compile():
+    """The host's part of the matching breaks the graph, nothing else does, and it is not traced."""
+    torch._dynamo.reset()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    compiled = torch.compile(detr_losses, backend="eager")
+    for seed, counts in enumerate([(3, 0, 5), (1, 2, 2)]):
+        targets, denoising, output, _ = scene(counts, seed=seed)
+        found, expected = (f(output, denoising, targets) for f in (compiled, detr_losses))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (reason,) = breaks
+    assert "function solve" in reason
+
+
 def test_double_precision_stays():
     targets, denoising, output, _ = scene((3, 1), dtype=torch.float64)
     output = output._replace(boxes=output.boxes.double(), encoder_boxes=output.encoder_boxes.double())

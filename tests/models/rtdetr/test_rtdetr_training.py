@@ -229,7 +229,7 @@ def join(rank, store, queue):
 def test_a_process_without_objects_keeps_no_other_waiting(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=join, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
+    processes = [context.Process(target=join, args=(rank, tmp_path / "store", queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     answers = {rank: answer for rank, *answer in (queue.get(timeout=300) for _ in range(2))}
