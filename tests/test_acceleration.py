@@ -17,6 +17,7 @@ from rtmdet_fast.acceleration import ATTENTION, DEPTHWISE, EPILOGUE, UNKNOWN
 from rtmdet_fast.kernels import _dispatch
 
 INTERPRETED = _dispatch.BACKEND == "triton"  # make test-triton
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="a whole model takes Triton's interpreter minutes")
 
 
 def depthwise(channels: int, size: int = 5, stride: int = 1, **options) -> nn.Conv2d:
@@ -704,6 +705,7 @@ def rtdetr_of_transformers(version: int, **options) -> tuple[nn.Module, torch.Te
     return made, torch.rand(2, 3, 96, 128)
 
 
+@not_interpreted
 @pytest.mark.parametrize("kind", ["v1", "v2", "v2 discrete"])
 def test_attention_of_transformers(kind):
     """Outputs and gradients of the whole model, where the loss knows both."""
@@ -744,6 +746,7 @@ def test_attention_of_transformers(kind):
     assert [type(part) for part in model.modules()] == [type(part) for part in original.modules()]
 
 
+@not_interpreted
 def test_attention_of_transformers_with_weights_recorded_and_padding():
     """What it returns beside the result; and a mask, which it takes from a call."""
     model, images = rtdetr_of_transformers(2)
