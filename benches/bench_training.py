@@ -30,7 +30,7 @@ from benches.models import (
 from rtmdet_fast import accelerate
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.training.schedule import ModelEMA, parameter_groups
+from rtmdet_fast.training.schedule import ModelEMA, ema_share, parameter_groups
 
 CLASSES, DRAWN_CLASSES = 80, 5
 # Of the losses, and of all gradients together: rounding may turn a match. Through some sixty layers of random weights
@@ -183,7 +183,7 @@ class Step:
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, WEIGHT_DECAY), lr=LEARNING_RATE, fused=fused)
-        self.ema = ModelEMA(self.model, EMA_MOMENTUM)
+        self.ema = ModelEMA(self.model, lambda step: ema_share(step, EMA_MOMENTUM))
         self.loss = backend(torch.compile(self.model, dynamic=False) if compiled else self.model)
         self.device, self.dtype = device, dtype
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -64,27 +65,54 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if _launches.real else torch.library.wrap_triton(kernel)
 
 
-def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` that runs on the GPU of its first argument: Triton launches on the current one."""
+class TritonOp:
+    """`torch.library.triton_op` that runs on the GPU of its first argument: Triton launches on the current one.
 
-    def register(function: Callable[..., Any]) -> Any:
+    PyTorch gets to know it when it is first called: registering imports all of torch.compile, which takes longer than
+    PyTorch itself, and neither the references nor `undispatched` need it. A saved program of torch.export that holds
+    such ops is loaded after `import rtmdet_fast.kernels._registered`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+        self._more: list[Callable[[Any], Any]] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        # torch.compile, which would trace a call, runs an import as it is
+        import rtmdet_fast.kernels._registered  # noqa: F401
+
+        return self.library_op(*arguments)
+
+    def undispatched(self, x: torch.Tensor, *arguments: Any) -> Any:
+        """What the op does on a GPU, without PyTorch's dispatcher."""
+        outside, _launches.real = _launches.real, True
+        try:
+            with torch.cuda.device_of(x):
+                return self.function(x, *arguments)
+        finally:
+            _launches.real = outside
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        self._more.append(lambda op: op.register_fake(function))
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        self._more.append(lambda op: op.register_autograd(backward, setup_context=setup_context))
+
+    @cached_property
+    def library_op(self) -> Any:
+        """The op as PyTorch knows it, registered at first access."""
         # without Triton a plain op, which is never called: torch's own decorator would warn of each
-        library_op: Any = torch.library.triton_op if AVAILABLE else torch.library.custom_op
-        op = library_op(name, function, mutates_args=())
-
-        @op.register_kernel("cuda")
-        def on_its_gpu(x: torch.Tensor, *arguments: Any) -> Any:
-            outside, _launches.real = _launches.real, True
-            try:
-                with torch.cuda.device_of(x):
-                    return function(x, *arguments)
-            finally:
-                _launches.real = outside
-
-        op.undispatched = on_its_gpu
+        make: Any = torch.library.triton_op if AVAILABLE else torch.library.custom_op
+        op = make(self.name, self.function, mutates_args=())
+        op.register_kernel("cuda")(self.undispatched)
+        for add in self._more:
+            add(op)
         return op
 
-    return register
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], TritonOp]:
+    """Makes a function of tensors and numbers, the first of them a tensor, a `TritonOp`."""
+    return partial(TritonOp, name)
 
 
 def unwatched(x: torch.Tensor) -> bool:

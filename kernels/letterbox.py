@@ -113,8 +113,8 @@ def _fitted(sizes: Tensor, out_size: int, squash: bool) -> Tensor:
     """[B, 2] int64: the frames' heights and widths on the canvas, at least 1."""
     if squash:
         return torch.full_like(sizes, out_size, dtype=torch.int64)
-    sides = sizes.double()  # as Python computes them
-    ratio = out_size / sides.amax(1, keepdim=True).clamp(min=1)
+    sides = sizes.double()  # as Python computes them; a number by a tensor would be rounded twice
+    ratio = sides.new_full((1, 1), out_size) / sides.amax(1, keepdim=True).clamp(min=1)
     return (sides * ratio + 0.5).long().clamp(min=1)
 
 

@@ -1,9 +1,36 @@
-"""RTMDet without the install trouble: official weights, plain PyTorch, and Triton kernels for the hot paths."""
+"""RTMDet and RT-DETR without the install trouble: official weights, plain PyTorch, Triton kernels for the hot paths."""
 
-from rtmdet_fast.accelerate import Acceleration, accelerate, revert
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.inference.results import Results
-from rtmdet_fast.models.rtmdet.model import RTMDet
+
+if TYPE_CHECKING:
+    from rtmdet_fast.acceleration import Acceleration, accelerate, revert
+    from rtmdet_fast.inference.results import Results
+    from rtmdet_fast.models.rtdetr.model import RTDETR
+    from rtmdet_fast.models.rtmdet.model import RTMDet
 
 __version__ = "0.1.0"
-__all__ = ["Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
+__all__ = ["RTDETR", "Acceleration", "RTMDet", "Results", "UserError", "__version__", "accelerate", "revert"]
+
+_MODULES = {
+    "Acceleration": "acceleration",
+    "RTDETR": "models.rtdetr.model",
+    "RTMDet": "models.rtmdet.model",
+    "Results": "inference.results",
+    "accelerate": "acceleration",
+    "revert": "acceleration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Of the names above, at first use: PyTorch takes a second to import, which `rtmdet-fast --help` does not need."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,6 +58,21 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         raise _refusal(path, error) from error
 
 
+@contextmanager
+def folder_beside(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, whose folder is made; for what others write and has to be looked at first.
+
+    Raises UserError where the system refuses, in the block too.
+    """
+    try:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Write JSON, in ASCII, by `write_atomically`."""
     with write_atomically(path) as file:

@@ -1,7 +1,8 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
-`python tests/fake_gpu.py train TASK` trains and predicts one step on it; with `detect` or `graph` in place of `train`,
-whatever would make the host wait for the device raises. Own process: the device stays registered for good.
+`python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`
+or `graph` in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays
+registered for good.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from busy import busy
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -27,6 +29,7 @@ from rtmdet_fast.inference.detections import Detections
 from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, letterbox, nms
 from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.predictor.graphs import GraphDetector
 
 _setup_privateuseone_for_python_backend("fake")
@@ -40,6 +43,8 @@ WAITS = {
 """For which CUDA makes the host wait: their result, or its size, is a matter of the values."""
 INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put")
 refusing_to_wait = False
+arrived: list[str] = []
+"""Operations whose outcome, of tensors on the device, the host got to see."""
 
 
 class FakeGpuTensor(Tensor):
@@ -61,6 +66,7 @@ class FakeGpuTensor(Tensor):
     # these two reach no dispatcher
     def tolist(self) -> Any:
         refuse("tolist")
+        arrived.append("tolist")
         return self.host.tolist()
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -73,6 +79,16 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
+
+
+class FakeGpuFactory(TorchFunctionMode):
+    """Within it, torch.tensor makes them there too, which reaches no dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") == DEVICE:
+            return FakeGpuTensor(func(*args, **{**kwargs, "device": None}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -116,7 +132,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if wrong:
             raise RuntimeError(f"{name} mixes devices: {[(tuple(x.shape), x.dtype) for x in wrong]} are on the host")
     if ours and func.namespace == "rtmdet_fast":
-        with FakeGpu():
+        with FakeGpu(), FakeGpuFactory():
             return OPDEFS[name]._init_fn(*args, **kwargs)
 
     def to_host(x: Any) -> Any:
@@ -133,9 +149,13 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     result = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
     if devices := [x for x in leaves if isinstance(x, torch.device)]:
-        return tree_map(to_fake, result) if devices[0] == DEVICE else result
-    written = [args[0]] if copies else leaves
-    return tree_map(to_fake, result) if any(isinstance(x, FakeGpuTensor) for x in written) else result
+        stays = devices[0] == DEVICE
+    else:
+        stays = any(isinstance(x, FakeGpuTensor) for x in ([args[0]] if copies else leaves))
+    result = tree_map(to_fake, result) if stays else result
+    if ours and (name == "aten::nonzero" or not any(isinstance(x, FakeGpuTensor) for x in tree_leaves(result))):
+        arrived.append(name)
+    return result
 
 
 def move(model: nn.Module) -> None:
@@ -251,6 +271,24 @@ def launch_nothing() -> list[str]:
     return launched
 
 
+def train_rtdetr() -> None:
+    torch.manual_seed(0)
+    model = RTDETR("r18", num_classes=3, num_queries=20).train()
+    move(model)
+    boxes = torch.tensor([[10.0, 20, 60, 80], [5, 5, 20, 90]]).repeat(2, 3, 1)
+    some = [boxes, torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 2])]
+    none = [torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
+    images = torch.rand(2, 3, 128, 128)
+    for targets in some, none:
+        with FakeGpu(), FakeGpuFactory():
+            arrived.clear()
+            losses = model(FakeGpuTensor(images), Targets(*map(FakeGpuTensor, targets)))
+            sum(losses.values()).backward()
+            assert arrived == ["aten::_to_copy"], arrived  # the costs of the matching
+        assert all(p.grad.host.isfinite().all() for p in model.parameters())
+
+
 if __name__ == "__main__":
-    {"train": train, "detect": detect, "graph": graph}[sys.argv[1]](sys.argv[2])
+    command, task = sys.argv[1:]
+    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect, "graph": graph}[command](task)
     print("fine")

@@ -34,15 +34,65 @@ def test_models_losses_and_detection_need_only_torch_and_numpy():
     assert done.stdout.strip() == "fine", done.stderr
 
 
+HEAVY = {"torch", "torch._dynamo", "torch._inductor", "sympy", "cv2", "PIL", "matplotlib", "pycocotools", "scipy"}
+HEAVY |= {"tensorboard", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "safetensors"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Which of the heavy modules a process has imported after this code."""
+    code += "\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import rtmdet_fast; dir(rtmdet_fast)",
+        "import rtmdet_fast.cli",
+        *(
+            f"from rtmdet_fast.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+            for arguments in (["--version"], ["--help"], ["train", "--help"], ["predict", "--help"])
+        ),
+    ],
+)
+def test_help_needs_no_pytorch(code):
+    assert not imported_by(code)
+
+
+CPU = """
+import torch
+from rtmdet_fast import RTMDet, accelerate
+model = RTMDet("nano", num_classes=2).eval()
+with torch.no_grad():
+    model(torch.randn(1, 3, 64, 64))
+"""
+
+
+def test_a_model_on_a_cpu_needs_nothing_of_torch_compile():
+    assert imported_by(CPU) == {"torch"}
+
+
+def test_the_names_of_the_package_are_found_when_asked_for():
+    assert set(rtmdet_fast.__all__) <= set(dir(rtmdet_fast))
+    assert all(getattr(rtmdet_fast, name) for name in rtmdet_fast.__all__)
+    with pytest.raises(AttributeError, match=r"^module 'rtmdet_fast' has no attribute 'bogus'$"):
+        _ = rtmdet_fast.bogus
+    with pytest.raises(ImportError, match="cannot import name 'bogus'"):
+        from rtmdet_fast import bogus  # noqa: F401
+
+
 PACKAGE = Path(rtmdet_fast.__file__).parent
 FLOORS = (
     "errors",
     "files class_names devices",
     "images",
     "kernels geometry",
-    "ops compat inference",
+    "ops inference",
+    "compat",
     "models",
-    "accelerate data export",
+    "acceleration data export",
     "predictor",
     "evaluation tasks",
     "training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rtmdet_fast.cli.output import Outcome, figure, skipped_lines
 from rtmdet_fast.errors import UserError
@@ -15,7 +16,7 @@ class EvalConfig:
     """Evaluate weights on a COCO-format (rotated: or DOTA) data set with the published test settings."""
 
     weights: str
-    """Weights file, a published name such as rtmdet-tiny, or an exported .onnx or .xml file."""
+    """Weights file, a published name such as rtmdet-tiny, or an exported .onnx, .xml or .pt2 file."""
     data: Path | None = None
     """Folder laid out like COCO (rotated: or DOTA), in place of --ann and --images."""
     ann: Path | None = None
@@ -30,6 +31,10 @@ class EvalConfig:
     """Loader processes."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """In which an exported .xml file (OpenVINO) is computed; auto is fp32."""
+    decoder_layers: int | None = None
+    """Of rtdetr: run so many layers of its decoder, with fewer faster and less exact; as published where not given."""
     match_by_position: bool = False
     """Where none of the data set's class names is the model's, take them for the same classes in the same order."""
     skip_bad: bool = False
@@ -54,7 +59,8 @@ def run_eval(config: EvalConfig) -> Outcome:
             raise UserError("--data stands in place of --ann and --images")
     elif annotations is None or images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
-    model = load_detector(config.weights, config.device)
+    options = {} if config.decoder_layers is None else {"decoder_layers": config.decoder_layers}
+    model = load_detector(config.weights, config.device, config.dtype, **options)
     task = TASKS[model.task]
     if config.data is not None:
         annotations, images = task.find_split(config.data, "val")

@@ -38,6 +38,8 @@ class PredictConfig:
     openvino export a temporary file first."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the network; auto is fp16 on a GPU and fp32 elsewhere."""
+    decoder_layers: int | None = None
+    """Of rtdetr: run so many layers of its decoder, with fewer faster and less exact; as published where not given."""
     patch_size: int | None = None
     """Cut images with a longer side in pixels into overlapping windows of it, and merge what is found; 0 for never. The
     side of the training images where not given (rotated only)."""
@@ -53,14 +55,18 @@ class PredictConfig:
 
 def run_predict(config: PredictConfig) -> Outcome:
     from rtmdet_fast.data.dota import write_task1
+    from rtmdet_fast.export.engine import load_detector
     from rtmdet_fast.inference.results import Results
     from rtmdet_fast.inference.sources import Frame, VideoWriter, iter_sources
     from rtmdet_fast.predictor.predictor import Predictor
 
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit is {config.limit}; it must be at least 1")
+    weights: Any = config.weights
+    if config.decoder_layers is not None:
+        weights = load_detector(config.weights, config.device, decoder_layers=config.decoder_layers)
     predictor = Predictor(
-        config.weights,
+        weights,
         batch_size=config.batch_size,
         image_size=config.image_size,
         patch_size=config.patch_size,

@@ -14,6 +14,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,6 +47,14 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def resized(self, side: int) -> Batch:
+        """With images of `side` x `side` pixels, by the nearest of theirs, and upright boxes to fit; without masks."""
+        height, width = self.images.shape[2:]
+        if (height, width) == (side, side):
+            return self
+        factors = self.gt_boxes.new_tensor([side / width, side / height] * 2)
+        return Batch(F.interpolate(self.images, (side, side)), self.gt_boxes * factors, self.gt_labels, self.gt_counts)
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the DataLoader calls this."""

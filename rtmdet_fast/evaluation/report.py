@@ -201,6 +201,7 @@ def _training(history: Sequence[Row]) -> str:
         if (measured := np.isfinite(values := np.array([_ap(row.get(key)) for row in history]))).any()
     ]
     losses = {"loss": "total", "loss_cls": "classification", "loss_bbox": "box", "loss_mask": "mask"}
+    losses |= {"loss_vfl": "classification", "loss_giou": "overlap"}
     charts = (
         _chart("Training loss", unit, curves(losses, x)),
         _chart("Average precision on the validation images", "epoch", ap_curves, top=1),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,15 +13,17 @@ from torch import Tensor
 
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.agreement import Run
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import FAMILIES, load_model
 
-Run = Callable[[np.ndarray], dict[str, np.ndarray]]
-"""Network input [B, 3, H, W] float32 → outputs by name."""
-RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "aotinductor"}
 """What runs an exported file, by its suffix."""
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+"""Of exported files, by the names that a user gives, and what these end in."""
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Engine(Detector):
@@ -32,6 +34,8 @@ class Engine(Detector):
 
     def __init__(self, path: Path, metadata: dict[str, Any], run: Run):
         super().__init__()
+        if not metadata["nms"]:
+            raise UserError(f"{path} was exported without NMS, for other clients: it gives no detections")
         self.path, self.metadata, self.run = path, metadata, run
         self.size, self.task = metadata["size"], metadata["task"]
         self.class_names = tuple(metadata["class_names"])
@@ -43,6 +47,10 @@ class Engine(Detector):
         self.to_canvas = family.to_canvas  # type: ignore[method-assign]
         self.normalize = family.normalize  # type: ignore[method-assign]
         self.to_image = family.to_image  # type: ignore[method-assign]
+
+    @property
+    def title(self) -> str:
+        return self.metadata["title"]
 
     @torch.no_grad()
     def detect(
@@ -106,36 +114,56 @@ class Engine(Detector):
         raise UserError(f"{self.path} is an exported file: save the model that it was made from")
 
 
-def load_engine(
-    path: str | Path, threads: int | None = None, *, device: str = "auto", precision: str = "f32"
-) -> Engine:
-    """An exported .onnx (run by ONNX Runtime) or .xml file (run by OpenVINO) as a detector.
+def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "auto", *, device: str = "auto") -> Engine:
+    """An exported .onnx (run by ONNX Runtime), .xml (by OpenVINO) or .pt2 file (by PyTorch) as a detector.
 
-    Task, classes and sizes come from the file.
+    Task, classes and sizes come from the file. A .pt2 file holds machine code: load those alone that you trust.
 
     Args:
         path: the file.
-        threads: of the runtime; as many as it likes where not given.
+        threads: of ONNX Runtime and OpenVINO; as many as they like where not given.
+        dtype: bf16 or fp16, in which OpenVINO computes where the processor can; fp32 where not given. What the file has
+            as int8 stays so.
         device: auto takes what the runtime prefers; cuda is for an ONNX Runtime that was built for it.
-        precision: of OpenVINO's arithmetic: f32 or bf16. What the file has as int8 stays so.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.suffix == ".onnx":
-        metadata, run = open_onnx(path, threads, device)
-    elif path.suffix == ".xml":
+    if path.suffix not in RUNTIMES:
+        raise UserError(f"{path} is no exported model: {', '.join(RUNTIMES)} are")
+    try:
+        return Engine(path, *open_file(path, threads, dtype, device))
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
+
+
+def open_file(
+    path: Path, threads: int | None = None, dtype: Dtype = "auto", device: str = "auto"
+) -> tuple[dict[str, Any], Run]:
+    """The metadata of an exported file, and what runs it; see `load_engine`.
+
+    ValueError, TypeError or KeyError where the metadata is not what `export` writes.
+    """
+    if path.suffix == ".xml":
         from rtmdet_fast.export.openvino import open_openvino
 
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device!r} cannot be used: {path} is run by OpenVINO, on the CPU")
-        metadata, run = open_openvino(path, threads, precision)
-    else:
-        raise UserError(f"{path} is no exported model: {' and '.join(RUNTIMES)} are")
-    try:
-        return Engine(path, json.loads(metadata), run)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
+        text, run = open_openvino(path, threads, dtype)
+        return json.loads(text), run
+    if dtype in ("bf16", "fp16"):
+        raise UserError(f"{path} cannot run in {dtype}: files of OpenVINO (.xml) can")
+    if path.suffix == ".pt2":
+        from rtmdet_fast.export.pt2 import open_pt2
+
+        metadata, run = open_pt2(path)
+        if device != "auto" and device.partition(":")[0] != metadata["device"]:
+            raise UserError(f"--device {device!r} cannot be used: {path} was compiled for {metadata['device']}")
+        return metadata, run
+    text, run = open_onnx(path, threads, device)
+    return json.loads(text), run
 
 
 def open_onnx(path: Path, threads: int | None, device: str = "auto") -> tuple[str, Run]:
@@ -174,8 +202,17 @@ def open_onnx(path: Path, threads: int | None, device: str = "auto") -> tuple[st
     return metadata, run
 
 
-def load_detector(weights: str, device: str = "auto") -> Detector:
-    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`."""
+def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto", **options: Any) -> Detector:
+    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`.
+
+    options: of the model's family, which an exported file has none of.
+    """
     if Path(weights).suffix in RUNTIMES:
-        return load_engine(weights, device=device)
-    return load_model(weights).to(pick_device(device))
+        if options:
+            raise UserError(
+                f"{weights} is an exported file, which takes no {next(iter(options))}: export it anew with it"
+            )
+        return load_engine(weights, dtype=dtype, device=device)
+    if dtype in ("bf16", "fp16"):
+        raise UserError(f"{weights} cannot run in {dtype}: files of OpenVINO (.xml) can")
+    return load_model(weights, **options).to(pick_device(device))

@@ -5,17 +5,40 @@ Legend: B images, K candidates, D detections.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from rtmdet_fast.inference.detections import DetectSettings
+from rtmdet_fast.kernels.deformable_attention_torch import deformable_attention_grid_sample
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import _iou
 from rtmdet_fast.models.detector import Detector
 
 
-class EndToEnd(nn.Module):
+class Graph(nn.Module):
+    """What is exported of a model, which is folded: normalised images [B, 3, H, W] → the outputs by `output_names`."""
+
+    output_names: list[str]
+
+    def __init__(self, model: Detector):
+        super().__init__()
+        self.model = model
+
+
+class WithoutNMS(Graph):
+    """boxes [B, N, 4 or 5] in pixels of the network's input, scores [B, N, C], for clients with NMS of their own."""
+
+    output_names = ["boxes", "scores"]  # noqa: RUF012 - which nothing changes
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.boxes_and_scores(self.model(input), (input.shape[2], input.shape[3]))
+
+
+class EndToEnd(Graph):
     """Normalised images [B, 3, H, W] → dets [B, D, 5] xyxy and score, labels [B, D], in pixels of the network's input.
 
     Names and shapes are those of mmdeploy's end-to-end models; rotated boxes make dets [B, D, 6]. Detections fall by
@@ -23,14 +46,13 @@ class EndToEnd(nn.Module):
     [B, D, H/8, W/8], which they are interpolated from.
     """
 
-    def __init__(self, model: Detector, settings: DetectSettings, capacity: int):
-        """model: folded. capacity: the K candidates of an image that NMS sees."""
-        super().__init__()
-        self.model, self.settings, self.capacity = model, settings, capacity
-
-    @property
-    def output_names(self) -> list[str]:
-        return ["dets", "labels", *(["masks", "mask_logits"] if self.model.has_masks else [])]
+    def __init__(self, model: Detector, settings: DetectSettings, capacity: int, *, full_masks: bool = True):
+        """capacity: the K candidates of an image that NMS sees. full_masks: whether `masks` are among the outputs."""
+        super().__init__(model)
+        self.settings, self.capacity, self.full_masks = settings, capacity, full_masks
+        self.output_names = ["dets", "labels"]
+        if model.has_masks:
+            self.output_names += ["masks", "mask_logits"] if full_masks else ["mask_logits"]
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         output, size = self.model(input), (input.shape[2], input.shape[3])
@@ -40,8 +62,39 @@ class EndToEnd(nn.Module):
         if not self.model.has_masks:
             return dets, found.labels
         logits = self.model.mask_logits(output, found)
+        if not self.full_masks:
+            return dets, found.labels, logits
         masks = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).sigmoid()
         return dets, found.labels, masks, logits
+
+
+def trace(graph: Graph, image_size: int | None, batch_size: int | None) -> ExportedProgram:
+    """The graph as torch.export sees it, with deformable attention in standard operators.
+
+    image_size: side in pixels of the square input, None for any multiples of 32. batch_size: None for any.
+    """
+    side = 128 if image_size is None else image_size
+    example = torch.zeros(batch_size or 2, 3, side, side, device=next(graph.parameters()).device)
+    dynamic: dict[int, Any] = {}
+    if batch_size is None:
+        dynamic[0] = torch.export.Dim("batch", min=1)
+    if image_size is None:
+        # the least sides must be below, the greatest above what is traced
+        dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
+    program = torch.export.export(graph, (example,), dynamic_shapes={"input": dynamic})
+    attention = torch.ops.rtmdet_fast.deformable_attention_reference.default
+    if any(node.target is attention for node in program.graph.nodes):
+        program = program.run_decompositions({attention: _deformable_attention})
+    return program
+
+
+def _deformable_attention(
+    value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int], points: list[int], method: str, clamp: bool
+) -> Tensor:
+    levels = list(zip(sizes[::2], sizes[1::2], strict=True))
+    return deformable_attention_grid_sample(
+        value, levels, locations, weights, points, method=method, published_clamp=clamp
+    )
 
 
 def rotated_nms_padded(

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.graph import EndToEnd
-from rtmdet_fast.files import write_atomically
+from rtmdet_fast.export.graph import Graph, trace
 
 OPSET = 18
 
 
 def export_onnx(
-    graph: EndToEnd, path: Path, metadata: dict[str, Any], image_size: int | None, batch_size: int | None
+    graph: Graph, path: Path, metadata: dict[str, Any], image_size: int | None, batch_size: int | None
 ) -> None:
     """Write `graph` as one ONNX file, with `metadata` as JSON under "rtmdet_fast" in its metadata_props.
 
@@ -34,24 +33,13 @@ def export_onnx(
         raise UserError(f"{error.name} is not installed: pip install 'rtmdet-fast[export]'") from error
     from rtmdet_fast.export.onnx_ops import translations
 
-    side = 128 if image_size is None else image_size
-    example = torch.zeros(batch_size or 2, 3, side, side)
-    dynamic: dict[int, Any] = {}
-    if batch_size is None:
-        dynamic[0] = torch.export.Dim("batch")
-    if image_size is None:
-        # the least sides must be below, the greatest above what is traced
-        dynamic |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "h"), (3, "w"))}
-    names = graph.output_names
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            graph,
-            (example,),
+            trace(graph, image_size, batch_size),
             dynamo=True,
             opset_version=OPSET,
             input_names=["input"],
-            output_names=names,
-            dynamic_shapes={"input": dynamic} if dynamic else None,
+            output_names=graph.output_names,
             custom_translation_table=translations(),
         )
     assert program is not None
@@ -64,8 +52,7 @@ def export_onnx(
     onnx.helper.set_model_props(model, {"rtmdet_fast": json.dumps(metadata)})
     model.producer_name = "rtmdet_fast"
     onnx.checker.check_model(model)
-    with write_atomically(path) as file:
-        file.write(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

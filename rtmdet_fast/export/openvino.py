@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,27 @@ import numpy as np
 
 from rtmdet_fast.errors import UserError
 
+PRECISIONS = {"auto": "f32", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+"""OpenVINO's names. Of itself it takes bfloat16 where the CPU has it."""
 
-def convert_to_openvino(onnx_path: Path, path: Path, metadata: dict[str, Any]) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin) from an ONNX file, in float32."""
+
+def convert_to_openvino(
+    onnx_path: Path, path: Path, metadata: dict[str, Any], prepare: Callable[[Any], Any] = lambda network: network
+) -> None:
+    """Write `path` (.xml) and the weights beside it (.bin) from an ONNX file, in float32.
+
+    prepare: makes of the openvino.Model the one that is written.
+    """
     openvino = import_openvino()
-    model = openvino.convert_model(str(onnx_path))
-    model.set_rt_info(json.dumps(metadata), ["rtmdet_fast"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        openvino.save_model(model, str(Path(folder) / path.name), compress_to_fp16=False)
-        for suffix in (".bin", ".xml"):
-            shutil.move(Path(folder) / path.with_suffix(suffix).name, path.with_suffix(suffix))
+    network = prepare(openvino.convert_model(str(onnx_path)))
+    network.set_rt_info(json.dumps(metadata), ["rtmdet_fast"])
+    try:
+        openvino.save_model(network, str(path), compress_to_fp16=False)
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path.name}: the disk may be full") from error
 
 
-def open_openvino(path: Path, threads: int | None, precision: str = "f32") -> tuple[str, Any]:
+def open_openvino(path: Path, threads: int | None, dtype: str = "auto") -> tuple[str, Any]:
     """The metadata of an OpenVINO file, and what runs it."""
     openvino = import_openvino()
     try:
@@ -35,8 +41,7 @@ def open_openvino(path: Path, threads: int | None, precision: str = "f32") -> tu
         # `masks` are for other clients, and take long
         outputs = [output for output in model.outputs if "masks" not in output.get_names()]
         model = openvino.Model(outputs, model.get_parameters(), "detector")
-        # of itself it takes bfloat16 where the CPU has it
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision} | (
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[dtype]} | (
             {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         )
         compiled = core.compile_model(model, "CPU", config)

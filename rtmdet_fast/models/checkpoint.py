@@ -1,23 +1,20 @@
-"""Reading and writing weights: mmengine's files, this project's own, and the published ones by name.
+"""Reading and writing weights: files of every origin, this project's own, and the published ones by name.
 
 Files of the reference carry pickled extras (log buffers, configs), which `torch.load(weights_only=True)` refuses and
-a plain unpickler would execute. `read_checkpoint` builds tensors and plain containers, and puts an inert placeholder
-for everything else, so nothing in a file is ever executed.
+a plain unpickler would execute: `inert_pickle` reads them, and nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
+import json
 import re
 import tarfile
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -27,6 +24,8 @@ from torch import Tensor
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
+from rtmdet_fast.models.inert_pickle import INERT_PICKLE
+from rtmdet_fast.models.paddle import read_paddle
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v3.0/rtmdet/"
 _MMROTATE = "https://download.openmmlab.com/mmrotate/v1.0/rotated_rtmdet/"
@@ -41,7 +40,11 @@ def _mmrotate_url(config: str, digest: str) -> str:
     return f"{_MMROTATE}{config}/{config}-{digest}.pth"
 
 
-# The published models. The file name ends in the first digits of the file's SHA-256 (but for the two older backbones).
+_RTDETR = "https://github.com/lyuwenyu/storage/releases/download/"
+_PADDLE = "https://bj.bcebos.com/v1/paddledet/models/"
+
+# The published models. Of RTMDet the file name ends in the first digits of the file's SHA-256 (but for the two older
+# backbones); of RT-DETR no checksum is published.
 PRETRAINED = {
     "rtmdet-nano-person": f"{_MMPOSE}rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e.pth",
     "rtmdet-nano-hand": f"{_MMPOSE}rtmposev1/rtmdet_nano_8xb32-300e_hand-267f9c8f.pth",
@@ -64,12 +67,50 @@ PRETRAINED = {
     "cspnext-m": f"{_MMDET}cspnext_rsb_pretrain/cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth",
     "cspnext-l": f"{_MMDET}cspnext_rsb_pretrain/cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth",
     "cspnext-x": f"{_MMDET}cspnext_rsb_pretrain/cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth",
+    "rtdetr-r18": f"{_RTDETR}v0.1/rtdetr_r18vd_dec3_6x_coco_from_paddle.pth",
+    "rtdetr-r34": f"{_RTDETR}v0.1/rtdetr_r34vd_dec4_6x_coco_from_paddle.pth",
+    "rtdetr-r50m": f"{_RTDETR}v0.1/rtdetr_r50vd_m_6x_coco_from_paddle.pth",
+    "rtdetr-r50": f"{_RTDETR}v0.1/rtdetr_r50vd_6x_coco_from_paddle.pth",
+    "rtdetr-r101": f"{_RTDETR}v0.1/rtdetr_r101vd_6x_coco_from_paddle.pth",
+    "rtdetr-l": f"{_PADDLE}rtdetr_hgnetv2_l_6x_coco.pdparams",
+    "rtdetr-x": f"{_PADDLE}rtdetr_hgnetv2_x_6x_coco.pdparams",
+    "rtdetr-r18-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r18vd_5x_coco_objects365_from_paddle.pth",
+    "rtdetr-r50-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r50vd_2x_coco_objects365_from_paddle.pth",
+    "rtdetr-r101-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r101vd_2x_coco_objects365_from_paddle.pth",
+    "rtdetr-r18-objects365": f"{_RTDETR}v0.1/rtdetr_r18vd_1x_objects365_from_paddle.pth",
+    "rtdetr-r50-objects365": f"{_RTDETR}v0.1/rtdetr_r50vd_1x_objects365_from_paddle.pth",
+    "rtdetr-r101-objects365": f"{_RTDETR}v0.1/rtdetr_r101vd_1x_objects365_from_paddle.pth",
+    "rtdetrv2-r18": f"{_RTDETR}v0.2/rtdetrv2_r18vd_120e_coco_rerun_48.1.pth",
+    "rtdetrv2-r34": f"{_RTDETR}v0.1/rtdetrv2_r34vd_120e_coco_ema.pth",
+    "rtdetrv2-r50m": f"{_RTDETR}v0.1/rtdetrv2_r50vd_m_7x_coco_ema.pth",
+    "rtdetrv2-r50": f"{_RTDETR}v0.1/rtdetrv2_r50vd_6x_coco_ema.pth",
+    "rtdetrv2-r101": f"{_RTDETR}v0.1/rtdetrv2_r101vd_6x_coco_from_paddle.pth",
+    "rtdetrv2-l": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth",
+    "rtdetrv2-x": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_x_6x_coco_from_paddle.pth",
+    "rtdetrv2-h": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_h_6x_coco_from_paddle.pth",
+    "rtdetrv2-r18-discrete": f"{_RTDETR}v0.1/rtdetrv2_r18vd_dsp_3x_coco.pth",
+    "rtdetrv2-r34-discrete": f"{_RTDETR}v0.1/rrtdetrv2_r34vd_dsp_1x_coco.pth",
+    "rtdetrv2-r50m-discrete": f"{_RTDETR}v0.1/rtdetrv2_r50vd_m_dsp_3x_coco.pth",
+    "rtdetrv2-r50-discrete": f"{_RTDETR}v0.1/rtdetrv2_r50vd_dsp_1x_coco.pth",
+    "rtdetrv2-r18-points1": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp1_120e_coco.pth",
+    "rtdetrv2-r18-points2": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp2_120e_coco.pth",
+    "rtdetrv2-r18-points3": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp3_120e_coco.pth",
+    "presnet-18": f"{_RTDETR}v0.1/ResNet18_vd_pretrained_from_paddle.pth",
+    "presnet-34": f"{_RTDETR}v0.1/ResNet34_vd_pretrained_from_paddle.pth",
+    "presnet-50": f"{_RTDETR}v0.1/ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
+    "presnet-101": f"{_RTDETR}v0.1/ResNet101_vd_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-l": f"{_RTDETR}v0.1/PPHGNetV2_L_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-x": f"{_RTDETR}v0.1/PPHGNetV2_X_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-h": f"{_RTDETR}v0.1/PPHGNetV2_H_ssld_pretrained_from_paddle.pth",
 }
+SAFETENSORS = "model.safetensors"
+"""The weights in a folder of Hugging Face."""
+COMPUTED = ("decoder.anchors", "decoder.valid_mask")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file says: its state_dict (keys of the published models), class names and plain metadata."""
+    """What a weights file says: its state_dict, class names and plain metadata."""
 
     path: Path
     state_dict: dict[str, Tensor]
@@ -77,108 +118,56 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-class _Placeholder:
-    """Stands for any object of a checkpoint that is neither a tensor nor a plain container. Does nothing."""
-
-    def __init__(self, *args: object, **kwargs: object):
-        pass
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Placeholder:
-        return super().__new__(cls)
-
-    def __call__(self, *args: object, **kwargs: object) -> _Placeholder:
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def append(self, item: object) -> None:
-        pass
-
-    def extend(self, items: object) -> None:
-        pass
-
-    def add(self, item: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-}
-
-
-class _Function:
-    """An allowed function; what a file sets on it (BUILD) is dropped, and never reaches torch's own."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *args: object) -> Any:
-        return self.function(*args)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    # In Python: for a memo index of 2^31 in a file of ten bytes, the one in C fills 32 GB.
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module.replace("__builtin__", "builtins"), name))
-        if allowed is None:
-            return type("Placeholder", (_Placeholder,), {})
-        return allowed if isinstance(allowed, type) else _Function(allowed)
-
-    @property
-    def persistent_load(self) -> Callable[[Any], Any]:
-        """What `torch.load` sets, but for modules: of these it compares sources, and can be led to write files."""
-
-        def load(saved_id: Any) -> Any:
-            kind = saved_id[0]
-            if kind not in ("storage", b"storage"):
-                raise pickle.UnpicklingError(f"{kind!r} is no storage")
-            return self._load_storage(saved_id)
-
-        return load
-
-    @persistent_load.setter
-    def persistent_load(self, load: Callable[[Any], Any]) -> None:
-        self._load_storage = load
-
-
-def _inert_load(file: Any, **kwargs: Any) -> Any:
-    return _InertUnpickler(file, **kwargs).load()
-
-
-_INERT_PICKLE = SimpleNamespace(__name__="inert_pickle", Unpickler=_InertUnpickler, load=_inert_load)
-
-
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of RTMDet or CSPNeXt from a file of mmengine, mmcv, `torch.save` or this project.
+    """Read the weights from a file of mmengine, mmcv, `torch.save` or this project; of RT-DETR also from Hugging Face's
+    safetensors (or the folder that holds them) and PaddlePaddle's pdparams.
 
-    Raises UserError where the file is missing, damaged, no checkpoint or without such weights, and where weights are
-    not finite.
+    Raises UserError where the file is missing, damaged or no checkpoint, and where weights are not finite.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / SAFETENSORS
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content: Mapping[Any, Any] = {}
     with damage_told(path):
-        content = load_archive(path)
-        state_dict = _tensors(_find_state_dict(content))
-        if not any(key.startswith("backbone.stem.") for key in state_dict):
-            raise UserError(f"{path} holds no RTMDet or CSPNeXt weights (no key starts with 'backbone.stem.')")
+        if path.suffix == ".pdparams":
+            state_dict = read_paddle(path)
+        else:
+            content = load_archive(path)
+            state_dict = _tensors(_find_state_dict(content))
+        if not state_dict:
+            raise UserError(f"{path} holds no weights")
         check_tensors(path, state_dict)
         meta = content.get("meta")
         meta = dict(meta) if isinstance(meta, Mapping) else {}
         return Checkpoint(path, state_dict, _class_names(meta) or _class_names({"classes": content.get("names")}), meta)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    """With the names of classes that Hugging Face's config.json beside it tells, and `meta["config"]`, all of it."""
+    from safetensors.torch import load_file
+
+    with damage_told(path, "a file of safetensors"):
+        state_dict = _tensors(load_file(path))
+        if not state_dict:
+            raise UserError(f"{path} holds no weights")
+        check_tensors(path, state_dict)
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return Checkpoint(path, state_dict, None, {})
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read as JSON ({error})") from error
+    if not isinstance(told, Mapping):
+        raise UserError(f"{config} is damaged: it holds no settings of a model")
+    names = told.get("id2label")
+    if isinstance(names, Mapping) and all(str(key).isdecimal() for key in names):
+        names = {int(key): name for key, name in names.items()}
+    return Checkpoint(path, state_dict, _class_names({"classes": names}), {"config": told})
 
 
 def load_archive(path: Path) -> Mapping[Any, Any]:
@@ -186,14 +175,14 @@ def load_archive(path: Path) -> Mapping[Any, Any]:
     `damage_told`.
     """
     _check_archive(path)
-    content = torch.load(path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False)
+    content = torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no state_dict")
     return content
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path, kind: str = "a PyTorch checkpoint") -> Iterator[None]:
     """Where a file is read in the block: a damaged or hostile one can raise anything, and what it raises is told."""
     try:
         yield
@@ -201,7 +190,7 @@ def damage_told(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason:.200})") from error
+        raise UserError(f"{path} cannot be read as {kind} ({reason:.200})") from error
 
 
 def trained_sizes(checkpoint: Checkpoint, check_image_size: Callable[[int], int]) -> dict[str, int | None]:
@@ -261,6 +250,10 @@ def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
 
 def _find_state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     # mmengine swaps before saving: `state_dict` holds the averaged weights, `ema_state_dict` the raw ones.
+    # RT-DETR's beside `model` an average of it, which figures are measured with.
+    average = content.get("ema")
+    if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
+        return average["module"]
     for key in ("state_dict", "model", "ema_state_dict"):
         if isinstance(content.get(key), Mapping):
             return content[key]
@@ -268,16 +261,12 @@ def _find_state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _tensors(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors by the key of the published models: wrappers' prefixes taken off, a bare backbone's put on."""
+    """Tensors by name without the prefixes of wrappers, and without those that RT-DETRv2 computes, partly infinite."""
     tensors = {}
     for key, value in state_dict.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith(COMPUTED):
             tensors[re.sub(r"^(module\.|_orig_mod\.)+", "", key)] = value
-    if any(key.startswith("head.rtm_") for key in tensors):  # LibreYOLO's
-        tensors = {re.sub(r"^head\.", "bbox_head.", key): value for key, value in tensors.items()}
-    if "stem.0.conv.weight" in tensors:
-        tensors = {f"backbone.{key}": value for key, value in tensors.items()}
-    return {k: v for k, v in tensors.items() if k.startswith(("backbone.", "neck.", "bbox_head."))}
+    return tensors
 
 
 def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:
@@ -295,7 +284,7 @@ def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:
 
 def resolve_weights(path_or_name: str | Path) -> Path:
     """The local file of a path, or of a published name (downloaded once into torch.hub's cache, hash checked)."""
-    if Path(path_or_name).is_file():
+    if Path(path_or_name).is_file() or (Path(path_or_name) / SAFETENSORS).is_file():
         return Path(path_or_name)
     url = PRETRAINED.get(str(path_or_name).lower().replace("_", "-"))
     if url is None:

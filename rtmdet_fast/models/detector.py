@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
@@ -44,11 +45,15 @@ D = TypeVar("D", bound="Detector")
 
 
 class Inspected(NamedTuple):
-    """What a weights file tells of its model; None for what it does not."""
+    """What a weights file tells of its model; None for what it does not, which a bare backbone's may.
 
-    size: str
+    options: further arguments of the family's constructor.
+    """
+
+    size: str | None
     task: str | None
     num_classes: int | None
+    options: dict[str, Any]
 
 
 class Detector(nn.Module):
@@ -68,6 +73,8 @@ class Detector(nn.Module):
     class_names: tuple[str, ...]
     image_size: int
     patch_size: int | None
+    weights_of: ClassVar[str]
+    """Which models' weights the family loads, for messages."""
     has_masks = False
     is_folded = False
     """Whether `fold` made it."""
@@ -75,6 +82,13 @@ class Detector(nn.Module):
     """Those that published figures were measured with."""
     input_description: ClassVar[str]
     """What `to_canvas` and `normalize` make of an image, for those who write a client of an exported file."""
+    exports_any_size: ClassVar = True
+    """Whether the sides of an exported file's input can stay open."""
+
+    @property
+    def title(self) -> str:
+        """The model's published name."""
+        raise NotImplementedError
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -145,6 +159,20 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The checkpoint by the keys of the published models; None where it holds no weights of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def own(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """`translate`; UserError in place of None."""
+        own = cls.translate(checkpoint)
+        if own is None:
+            first = next(iter(checkpoint.state_dict))
+            raise UserError(f"{checkpoint.path} holds no {cls.weights_of} weights (its first key is {first[:60]!r})")
+        return own
+
+    @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
         """What the weights are of. UserError where they are none of this family."""
         raise NotImplementedError
@@ -152,6 +180,12 @@ class Detector(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named."""
         raise NotImplementedError
+
+    def enable_sync_bn(self) -> None:
+        """Let every batch norm take its batch statistics over all distributed processes."""
+        for child in self.modules():
+            if hasattr(child, "process_group"):
+                child.process_group = torch.distributed.group.WORLD  # type: ignore[assignment]
 
     def fold(self: D) -> D:
         """A copy for inference, which leaves this model as it is: plain convolutions with a bias, in channels_last.
@@ -385,6 +419,15 @@ class Detector(nn.Module):
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
 
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
+
+        The options are those of `rtmdet_fast.export.export.export`, and so is the Agreement that comes back.
+        """
+        from rtmdet_fast.export.export import export
+
+        return export(self, path, **options)
+
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights that `from_pretrained` and mmdet load; `extra` adds entries beside `state_dict` and `meta`."""
         if self.is_folded:
@@ -396,9 +439,18 @@ class Detector(nn.Module):
                 "task": self.task,
                 "image_size": self.image_size,
                 "patch_size": self.patch_size,
+                **self.saved_options(),
             },
         }
-        save_atomically({"meta": meta, "state_dict": self.state_dict(), **extra}, path)
+        save_atomically({"meta": meta, **self.saved_weights(), **extra}, path)
+
+    def saved_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights as the published code looks for them in a file."""
+        return {"state_dict": self.state_dict()}
+
+    def saved_options(self) -> dict[str, Any]:
+        """Further arguments of the constructor that a file is to tell."""
+        return {}
 
     @classmethod
     def from_pretrained(
@@ -408,14 +460,32 @@ class Detector(nn.Module):
         task: str | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
+        **options: Any,
     ) -> D:
         """A model in eval mode with the weights of a file, or of a published model by name ("rtmdet-tiny").
 
-        Size, task, classes and names are found in the file where they are not given. Other classes than the file's,
-        or a backbone-only file, leave the affected layers freshly initialised and say so in a warning.
+        Size, task, classes and names are found in the file where they are not given, and so are the family's further
+        `options`. Other classes than the file's, or a backbone-only file, leave the affected layers freshly initialised
+        and say so in a warning.
         """
         checkpoint = read_checkpoint(resolve_weights(path_or_name))
-        found_size, found_task, found_classes = cls.inspect(checkpoint)
+        return cls.from_checkpoint(checkpoint, size, task, num_classes, class_names, **options)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[D],
+        checkpoint: Checkpoint,
+        size: str | None = None,
+        task: str | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> D:
+        """`from_pretrained` of what was read. UserError for options that the family lacks."""
+        if unknown := sorted(options.keys() - signature(cls).parameters.keys()):
+            raise UserError(f"{checkpoint.path} holds weights of {cls.__name__}, which has no option {unknown[0]!r}")
+        checkpoint = cls.own(checkpoint)
+        found_size, found_task, found_classes, found_options = cls.inspect(checkpoint)
         for what, told, found in (("size", size, found_size), ("task", task, found_task)):
             if told is not None and found is not None and told != found:
                 raise UserError(f"{checkpoint.path} holds a model of {what} {found!r}, not {told!r}")
@@ -425,7 +495,9 @@ class Detector(nn.Module):
                 class_names = None
         if num_classes is None and class_names is None:
             num_classes = found_classes
-        model = cls(found_size, task or found_task or "det", num_classes, class_names)
+        arguments = {"size": size or found_size, "task": task or found_task, **found_options, **options}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        model = cls(num_classes=num_classes, class_names=class_names, **given)  # type: ignore[call-arg]
         model.load_weights(checkpoint)
         for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
             setattr(model, name, size_in_pixels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,9 +11,11 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def fold_batch_norm(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
-    """One convolution that does what `conv` and then `bn` in eval mode do; its weights are worked out in float64."""
-    assert bn.running_mean is not None and bn.running_var is not None
+def fold_batch_norm(conv: nn.Conv2d, bn: Any) -> nn.Conv2d:
+    """One convolution that does what `conv` and then `bn` in eval mode do; its weights are worked out in float64.
+
+    bn: any module with weight, bias, running_mean, running_var and eps.
+    """
     scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
     shift = bn.bias.double() - bn.running_mean.double() * scale
     if conv.bias is not None:

@@ -5,21 +5,33 @@
 
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.bn_silu import bn_silu
+from rtmdet_fast.kernels.deformable_attention import box_deformable_attention, deformable_attention
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
-from rtmdet_fast.ops.mmcv import batched_nms, nms, nms_rotated, soft_nms
+from rtmdet_fast.ops.mmcv import (
+    MultiScaleDeformableAttnFunction,
+    batched_nms,
+    multi_scale_deformable_attn_pytorch,
+    nms,
+    nms_rotated,
+    soft_nms,
+)
 
 __all__ = [
+    "MultiScaleDeformableAttnFunction",
     "batched_nms",
     "batched_nms_padded",
     "bn_silu",
+    "box_deformable_attention",
     "box_iou_rotated",
+    "deformable_attention",
     "dwconv_bn_silu",
     "dynamic_mask_dice_loss",
     "dynamic_mask_logits",
     "dynamic_soft_label_assign",
+    "multi_scale_deformable_attn_pytorch",
     "nms",
     "nms_rotated",
     "rotated_iou_loss",

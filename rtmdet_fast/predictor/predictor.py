@@ -15,7 +15,7 @@ import torch
 
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.engine import RUNTIMES, Engine, load_engine
+from rtmdet_fast.export.engine import RUNTIMES, Dtype, Engine, load_engine
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.sources import Frame, iter_sources
 from rtmdet_fast.models.detector import Detector
@@ -57,7 +57,7 @@ class Predictor:
         batch_size: int = 1,
         image_size: int | None = None,
         patch_size: int | None = None,
-        dtype: str = "auto",
+        dtype: Dtype = "auto",
         engine: str = "auto",
         device: str | torch.device = "auto",
         threads: int | None = None,
@@ -92,7 +92,7 @@ class Predictor:
         if isinstance(model, str) and (runtime := RUNTIMES.get(Path(model).suffix)):
             if self._engine not in ("auto", runtime):
                 raise UserError(f"{model} is run by {runtime}, not by {self._engine}: leave the engine out")
-            return self._opened(Path(model), runtime)
+            return self._opened(Path(model))
         if isinstance(model, str):
             model = load_model(model).fold()
             place = torch.device("cpu") if self._engine in RUNTIMES.values() else pick_device(self._device)
@@ -108,13 +108,8 @@ class Predictor:
             return GraphDetector(model, self._settings["batch_size"])
         return model
 
-    def _opened(self, path: Path, runtime: str) -> Engine:
-        if runtime == "onnxruntime" and self._dtype not in ("auto", "fp32"):
-            raise UserError(f"dtype {self._dtype!r}: ONNX Runtime computes in what the file has; leave the dtype out")
-        if runtime == "openvino" and self._dtype == "fp16":
-            raise UserError("dtype 'fp16' is for GPUs: OpenVINO computes in fp32 or bf16")
-        precision = "bf16" if self._dtype == "bf16" else "f32"
-        engine = load_engine(path, self._threads, device=self._device, precision=precision)
+    def _opened(self, path: Path) -> Engine:
+        engine = load_engine(path, self._threads, self._dtype, device=self._device)
         most, batch_size = engine.metadata["batch_size"], self._settings["batch_size"]
         if most is not None and batch_size > most:
             raise UserError(f"{path} was exported for a batch_size of {most}: {batch_size} is more")
@@ -130,7 +125,7 @@ class Predictor:
         path = Path(folder) / f"model{suffix}"
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
         export(model, path, **{name: self._settings[name] for name in names})
-        return self._opened(path, runtime)
+        return self._opened(path)
 
     @property
     def class_names(self) -> tuple[str, ...]:

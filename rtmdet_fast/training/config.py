@@ -6,22 +6,20 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.detector import check_image_size
-from rtmdet_fast.models.rtmdet.model import default_image_size
-from rtmdet_fast.tasks import TASKS
-from rtmdet_fast.training.distributed import process_count
+
+if TYPE_CHECKING:
+    from rtmdet_fast.training.recipe import Recipe
 
 BOUNDS = {
     "epochs": (1, 10**6),
     "batch_size": (1, 2**16),
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
+    "queries": (1, 2**16),
+    "version": (1, 2),
     "warmup_iterations": (0, 10**9),
     "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
@@ -47,31 +45,43 @@ class TrainConfig:
     """Folder of the validation images."""
     out: Path = Path("runs/train")
     """Where checkpoints, metrics.csv, TensorBoard logs and report.html go."""
-    size: str = "tiny"
-    """nano, tiny, s, m, l or x."""
+    model: str = "rtmdet"
+    """The family of models: rtmdet or rtdetr."""
+    size: str | None = None
+    """nano, tiny, s, m, l or x, tiny where not given; of rtdetr r18, r34, r50m, r50, r101, l, x or h, r18 where not
+    given."""
+    version: int | None = None
+    """Of rtdetr: 1 or 2; 1 (h: 2) where not given."""
+    queries: int | None = None
+    """Of rtdetr: boxes that are predicted for an image; 300 where not given. Fewer are faster; objects beyond their
+    number are not learnt."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
     """Weights to start from: a file, or a published name such as rtmdet-tiny or cspnext-tiny (ImageNet backbone)."""
     epochs: int | None = None
-    """Passes over the training images; 300 (rotated: 36) where not given."""
+    """Passes over the training images; 300 (rotated: 36, rtdetr: 72 to 120) where not given."""
     stage2_epochs: int | None = None
-    """Last epochs without mosaic and mixup, which rotated never has; 20 of 300 in proportion where not given."""
+    """Last epochs without strong augmentation: mosaic and mixup (which rotated never has), of rtdetr distortion,
+    zoom-out, crop and change of image size; 20 of 300 in proportion where not given, of rtdetr 0 or, version 2, 1 to 3
+    of its published epochs in proportion."""
     batch_size: int | None = None
-    """Images per step and process; 32 (rotated: 8) where not given."""
+    """Images per step and process; 32 (rotated: 8, rtdetr: 16) where not given."""
     accumulate: int = 1
     """Batches whose gradients are added up before the optimiser steps."""
     image_size: int | None = None
     """Side of the training images in pixels, a multiple of 32; 640 (nano: 320, rotated: 1024) where not given."""
     lr: float | None = None
-    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step of all processes, rotated 2.5e-4 at 8, times the square
-    root of the step's share of it."""
-    weight_decay: float = 0.05
-    """Weight decay of AdamW on convolution weights."""
+    """Base learning rate; 4e-3 (x: 2e-3) at 256 images per step of all processes, rotated 2.5e-4 at 8, rtdetr 1e-4 (its
+    backbone less) at 16, times the square root of the step's share of it."""
+    weight_decay: float | None = None
+    """Weight decay of AdamW; 0.05 on convolution weights, of rtdetr 1e-4, where not given."""
     warmup_iterations: int | None = None
-    """Steps of linear warm-up; 1000, but at most a tenth of the run, where not given."""
-    ema_momentum: float = 2e-4
-    """Share of the new weights in the moving average, after its own warm-up."""
+    """Steps of linear warm-up; 1000 (rtdetr: 2000, in version 1 none), but at most a tenth of the run, where not
+    given."""
+    ema_momentum: float | None = None
+    """Share of the new weights in the moving average, after its own warm-up; 2e-4, of rtdetr 1e-4 or, if that is more,
+    20 over the steps of the run, where not given."""
     amp: str = "auto"
     """Mixed precision: none, bf16 or fp16; auto is bf16 on a GPU that has it and none elsewhere."""
     device: str = "auto"
@@ -102,13 +112,22 @@ class Settings(TrainConfig):
 
     train: Path
     train_images: Path
+    size: str
     epochs: int
     stage2_epochs: int
     batch_size: int
     image_size: int
     lr: float
     """Of the first step after warm-up."""
+    weight_decay: float
     num_workers: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the settings leave to the family."""
+        from rtmdet_fast.training.recipe import RECIPES
+
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries)
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold."""
@@ -142,10 +161,21 @@ def check_bounds(config: Any) -> None:
 
 def resolve(config: TrainConfig) -> Settings:
     """The config with every default worked out. Raises UserError for values that cannot be."""
+    # here: `rtmdet-fast --help` shows the settings, and has no need of PyTorch
+    import torch
+
+    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.models.detector import check_image_size
+    from rtmdet_fast.tasks import TASKS
+    from rtmdet_fast.training.distributed import process_count
+    from rtmdet_fast.training.recipe import RECIPES
+
     if config.task not in TASKS:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
-    task = TASKS[config.task]
+    if config.model not in RECIPES:
+        raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
+    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
@@ -166,18 +196,20 @@ def resolve(config: TrainConfig) -> Settings:
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; a CPU takes bf16 or none")
-    epochs = task.epochs if config.epochs is None else config.epochs
-    stage2 = config.stage2_epochs if task.two_stages else 0
+    epochs = recipe.epochs if config.epochs is None else config.epochs
+    stage2 = config.stage2_epochs
     if stage2 is None:
-        stage2 = max(round(epochs * 20 / 300), 1) if epochs > 1 else 0
+        stage2 = 0
+        if recipe.stage2_epochs and epochs > 1:
+            stage2 = max(round(epochs * recipe.stage2_epochs / recipe.epochs), 1)
     if not 0 <= stage2 <= epochs:
         raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {epochs}")
-    image_size = default_image_size(config.size, config.task) if config.image_size is None else config.image_size
-    batch_size = task.batch_size if config.batch_size is None else config.batch_size
+    image_size = recipe.image_size if config.image_size is None else config.image_size
+    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
     lr = config.lr
     if lr is None:
         images_per_step = batch_size * config.accumulate * process_count()
-        lr = task.lr_of_size.get(config.size, task.lr) * math.sqrt(images_per_step / task.lr_batch)
+        lr = recipe.lr * math.sqrt(images_per_step / recipe.lr_batch)
     workers = config.num_workers
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
@@ -189,11 +221,15 @@ def resolve(config: TrainConfig) -> Settings:
         "val_images": val_images,
         "device": str(device),
         "amp": amp,
+        "size": recipe.size,
+        "version": recipe.version,
         "epochs": epochs,
         "stage2_epochs": stage2,
         "batch_size": batch_size,
         "image_size": check_image_size(image_size),
         "lr": lr,
+        "weight_decay": recipe.weight_decay if config.weight_decay is None else config.weight_decay,
+        "ema_momentum": recipe.ema_momentum if config.ema_momentum is None else config.ema_momentum,
         "num_workers": workers,
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)

@@ -1,11 +1,13 @@
-"""Learning rate, weight decay and weight averaging of the published recipe."""
+"""Learning rate, weight decay, weight averaging and image sizes of the published recipes."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,18 +27,28 @@ def learning_rate_factor(iteration: int, total: int, warmup: int = 1000) -> floa
     return factor
 
 
+def warmup_factor(iteration: int, total: int, warmup: int) -> float:
+    """Factor on the base rate: linear warm-up from 1 / warmup, then 1."""
+    return min(1.0, (iteration + 1) / max(warmup, 1))
+
+
+def random_side(sides: Sequence[int], seed: int, iteration: int, part: int) -> int:
+    """That of a batch, the `part`-th of a step: the same in every process, which would wait for each other."""
+    return sides[int(np.random.default_rng((seed, 2, iteration, part)).integers(len(sides)))]
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on convolution weights only: BatchNorm and biases (one-dimensional) have none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_factor": 1.0},
     ]
 
 
-def ema_momentum(step: int, momentum: float = 2e-4) -> float:
-    """Share of the new weights at a step counted from 0: (1 - m) exp(-(1 + t) / 2000) + m."""
-    return (1 - momentum) * math.exp(-(1 + step) / 2000) + momentum
+def ema_share(step: int, momentum: float, warmup: float = 2000) -> float:
+    """Share of the new weights at a step counted from 0: (1 - m) exp(-(1 + t) / w) + m."""
+    return (1 - momentum) * math.exp(-(1 + step) / warmup) + momentum
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,12 +57,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class ModelEMA(Generic[Model]):
     """Exponential moving average of all parameters and floating-point buffers; other buffers are copied.
 
-    A tensor that the head shares between levels is averaged once.
+    `share` gives the share of the new weights at a step counted from 0. A tensor that the head shares between levels is
+    averaged once.
     """
 
-    def __init__(self, model: Model, momentum: float = 2e-4):
+    def __init__(self, model: Model, share: Callable[[int], float]):
         self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.momentum = momentum
+        self.share = share
         self.step = 0
 
     @torch.no_grad()
@@ -63,9 +76,7 @@ class ModelEMA(Generic[Model]):
             kind = floating if ours.is_floating_point() else others
             kind[0].append(ours)
             kind[1].append(theirs)
-        # The first update takes the model over whole.
-        weight = ema_momentum(self.step, self.momentum) if self.step else 1.0
-        torch._foreach_lerp_(floating[0], floating[1], weight)
+        torch._foreach_lerp_(floating[0], floating[1], self.share(self.step))
         if others[0]:
             torch._foreach_copy_(others[0], others[1])
         self.step += 1

@@ -11,7 +11,7 @@ import torch
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.checkpoint import check_tensors, damage_told, load_archive
 from rtmdet_fast.tasks import TASKS
-from rtmdet_fast.training.config import Settings
+from rtmdet_fast.training.config import Settings, TrainConfig
 from rtmdet_fast.training.distributed import process_count
 
 STATE: dict[str, type | tuple[type, ...]] = {
@@ -51,7 +51,7 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         if not (complete and all(isinstance(value, float) for value in figures.values())):
             raise UserError(f"{last} is damaged: its best figures are missing, or no numbers")
     for key, value in settings.as_json().items():
-        before = state["config"].get(key)
+        before = state["config"].get(key, getattr(TrainConfig, key))  # of a run older than the setting
         if key not in RESUMABLE and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
     if not (0 < state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):

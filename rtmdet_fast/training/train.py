@@ -1,4 +1,4 @@
-"""Training: the published two-stage recipe in one loop that reads from top to bottom."""
+"""Training: one loop for every family, which reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
-from rtmdet_fast.data.recipes import recipe_for
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.files import write_json
-from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
-from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.rtmdet.layers import enable_sync_bn
-from rtmdet_fast.models.rtmdet.model import RTMDet
+from rtmdet_fast.models.detector import Detector, Targets
+from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import gather, join_processes
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
-from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
+from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
 
 LOG_EVERY = 10
@@ -50,7 +47,8 @@ def train(config: TrainConfig) -> TrainResult:
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
         settings = replace(settings, progress=False, report=False)
-    task, device, out = TASKS[settings.task], torch.device(settings.device), settings.out
+    task, recipe = TASKS[settings.task], settings.recipe
+    device, out = torch.device(settings.device), settings.out
     last, best = out / "last.pth", out / "best.pth"
     if not (settings.resume or settings.overwrite):
         if last.exists():
@@ -61,7 +59,13 @@ def train(config: TrainConfig) -> TrainResult:
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = task.open_dataset(settings.train, settings.train_images, skip_bad=settings.skip_bad, training=True)
+    dataset = task.open_dataset(
+        settings.train,
+        settings.train_images,
+        skip_bad=settings.skip_bad,
+        training=True,
+        keep_empty=recipe.empty_images,
+    )
     val_dataset = None
     if settings.val is not None and settings.val_images is not None:
         val_dataset = task.open_dataset(
@@ -75,14 +79,14 @@ def train(config: TrainConfig) -> TrainResult:
     sampler = PlanSampler(
         len(dataset),
         settings.batch_size,
-        recipe_for(settings.size, settings.image_size),
+        recipe.caches,
         settings.seed,
         settings.num_workers,
         rank=rank,
         world_size=world_size,
     )
     loader = DataLoader(
-        task.augment(dataset, settings.size, settings.image_size),
+        recipe.augment(dataset, settings.image_size),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.num_workers,
@@ -90,21 +94,26 @@ def train(config: TrainConfig) -> TrainResult:
         pin_memory=device.type == "cuda",
         persistent_workers=settings.num_workers > 0,
     )
+    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
+    total = steps_per_epoch * settings.epochs
+    warmup = settings.warmup_iterations
+    if warmup is None:
+        warmup = min(recipe.warmup, total // 10)
 
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
     model = make_model(settings, dataset)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEMA(model, settings.ema_momentum)
+    ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
+        recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
     if world_size > 1:
-        enable_sync_bn(model)
+        model.enable_sync_bn()
         step_model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
@@ -113,11 +122,6 @@ def train(config: TrainConfig) -> TrainResult:
 
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
-    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
-    total = steps_per_epoch * settings.epochs
-    warmup = settings.warmup_iterations
-    if warmup is None:
-        warmup = min(1000, total // 10)
     iteration = start_epoch = 0
     best_epoch, best_metrics = None, {}
     if settings.resume:
@@ -145,22 +149,29 @@ def train(config: TrainConfig) -> TrainResult:
     validating = 0.0
 
     for epoch in range(start_epoch, settings.epochs):
-        sampler.set_stage2(not task.two_stages or epoch >= settings.epochs - settings.stage2_epochs)
+        stage2 = epoch >= settings.epochs - settings.stage2_epochs
+        sampler.set_stage2(stage2)
+        sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
         epoch_loss = torch.zeros((), device=device)
         batches = timed(iter(loader), meter)
         name = f"epoch {epoch + 1}/{settings.epochs}"
         bar = tqdm(range(steps_per_epoch), desc=name, disable=not settings.progress, leave=False)
         for step in bar:
-            lr = settings.lr * learning_rate_factor(iteration, total, warmup)
+            lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
-            for batch in itertools.islice(batches, parts):
+            for part, batch in enumerate(itertools.islice(batches, parts)):
                 batch = batch.to(device, non_blocking=True)
+                batch = batch.resized(random_side(sides, settings.seed, iteration, part))
                 targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
-                with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
-                    losses = step_model(normalize(batch.images), targets)
+                try:
+                    with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
+                        losses = step_model(model.normalize(batch.images), targets)
+                except UserError as error:  # predictions that no loss can be made of
+                    stop_on_nan(previous, out, iteration)
+                    raise UserError(f"{error}; {keep_batch(batch, out, iteration)}") from error
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
                 meter.add(losses, len(batch.images) * world_size)
@@ -168,6 +179,9 @@ def train(config: TrainConfig) -> TrainResult:
                 # Looking at the loss one batch late keeps the host one batch ahead of the device.
                 stop_on_nan(previous, out, iteration)
                 previous = (on_its_way(loss.detach()), batch)
+            if recipe.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -245,9 +259,15 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts)
 
 
-def make_model(settings: Settings, dataset: CocoDataset) -> RTMDet:
+def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from."""
-    model = RTMDet(settings.size, settings.task, class_names=dataset.class_names)
+    recipe = settings.recipe
+    model = recipe.build(class_names=dataset.class_names)
+    if recipe.needs_init and settings.init is None and not settings.resume:
+        warnings.warn(
+            f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
+            stacklevel=2,
+        )
     if settings.init is not None:
         checkpoint = read_checkpoint(resolve_weights(settings.init))
         model.load_weights(checkpoint)
@@ -291,13 +311,16 @@ def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, i
     """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
     if previous is None or math.isfinite(value := previous[0]()):
         return
+    kept = keep_batch(previous[1], out, iteration)
+    raise UserError(f"the loss is {value} near iteration {iteration}; {kept} (a lower --lr or --amp none may help)")
+
+
+def keep_batch(batch: Batch, out: Path, iteration: int) -> str:
+    """Write a batch for inspection, and say where."""
     path = out / "nan_batch.pt"
-    batch = {k: v.cpu() for k, v in asdict(previous[1]).items() if v is not None}
-    save_atomically({"iteration": iteration, **batch}, path)
-    raise UserError(
-        f"the loss is {value} near iteration {iteration}; the batch is in {path}, the last good weights "
-        f"in last.pth (a lower --lr or --amp none may help)"
-    )
+    tensors = {k: v.cpu() for k, v in asdict(batch).items() if v is not None}
+    save_atomically({"iteration": iteration, **tensors}, path)
+    return f"the batch is in {path}, the last good weights in last.pth"
 
 
 def report_run(
@@ -309,7 +332,7 @@ def report_run(
     pace: float,
 ) -> Path:
     """Evaluate the best weights once more, for curves and pictures, and write report.html."""
-    model = RTMDet.from_pretrained(settings.out / "best.pth").to(settings.device)
+    model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     samples = []
@@ -325,7 +348,7 @@ def report_run(
             samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
     return write_report(
         settings.out / "report.html",
-        title=f"RTMDet-{settings.size} on {dataset.annotation_path.name}",
+        title=f"{model.title} on {dataset.annotation_path.name}",
         history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,

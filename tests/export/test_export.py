@@ -5,6 +5,10 @@ import importlib.util
 import json
 import runpy
 import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,13 @@ from rtmdet_fast.cli import main
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.evaluation.evaluate import evaluate
 from rtmdet_fast.export import export as export_module
+from rtmdet_fast.export.agreement import EXACT, INT8, Agreement, compare
 from rtmdet_fast.export.engine import load_detector, load_engine
 from rtmdet_fast.export.export import export
+from rtmdet_fast.export.graph import EndToEnd
+from rtmdet_fast.export.int8 import calibration_canvases, network_inputs, quantize, stays_float
 from rtmdet_fast.export.openvino import convert_to_openvino
+from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 pytest.importorskip("onnx", reason="extra `export` is not installed")
@@ -101,6 +109,18 @@ def test_predictions_are_those_of_the_model(exported, batch_size, side):
         assert_alike(found, truth)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("side", [128, 96])
+def test_predictions_on_real_images(exported, batch_size, side, shared):
+    model, path = exported
+    photos = sorted((shared / "data/coco206/val").iterdir())[:20]
+    settings = dict(score_threshold=0.1, image_size=side, batch_size=batch_size, patch_size=0)
+    expected = model.predict(photos, **settings)
+    assert sum(map(len, expected)) > 100
+    for found, truth in zip(load_engine(path, threads=1).predict(photos, **settings), expected, strict=True):
+        assert_alike(found, truth)
+
+
 def test_file_is_what_clients_of_mmdeploy_expect(exported):
     import onnx
 
@@ -166,23 +186,126 @@ def test_fixed_sides_and_batch(tmp_path):
         engine.predict(images(1), max_detections=21)
     with pytest.raises(UserError, match="save the model"):
         engine.save(tmp_path / "a.pth")
+    found = load_engine(path, threads=1, dtype="bf16").predict(images(3), max_detections=20)
+    for one, expected in zip(found, engine.predict(images(3), max_detections=20), strict=True):
+        best = float(expected.scores.max())
+        assert float(one.scores.max()) == pytest.approx(best, abs=0.05)
 
 
-def test_an_export_that_disagrees_is_deleted(exported, tmp_path, monkeypatch):
+def test_an_export_that_disagrees_leaves_what_was_there(exported, tmp_path, monkeypatch):
     model, path = exported
     monkeypatch.setattr(export_module, "export_onnx", lambda graph, to, *rest: shutil.copy(path, to))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.bbox_head.rtm_reg[0].bias += 0.05
-    with pytest.raises(UserError, match="does not detect what the model does, and is deleted"):
-        export(other, tmp_path / "model.onnx", score_threshold=0.05, candidates=500)
+    (tmp_path / "model.onnx").write_bytes(b"good")
+    with pytest.raises(UserError, match="would not detect what the model does, and is not written"):
+        other.export(tmp_path / "model.onnx", score_threshold=0.05, candidates=500)
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"good"]
+
+
+def test_a_disk_without_room_leaves_nothing_but_what_was_there(exported, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    from full_disk import room_for
+
+    model, path = exported
+    (tmp_path / "a.onnx").write_bytes(b"good")
+    monkeypatch.setattr(export_module, "export_onnx", lambda graph, to, *rest: to.write_bytes(path.read_bytes()))
+    with room_for(10_000), pytest.raises(UserError, match=r"^cannot write .*a\.onnx: File too large$"):
+        model.export(tmp_path / "a.onnx")
+    monkeypatch.setattr(export_module, "export_onnx", lambda graph, to, *rest: to.symlink_to(path))
+    with room_for(10_000), pytest.raises(UserError, match=r"^cannot write .*a\.xml: the disk may be full$"):
+        model.export(tmp_path / "a.xml")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"good"]
+
+
+def test_without_nms(tmp_path):
+    model, path = busy("rotated"), tmp_path / "a.onnx"
+    agreement = model.export(path, nms=False, batch_size=2)
+    assert agreement.detections == 2 * (144 + 36 + 9) and agreement.unmatched == 0
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    boxes, scores = onnxruntime.InferenceSession(str(path)).run(["boxes", "scores"], {"input": x.numpy()})
+    with torch.no_grad():
+        logits, expected, _ = model.bbox_head.decode(model(x))
+    torch.testing.assert_close(torch.from_numpy(boxes), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(scores), logits.sigmoid(), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="was exported without NMS"):
+        load_detector(str(path))
+
+
+def test_what_a_model_cannot_be_exported_as(tmp_path):
+    with pytest.raises(UserError, match="a model with masks is exported with its NMS only"):
+        export(RTMDet("nano", "ins"), tmp_path / "a.onnx", nms=False)
+    with pytest.raises(UserError, match="RT-DETR-r18 is exported for one image size: leave dynamic out"):
+        export(RTDETR("r18", num_decoder_layers=1), tmp_path / "a.onnx", dynamic=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    import cv2
+
+    model, path = exported
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for i, image in enumerate(images(4)):
+        cv2.imwrite(str(photos / ("more" if i % 2 else "") / f"{i}.png"), image)
+    (photos / "3.png").write_bytes(b"noise")
+    with pytest.warns(UserWarning, match=r"1 calibration images are unreadable, the first: .*3\.png"):
+        canvases = calibration_canvases(model, photos, 96, 128)
+    assert [canvas.shape for canvas in canvases] == [(96, 96, 3)] * 4
+    assert len(calibration_canvases(model, photos / "more", 96, 1)) == 1
+    for name in ("empty", "damaged"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="empty holds no image"):
+        calibration_canvases(model, tmp_path / "empty", 96, 1)
+    (tmp_path / "damaged/1.jpg").touch()
+    with pytest.raises(UserError, match=r"none of the images of .*damaged can be read, the first: .*1\.jpg"):
+        calibration_canvases(model, tmp_path / "damaged", 96, 1)
+    written = tmp_path / "a.xml"
+    convert_to_openvino(
+        path, written, load_engine(path).metadata, lambda network: quantize(network, model, canvases[:2], 1)
+    )
+    network = openvino.Core().read_model(str(written))
+    quantized = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "FakeQuantize"}
+    assert len(quantized) > 50
+    in_float = stays_float(network)
+    assert not quantized & {*in_float}
+    convolutions = [op for op in network.get_ops() if "Convolution" in op.get_type_name()]
+    last = {"det": 6, "rotated": 9, "ins": 10}[model.task]  # of the branches on three levels, and of the mask features
+    assert sum(op.get_friendly_name() in in_float for op in convolutions) == last
+    assert any("TopK" in op.get_type_name() and op.get_friendly_name() in in_float for op in network.get_ops())
+    agreement = compare(
+        EndToEnd(model.fold(), replace(model.test_settings, score_threshold=0.05), 500).eval(),
+        load_engine(written, threads=1).run,
+        [torch.from_numpy(network_inputs(model, canvases[:2]))],
+        INT8,
+    )
+    assert agreement.is_within(INT8) and not agreement.is_within(EXACT)
+
+
+def test_what_runs_in_other_dtypes(exported, tmp_path):
+    model, path = exported
+    with pytest.raises(UserError, match=r"model\.onnx cannot run in bf16: files of OpenVINO"):
+        load_engine(path, dtype="bf16")
+    model.save(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth cannot run in fp16: files of OpenVINO"):
+        load_detector(str(tmp_path / "a.pth"), dtype="fp16")
+
+
+def test_a_masks_disagreement_counts():
+    good = Agreement(100, 0.0, 0.0, 0.0, 0)
+    assert good.is_within(EXACT) and not good._replace(mask_error=0.02).is_within(EXACT)
+    assert good._replace(unmatched=1).is_within(EXACT) and not good._replace(unmatched=2).is_within(EXACT)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(path="a.engine"), "should end in .onnx or .xml"),
+        (dict(path="a.engine"), "should end in .onnx, .xml .* or .pt2"),
+        (dict(format="openvino"), "should end in .xml, as files of format openvino do"),
+        (dict(format="tensorrt"), "format 'tensorrt' is unknown"),
         (dict(image_size=100), "multiple of 32"),
         (dict(image_size=96, dynamic=True), "exclude each other"),
         (dict(batch_size=0), "batch_size is 0"),
@@ -190,6 +313,11 @@ def test_an_export_that_disagrees_is_deleted(exported, tmp_path, monkeypatch):
         (dict(iou_threshold=-1), "iou_threshold is -1"),
         (dict(max_detections=0), "max_detections 0"),
         (dict(candidates=0), "candidates 0"),
+        (dict(int8=True), "cannot hold int8, which is for OpenVINO"),
+        (dict(int8=True, path="a.xml"), "int8 takes images to calibrate with"),
+        (dict(calibrate="photos"), "calibrate is for int8 alone"),
+        (dict(int8=True, path="a.xml", calibrate="photos"), "photos is no folder"),
+        (dict(int8=True, path="a.xml", calibrate=".", calibration_images=0), "calibration_images is 0"),
     ],
 )
 def test_bad_settings_are_named(settings, words, tmp_path):
@@ -207,6 +335,12 @@ def test_files_that_are_no_engines(tmp_path):
             load_detector(str(tmp_path / name))
     with pytest.raises(UserError, match="does not exist"):
         load_detector(str(tmp_path / "nowhere.onnx"))
+    (tmp_path / "noise.pt2").write_bytes(b"noise")
+    with zipfile.ZipFile(tmp_path / "empty.pt2", "w") as package:
+        package.writestr("a_metadata.json", "{}")
+    for name, words in (("noise", "is no package of AOTInductor"), ("empty", "was not exported by rtmdet_fast")):
+        with pytest.raises(UserError, match=words):
+            load_detector(str(tmp_path / f"{name}.pt2"))
     value = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1])
     out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["input"], ["out"])], "g", [value], [out])
@@ -217,6 +351,69 @@ def test_files_that_are_no_engines(tmp_path):
         onnx.save(model, tmp_path / f"{number}.onnx")
         with pytest.raises(UserError, match="was not exported by rtmdet_fast"):
             load_detector(str(tmp_path / f"{number}.onnx"))
+    # what an old runtime lacks
+    graph.node[0].op_type = "OperatorOfTomorrow"
+    onnx.save(onnx.helper.make_model(graph, ir_version=8), tmp_path / "tomorrow.onnx")
+    with pytest.raises(UserError, match=r"cannot be read by ONNX Runtime: .*OperatorOfTomorrow"):
+        load_detector(str(tmp_path / "tomorrow.onnx"))
+
+
+def test_compiled_files_are_for_machines_of_their_kind(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def write(**told):
+        with zipfile.ZipFile(tmp_path / "a.pt2", "w") as package:
+            package.writestr("a_metadata.json", json.dumps({"rtmdet_fast": json.dumps(told)}))
+
+    write(device="cpu", cpu="of tomorrow", outputs=[])
+    with pytest.raises(UserError, match="was compiled for a processor with of tomorrow, and this one has"):
+        load_detector(str(tmp_path / "a.pt2"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write(device="cuda", cpu="", outputs=[])
+    with pytest.raises(UserError, match="was compiled for a GPU, which this machine has not"):
+        load_detector(str(tmp_path / "a.pt2"))
+
+    def no_compiler():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    with pytest.raises(UserError, match=r"b\.pt2: no C\+\+ compiler was found.*install g\+\+"):
+        RTMDet("nano").export(tmp_path / "b.pt2")
+    assert not (tmp_path / "b.pt2").exists()
+
+
+@pytest.mark.slow  # a minute or more of g++ each
+@pytest.mark.parametrize("task", HEADS)
+def test_compiled_files_detect_the_same(task, tmp_path):
+    model, path = busy(task), tmp_path / "a.pt2"
+    agreement = model.export(path, dynamic=True, score_threshold=0.05, candidates=500)
+    assert agreement.detections > 20 and agreement.unmatched == 0
+    engine = load_engine(path)
+    for side in (96, 64):
+        for batch_size in (1, 4):
+            settings = dict(score_threshold=0.1, image_size=side, batch_size=batch_size)
+            for found, truth in zip(
+                engine.predict(images(5), **settings), model.predict(images(5), **settings), strict=True
+            ):
+                assert_alike(found, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
+    torch.manual_seed(0)
+    model = RTDETR("r18", num_classes=3, num_queries=50, num_decoder_layers=2).eval()
+    model.image_size = 128
+    agreement = model.export(tmp_path / f"a{suffix}")
+    assert agreement.detections == 300 and agreement.unmatched == 0
+    engine = load_engine(tmp_path / f"a{suffix}", threads=1)
+    assert engine.title == model.title
+    for found, truth in zip(
+        engine.predict(images(3), score_threshold=0), model.predict(images(3), score_threshold=0), strict=True
+    ):
+        torch.testing.assert_close(found.scores, truth.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes, truth.boxes, rtol=0, atol=0.05)
 
 
 def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):
@@ -238,8 +435,12 @@ def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):
         )
         found[weights] = json.loads((folder / "predictions.json").read_text())["annotations"]
     assert len(found["a.pth"]) == len(found["a.onnx"]) > 0
-    assert main(["export", "--weights", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.pt2")]) == 2
-    assert "should end in .onnx or .xml" in capsys.readouterr().err
+    wrong = ["--out", str(tmp_path / "b.onnx"), "--format", "openvino"]
+    assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
+    assert main(["predict", str(tmp_path / "image.png"), "--weights", str(out), "--format", "dota"]) == 2
+    assert "--format dota needs a model of rotated boxes" in capsys.readouterr().err
+    assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
+    assert "should end in .xml" in capsys.readouterr().err
 
 
 def test_average_precision_is_that_of_the_checkpoint(shared, tmp_path):
@@ -253,3 +454,31 @@ def test_average_precision_is_that_of_the_checkpoint(shared, tmp_path):
     for path in paths:
         found = evaluate(load_engine(path, threads=1), dataset, progress=False)
         assert found.metrics["AP"] == pytest.approx(0.478, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "ap", "room"), [("bccd", 0.478, 0.005), ("nano", 0.3616, 0.012)])
+def test_average_precision_in_8_bits(weights, ap, room, shared, tmp_path):
+    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    data, photos = tmp_path / "data", shared / "data/coco_tiny/train"
+    data.mkdir()
+    if weights == "bccd":
+        model = RTMDet.from_pretrained(shared / "reference/mmdet_checkpoint_bccd_rtmdet_tiny.pth")
+        model.image_size, source = 256, shared / "data/bccd"
+        (tmp_path / "photos").mkdir()
+        for image in json.loads((source / "train.json").read_text())["images"]:
+            (tmp_path / "photos" / image["file_name"]).symlink_to(source / "images" / image["file_name"])
+        annotations, images_of, photos = source / "val.json", source / "images", tmp_path / "photos"
+    else:
+        subprocess.run(
+            [sys.executable, shared / "reference/weights/nano_from_onnx.py", tmp_path / "nano.pth"], check=True
+        )
+        model = RTMDet.from_pretrained(tmp_path / "nano.pth")
+        for folder in ("coco206", "coco_tiny"):
+            for image in (shared / "data" / folder / "val").iterdir():
+                (data / image.name).symlink_to(image)
+        annotations, images_of = shared / "data/coco206/instances.json", data
+    model.export(tmp_path / "a.xml", int8=True, calibrate=photos)
+    dataset = CocoDataset(annotations, images_of, class_names=model.class_names)
+    found = evaluate(load_engine(tmp_path / "a.xml", threads=1), dataset, progress=False)
+    assert found.metrics["AP"] == pytest.approx(ap, abs=room)

@@ -203,8 +203,8 @@ def test_opcheck():
     t = inputs((2, 3, 4, 5), residual=True)
     for name in ("x", "weight", "bias", "residual"):
         t[name].requires_grad_()
-    opcheck(m._inference, (*t.values(), 1e-5), test_utils=tests)
-    opcheck(m._training, (t["x"], t["weight"], t["bias"], t["residual"], 1e-5, ""), test_utils=tests)
+    opcheck(m._inference.library_op, (*t.values(), 1e-5), test_utils=tests)
+    opcheck(m._training.library_op, (t["x"], t["weight"], t["bias"], t["residual"], 1e-5, ""), test_utils=tests)
 
 
 @not_interpreted

@@ -212,9 +212,9 @@ def test_opcheck():
     t = inputs((1, 3, 4, 5), 3, residual=True)
     for tensor in (t["x"], t["conv_weight"], t["bn_weight"], t["bn_bias"], t["residual"]):
         tensor.requires_grad_()
-    opcheck(m._inference, (*t.values(), 1, 1e-5), test_utils=tests)
+    opcheck(m._inference.library_op, (*t.values(), 1, 1e-5), test_utils=tests)
     parameters = (t["x"], t["conv_weight"], t["bn_weight"], t["bn_bias"], t["residual"])
-    opcheck(m._training, (*parameters, 1, 1e-5, ""), test_utils=tests)
+    opcheck(m._training.library_op, (*parameters, 1, 1e-5, ""), test_utils=tests)
 
 
 @not_interpreted

@@ -349,13 +349,15 @@ def test_opcheck():
     tensors = inputs(2, 4, 5, 3)
     more = tuple(masks(tensors).values())
     tensors[0].requires_grad_()
-    opcheck(dynamic_mask_triton.logits, (*tensors, 8), test_utils=tests)
-    opcheck(dynamic_mask_triton.dice, (*tensors, *more, 8, 5e-6), test_utils=tests)
+    opcheck(dynamic_mask_triton.logits.library_op, (*tensors, 8), test_utils=tests)
+    opcheck(dynamic_mask_triton.dice.library_op, (*tensors, *more, 8, 5e-6), test_utils=tests)
     opcheck(
-        dynamic_mask_triton.logits_backward, (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8), test_utils=tests[:1]
+        dynamic_mask_triton.logits_backward.library_op,
+        (torch.ones(3, 4, 5, device=DEVICE), *tensors, 8),
+        test_utils=tests[:1],
     )
     sums = torch.ones(3, 2, device=DEVICE)
-    opcheck(dynamic_mask_triton.dice_backward, (sums[:, 0], sums, *tensors, *more, 8), test_utils=tests[:1])
+    opcheck(dynamic_mask_triton.dice_backward.library_op, (sums[:, 0], sums, *tensors, *more, 8), test_utils=tests[:1])
 
 
 def test_opcheck_of_the_reference():

@@ -479,7 +479,7 @@ def test_bad_lists_name_the_argument(call, message):
 @needs_triton
 def test_opcheck():
     tests = ["test_schema", "test_autograd_registration"] + ["test_faketensor"] * (not INTERPRETED)
-    opcheck(m._batched_nms, (*problem(2, 9), 0.3, 5), test_utils=tests)
+    opcheck(m._batched_nms.library_op, (*problem(2, 9), 0.3, 5), test_utils=tests)
 
 
 def test_opcheck_of_the_reference():

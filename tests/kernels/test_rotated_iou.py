@@ -331,8 +331,8 @@ def test_bad_input_names_the_argument(call, message):
 def test_opcheck():
     boxes1, boxes2 = random_boxes(5), random_boxes(5, seed=1)
     tests = ["test_schema", "test_autograd_registration"] + ["test_faketensor"] * (not INTERPRETED)
-    opcheck(m._pairwise, (boxes1, boxes2[:3]), test_utils=tests)
-    opcheck(m._aligned, (boxes1.requires_grad_(), boxes2), test_utils=tests)
+    opcheck(m._pairwise.library_op, (boxes1, boxes2[:3]), test_utils=tests)
+    opcheck(m._aligned.library_op, (boxes1.requires_grad_(), boxes2), test_utils=tests)
 
 
 def test_opcheck_of_the_reference():

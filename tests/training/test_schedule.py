@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from rtmdet_fast import RTMDet
+from rtmdet_fast.training.recipe import rtmdet_recipe
 from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parameter_groups
+
+
+def share(step):
+    return rtmdet_recipe(None, None, "det", None).ema_share(step, 1000, 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +32,7 @@ def test_average_of_the_reference(shared):
     """A value that steps 1, 2, 3, 4, 5."""
     expected = json.loads((shared / "reference/schedule.json").read_text())["ema"]
     model = nn.BatchNorm1d(1)
-    ema = ModelEMA(model)
+    ema = ModelEMA(model, share)
     for value, average in zip((1.0, 2.0, 3.0, 4.0, 5.0), expected, strict=True):
         with torch.no_grad():
             model.weight.fill_(value)
@@ -43,7 +48,7 @@ def test_shared_convolutions_are_averaged_once():
     model = RTMDet("nano", num_classes=1)
     shared_model = RTMDet("tiny", num_classes=1)
     for m in (model, shared_model):
-        ema = ModelEMA(m)
+        ema = ModelEMA(m, share)
         ema.update(m)
         with torch.no_grad():
             for p in m.parameters():

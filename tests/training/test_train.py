@@ -172,14 +172,13 @@ def test_training_starts_from_other_weights(config, tmp_path):
 
 
 def test_nan_stops_the_run_and_keeps_the_batch(config, monkeypatch):
-    normalize = train_module.normalize
     count = []
 
     def poisoned(images):
         count.append(1)
         return normalize(images) * (float("nan") if len(count) == 6 else 1.0)
 
-    monkeypatch.setattr(train_module, "normalize", poisoned)
+    monkeypatch.setattr(RTMDet, "normalize", staticmethod(poisoned))
     with pytest.raises(UserError, match=r"loss is nan.*nan_batch\.pt"):
         train(config)
     batch = torch.load(config.out / "nan_batch.pt", weights_only=True)
@@ -417,6 +416,18 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
 )
 def test_a_state_of_wrong_kinds_is_refused(finished, tmp_path, change, word):
     assert re.search(word, refused(finished, tmp_path, change))
+
+
+def test_a_run_of_before_there_was_a_setting_had_its_default(finished, tmp_path):
+    config, whole = finished
+    (tmp_path / "last.pth").write_bytes(whole)
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    for name in ("model", "version", "queries"):
+        del content["training"]["config"][name]
+    torch.save(content, tmp_path / "last.pth")
+    train(replace(config, out=tmp_path, resume=True))
+    with pytest.raises(UserError, match=r"--model is rtdetr, but the run in .* has rtmdet"):
+        train(replace(config, out=tmp_path, resume=True, model="rtdetr", size=None))
 
 
 def test_a_row_cut_off_by_a_crash_is_dropped(tmp_path):

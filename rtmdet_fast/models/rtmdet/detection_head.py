@@ -19,6 +19,7 @@ from rtmdet_fast.kernels._dispatch import unwatched
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.layers import conv3x3
 from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
 
@@ -67,14 +68,6 @@ def distances_to_boxes(priors: Tensor, distances: Tensor) -> Tensor:
     """Distances [B, N, 4] to left, top, right, bottom of the prior points → xyxy pixels [B, N, 4]."""
     points = priors[:, :2]
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Mean of a scalar over the distributed processes; the value itself without torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value
 
 
 def towers(channels: int, *, separable: bool = False, shared: bool = True) -> nn.ModuleList:

@@ -18,12 +18,12 @@ from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.detection_head import (
     STRIDES,
     Assignment,
     DetectionHead,
     flatten_levels,
-    mean_over_processes,
     predictors,
     towers,
 )

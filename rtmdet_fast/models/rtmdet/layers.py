@@ -170,11 +170,3 @@ class SPPBottleneck(nn.Module):
         pool5 = F.max_pool2d(x, 5, 1, 2)
         pool9 = F.max_pool2d(pool5, 5, 1, 2)
         return self.conv2(torch.cat((x, pool5, pool9, F.max_pool2d(pool9, 5, 1, 2)), 1))
-
-
-def enable_sync_bn(module: nn.Module) -> None:
-    """Let every ConvModule in `module` take its batch statistics over all distributed processes."""
-    process_group = torch.distributed.group.WORLD
-    for child in module.modules():
-        if isinstance(child, ConvModule):
-            child.process_group = process_group

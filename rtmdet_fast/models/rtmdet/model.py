@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,6 +83,7 @@ class RTMDet(Detector):
         class_names: one per class; COCO's for 80 classes (rotated: DOTA's for 15) where not given.
     """
 
+    weights_of: ClassVar = "RTMDet or CSPNeXt"
     input_description: ClassVar = (
         "BGR, less MEAN, by STD; resized to fit the square, padded on the right and at the bottom with 114"
     )
@@ -113,6 +115,10 @@ class RTMDet(Detector):
             raise UserError("a folded model has no losses: it is for inference")
         output = self.bbox_head(self.neck(self.backbone(images)))
         return output if targets is None else self.bbox_head.loss(output, targets)
+
+    @property
+    def title(self) -> str:
+        return f"RTMDet-{self.size}"
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -172,8 +178,21 @@ class RTMDet(Detector):
         return HEADS[task].to_image(found, scale, shape, clip=clip)
 
     @classmethod
+    def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:
+        tensors = checkpoint.state_dict
+        if any(key.startswith("head.rtm_") for key in tensors):  # LibreYOLO's
+            tensors = {re.sub(r"^head\.", "bbox_head.", key): value for key, value in tensors.items()}
+        if "stem.0.conv.weight" in tensors:
+            tensors = {f"backbone.{key}": value for key, value in tensors.items()}
+        if not any(key.startswith("backbone.stem.0.") for key in tensors):
+            return None
+        parts = ("backbone.", "neck.", "bbox_head.")
+        return replace(checkpoint, state_dict={k: v for k, v in tensors.items() if k.startswith(parts)})
+
+    @classmethod
     def inspect(cls, checkpoint: Checkpoint) -> Inspected:
         """Size, task and number of classes of the weights; task and classes are None for a bare backbone."""
+        checkpoint = cls.own(checkpoint)
         state = checkpoint.state_dict
         weight = state.get("backbone.stem.0.conv.weight")
         if weight is None or weight.ndim != 4:
@@ -196,13 +215,14 @@ class RTMDet(Detector):
         weight = state.get("bbox_head.rtm_cls.0.weight")
         if weight is not None and (weight.ndim != 4 or not len(weight)):
             raise UserError(f"{checkpoint.path} is damaged: bbox_head.rtm_cls.0.weight has shape {list(weight.shape)}")
-        return Inspected(by_stem[stem], task, None if weight is None else weight.shape[0])
+        return Inspected(by_stem[stem], task, None if weight is None else weight.shape[0], {})
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over weights; layers that the file lacks or that have another class count stay, and are named.
 
         Of a model with masks for one without, and the reverse, backbone and neck are taken.
         """
+        checkpoint = self.own(checkpoint)
         own, state = self.state_dict(), checkpoint.state_dict
         task = self.inspect(checkpoint).task
         # The heads of boxes and of rotated boxes differ by the angle alone; that of masks is another one.

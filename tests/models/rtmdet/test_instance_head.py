@@ -217,7 +217,7 @@ def test_boxes_alone_do_not_train_masks():
 
 def test_a_file_says_that_it_holds_masks(model, tmp_path):
     model.save(tmp_path / "ins.pth")
-    assert RTMDet.inspect(read_checkpoint(tmp_path / "ins.pth")) == ("tiny", "ins", 80)
+    assert RTMDet.inspect(read_checkpoint(tmp_path / "ins.pth")) == ("tiny", "ins", 80, {})
     again = RTMDet.from_pretrained(tmp_path / "ins.pth")
     assert again.task == "ins"
     for key, value in again.state_dict().items():
