@@ -46,6 +46,14 @@ def test_nothing_that_is_captured_makes_the_host_wait(task):
     assert done.stdout.strip() == "fine", done.stderr
 
 
+def test_a_missing_frame_is_none_of_an_earlier_call(model):
+    detector = GraphDetector(model, batch_size=4)
+    detector.predict(images(4), batch_size=4)
+    detector.predict(images(3), batch_size=4)
+    (graph,) = detector._graphs.values()
+    assert graph.sizes.tolist() == [*(list(image.shape[:2]) for image in images(3)), [0, 0]]
+
+
 def test_graphs_are_few(model, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
     detector = GraphDetector(model, batch_size=3)

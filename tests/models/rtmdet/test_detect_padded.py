@@ -96,3 +96,14 @@ def test_small_inputs_have_fewer_pairs_than_there_is_room_for():
         model(torch.randn(1, 3, 32, 32)), (32, 32), model.test_settings, capacity=1000
     )
     assert padded.candidates.tolist() == [21] and padded.boxes.shape == (1, 300, 4)
+
+
+def test_priors_are_made_once_for_inference(found):
+    head, output = found
+    with torch.inference_mode():
+        kept = head.priors(output)
+    assert not kept.is_inference()
+    with torch.no_grad():
+        assert head.priors(output) is kept
+    made = head.priors(output)
+    assert made is not kept and torch.equal(made, kept)
