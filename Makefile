@@ -1,4 +1,5 @@
-# make demo    train, evaluate and show a detector on drawn scenes (TASK=ins: masks, TASK=rotated: rotated boxes)
+# make demo    train, evaluate and show a detector on drawn scenes (TASK=ins: masks, TASK=rotated: rotated boxes,
+#              MODEL=rtdetr: the other family)
 # make test    lint, types and tests
 # Both set up .venv first. TORCH= installs another build of torch; PYTHON= another interpreter.
 # make test-openmmlab   the drop-in parts beside mmdet and mmrotate, in two environments of their own
@@ -21,6 +22,8 @@ TORCH_OLDEST ?= torch==2.11.0
 TORCH_NEWEST ?= torch
 # Of the demo: det (boxes), ins (boxes and masks) or rotated (rotated boxes).
 TASK ?= det
+# rtmdet or rtdetr.
+MODEL ?= rtmdet
 VENV ?= .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(filter-out tests/kernels/test_sizes_of_one.py,$(wildcard tests/kernels/test_*.py)) tests/test_acceleration.py
@@ -45,7 +48,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/rtmdet-fast demo --task $(TASK) --out runs/demo
+	$(BIN)/rtmdet-fast demo --model $(MODEL) --task $(TASK) --out runs/demo
 
 test: lint test-torch test-triton
 	@echo "tests/openmmlab was skipped: make test-openmmlab builds environments with mmdet and mmrotate and runs it"

@@ -26,9 +26,12 @@ import torch
 
 from benches import harness, run, table
 
-KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")
-OPS = (*KERNELS, "forward", "training", "postprocess", "layers")
-TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "training_with_kernels")
+KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu")
+OPS = (*KERNELS, "forward", "training", "postprocess", "matcher", "layers")
+TESTS = (
+    "assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "deformable_attention",
+    "training_with_kernels",
+)  # fmt: skip
 SHARE_OF_TESTS = 0.4  # of the time, at most
 LATE = "the time limit came first"
 

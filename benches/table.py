@@ -14,6 +14,7 @@ OPS = {
     "rotated_iou": "Pairwise rotated IoU",
     "nms": "NMS",
     "dynamic_mask": "Dynamic masks",
+    "deformable_attention": "Deformable attention",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
     "layers": "Layers",
@@ -21,10 +22,14 @@ OPS = {
     "training": "Training step",
     "pipeline": "Input pipeline",
     "postprocess": "Post-processing",
+    "matcher": "Hungarian matching",
 }
 PICTURES = {  # file name -> title, ops
-    "kernels": ("Kernels", ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")),
-    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess")},
+    "kernels": (
+        "Kernels",
+        ("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+    ),
+    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess", "matcher")},
 }
 REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"}
 INTRO = """# Benches

@@ -62,7 +62,7 @@ def bn_silu_reference(
 ) -> Tensor:  # fmt: skip
     """`bn_silu` in PyTorch."""
     if training and process_group is not None:
-        y = _sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bn.group_name(process_group))
+        y = sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bn.group_name(process_group))
     else:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return silu_add(y, residual)
@@ -89,7 +89,7 @@ class _AllReduce(torch.autograd.Function):
         return bn.all_reduce(grad, ctx.group), None
 
 
-def _sync_batch_norm(
+def sync_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     momentum: float, eps: float, group: str,
 ) -> Tensor:  # fmt: skip

@@ -13,11 +13,14 @@ with boxes (cx, cy, w, h), where level l has n_l points,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels import deformable_attention_torch
-from rtmdet_fast.kernels.deformable_attention_torch import box_locations
+from rtmdet_fast.kernels import deformable_attention_torch, deformable_attention_triton
+from rtmdet_fast.kernels._dispatch import unwatched, use_triton
+from rtmdet_fast.kernels.deformable_attention_torch import box_locations, precision
 
 
 def deformable_attention(
@@ -41,8 +44,10 @@ def deformable_attention(
     """
     _check(value, sizes, points, method)
     _check_points(value, weights, "weights", locations, "locations", points)
-    flat = [n for size in sizes for n in size]
-    return deformable_attention_torch.attention(value, locations, weights, flat, list(points), method, published_clamp)
+    settings = [n for size in sizes for n in size], list(points), method, published_clamp
+    if _takes_triton(sizes, value, locations, weights):
+        return _triton(value, None, locations, weights, *settings)
+    return _reference(value, locations, weights, *settings)
 
 
 def box_deformable_attention(
@@ -61,12 +66,34 @@ def box_deformable_attention(
     _check(value, sizes, points, method)
     _check_points(value, logits, "logits", offsets, "offsets", points)
     _check_tensor("references", references, (value.shape[0], logits.shape[1], 4), value)
-    dtype = deformable_attention_torch.precision(value, references, offsets, logits)
+    settings = [n for size in sizes for n in size], list(points), method, published_clamp
+    if _takes_triton(sizes, value, references, offsets, logits):
+        return _triton(value, references, offsets, logits, *settings)
+    dtype = precision(value, references, offsets, logits)
     references, offsets, logits = (x.to(dtype) for x in (references, offsets, logits))
     locations = box_locations(references, offsets, points)
-    return deformable_attention(
-        value, sizes, locations, logits.softmax(3), points, method=method, published_clamp=published_clamp
+    return _reference(value, locations, logits.softmax(3), *settings)
+
+
+def _triton(value: Tensor, *arguments: Any) -> Tensor:
+    op = deformable_attention_triton.attention
+    return op.undispatched(value, *arguments) if unwatched(value) else op(value, *arguments)
+
+
+def _reference(value: Tensor, *arguments: Any) -> Tensor:
+    op = deformable_attention_torch
+    return op.undispatched(value, *arguments) if unwatched(value) else op.attention(value, *arguments)
+
+
+def _takes_triton(sizes: Sequence[tuple[int, int]], value: Tensor, *others: Tensor) -> bool:
+    # the kernels' backward adds in any order, which may be forbidden, or only warned of; a trace cannot ask which
+    forbidden = (
+        torch.is_grad_enabled()
+        and torch.are_deterministic_algorithms_enabled()
+        and (torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled())
     )
+    fits = precision(value, *others) == torch.float32 and deformable_attention_triton.fits(sizes)
+    return use_triton(value) and fits and not forbidden
 
 
 def _check(value: Tensor, sizes: Sequence[tuple[int, int]], points: Sequence[int], method: str) -> None:
@@ -78,8 +105,8 @@ def _check(value: Tensor, sizes: Sequence[tuple[int, int]], points: Sequence[int
         raise ValueError(f"sizes: expected a height and width of at least 1 for each level, got {tuple(sizes)}")
     if sum(height * width for height, width in sizes) != value.shape[1]:
         raise ValueError(f"sizes: expected {value.shape[1]} pixels as in value, got {tuple(sizes)}")
-    if len(points) != len(sizes) or any(count < 0 for count in points):
-        raise ValueError(f"points: expected a number for each of {len(sizes)} levels, got {tuple(points)}")
+    if len(points) != len(sizes) or any(count < 1 for count in points):
+        raise ValueError(f"points: expected at least 1 for each of {len(sizes)} levels, got {tuple(points)}")
     if method not in ("bilinear", "discrete"):
         raise ValueError(f"method: expected bilinear or discrete, got {method!r:.40}")
 

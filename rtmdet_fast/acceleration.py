@@ -4,8 +4,10 @@ A container that passes its input through its children, one after another, gets 
 runs depth-wise convolution + BatchNorm + SiLU, or BatchNorm + SiLU, in one kernel. Whether it does that shows a trace
 of its own forward, in training and in inference: mmcv's ConvModule, timm's ConvNormAct, nn.Sequential and any
 `act(bn(conv(x)))` are known by what they do and not by their names. timm's BatchNormAct2d, which holds its activation,
-is known by its module. Nothing else changes: the objects, their children, parameters, buffers and hooks are the same
-ones, so state_dict, optimisers, `.to()`, train() and eval(), DDP and `isinstance` go on as before.
+is known by its module, and so is the deformable attention of RT-DETR and RT-DETRv2, transformers' and the published
+one, which takes softmax, locations and samples in one kernel. Nothing else changes: the objects, their children,
+parameters, buffers and hooks are the same ones, so state_dict, optimisers, `.to()`, train() and eval(), DDP and
+`isinstance` go on as before.
 
 Every forward pass looks whether that still holds: with a hook on a convolution, BatchNorm or activation, with one of
 them replaced by something else, or with an attribute changed that the forward reads, the container runs as it did
@@ -17,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from rtmdet_fast.kernels.deformable_attention import box_deformable_attention
 from rtmdet_fast.models.rtmdet.layers import ConvModule, fused_bn_silu
 
 DEPTHWISE = "depth-wise convolution + BatchNorm + SiLU"
 EPILOGUE = "BatchNorm + SiLU"
+ATTENTION = "deformable attention"
 UNKNOWN = "not before a SiLU in a container that passes its input from child to child"
 SHOWN = 4  # names of a group in the printout
 
@@ -39,9 +43,9 @@ class Acceleration:
     """What `accelerate` did; print it to read it."""
 
     replaced: dict[str, str]
-    """Name of each BatchNorm that is fused → with what."""
+    """Name of each BatchNorm that is fused → with what; of each deformable attention that is."""
     left: dict[str, str]
-    """Name of each other BatchNorm, and of each depth-wise convolution that is not fused → why."""
+    """Name of each other BatchNorm, and of each depth-wise convolution or deformable attention that is not → why."""
 
     def __str__(self) -> str:
         return "\n".join((*_grouped("fused", self.replaced), *_grouped("left", self.left)))
@@ -50,15 +54,21 @@ class Acceleration:
 def accelerate(module: nn.Module) -> Acceleration:
     """Lets `module` and what it contains run BatchNorm + SiLU, with a depth-wise convolution before, in one kernel.
 
-    In place. Outputs, gradients and running statistics stay those of the original up to rounding (on a CPU to the
-    bit). SyncBatchNorm takes its statistics over its processes; a BatchNorm in eval() stays frozen. On a GPU the fused
-    layers have no second derivatives. `revert` before handing the model to fx or TorchScript.
+    The deformable attention of RT-DETR likewise. In place. Outputs, gradients and running statistics stay those of the
+    original up to rounding (on a CPU to the bit, but for the attention). SyncBatchNorm takes its statistics over its
+    processes; a BatchNorm in eval() stays frozen. On a GPU the fused layers have no second derivatives, and on no
+    device has the attention. `revert` before handing the model to fx or TorchScript.
     """
     replaced: dict[nn.Module, str] = {}
     left: dict[nn.Module, str] = {}
     own: set[nn.Module] = set()
     fused: dict[nn.Module, type] = {}
     for part in module.modules():
+        if attention := _attention(part):
+            if "forward" in vars(part):
+                left[part] = "its forward was replaced"
+            else:
+                replaced[part], fused[part] = ATTENTION, _fused_class(attention, _original(type(part)), None, ())
         if isinstance(part, ConvModule):
             own |= {part.conv, part.bn}
         candidate: Any = None if isinstance(part, ConvModule) else _candidate(part)
@@ -161,8 +171,102 @@ class _FusedBatchNormAct(_Fused):
         return super().forward(x)
 
 
+def _attend(
+    part: Any, query: Tensor, references: Tensor, value: Tensor, sizes: Any, heads: int, points: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """query [B, Q, C], references [B, Q, 1, 4], projected value [B, S, C] -> result [B, Q, C], logits [B, Q, H, P]."""
+    B, Q = query.shape[:2]
+    offsets, logits = part.sampling_offsets(query), part.attention_weights(query).view(B, Q, heads, -1)
+    out = box_deformable_attention(
+        value.unflatten(2, (heads, -1)), [tuple(size) for size in sizes], references.squeeze(2),
+        offsets.view(B, Q, heads, -1, 2), logits, points, **options,
+    )  # fmt: skip
+    return part.output_proj(out), logits
+
+
+def _takes_attention(references: Any, scale: float, method: str) -> bool:
+    """Whether that is boxes, one for all levels, in ways of sampling that are known."""
+    return references.shape[2:] == (1, 4) and scale == 0.5 and method in ("default", "discrete")
+
+
+class _FusedTransformersAttention(_Fused):
+    """transformers' RTDetrMultiscaleDeformableAttention and RTDetrV2MultiscaleDeformableAttention."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | None = None, position_embeddings: Tensor | None = None,
+        reference_points: Any = None, spatial_shapes: Any = None, spatial_shapes_list: Any = None,
+        level_start_index: Any = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        own: Any = self
+        scale, method = getattr(own, "offset_scale", 0.5), getattr(own, "method", "default")
+        core = getattr(own, "attn", None)  # version 1 has a module for it
+        hooked = core is not None and (_is_hooked(core) or _has_any_global_hook())
+        if hooked or not _takes_attention(reference_points, scale, method):
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, position_embeddings,
+                reference_points, spatial_shapes, spatial_shapes_list, level_start_index, **kwargs,
+            )  # fmt: skip
+        query = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+        value = own.value_proj(encoder_hidden_states)
+        if attention_mask is not None:
+            value = value.masked_fill(~attention_mask[..., None], 0.0)
+        points = getattr(own, "n_points_list", [own.n_points] * own.n_levels)
+        options = dict(method="discrete" if method == "discrete" else "bilinear")
+        out, logits = _attend(own, query, reference_points, value, spatial_shapes_list, own.n_heads, points, **options)
+        weights = logits.softmax(3)
+        return out, weights if core is None else weights.unflatten(3, (own.n_levels, own.n_points))
+
+
+class _FusedPublishedAttention(_Fused):
+    """MSDeformableAttention of the published RT-DETR and RT-DETRv2."""
+
+    def forward(
+        self, query: Tensor, reference_points: Tensor, value: Tensor, value_spatial_shapes: Any, value_mask: Any = None
+    ) -> Tensor:
+        own: Any = self
+        scale, method = getattr(own, "offset_scale", 0.5), getattr(own, "method", "default")
+        if value_mask is not None or not _takes_attention(reference_points, scale, method) or not _has_core(own):
+            return super().forward(query, reference_points, value, value_spatial_shapes, value_mask)
+        points = _published_points(own)
+        options = dict(method="discrete", published_clamp=True) if method == "discrete" else {}
+        value = own.value_proj(value)
+        return _attend(own, query, reference_points, value, value_spatial_shapes, own.num_heads, points, **options)[0]
+
+
+def _published_points(part: Any) -> Any:
+    """Points on each level: version 2 has a list of them."""
+    return getattr(part, "num_points_list", None) or [part.num_points] * part.num_levels
+
+
+def _has_core(part: Any) -> bool:
+    """Whether the function that samples is the published one."""
+    core = getattr(part, "ms_deformable_attn_core", None)
+    core = core.func if isinstance(core, partial) else core
+    return getattr(core, "__name__", "").startswith("deformable_attention_core_func")
+
+
+def _attention(part: Any) -> Any:
+    """The class that runs the deformable attention `part` in one kernel; None if it is none that is known."""
+    module, name = _forward_of(type(part))
+    if (module, name) in _TRANSFORMERS_ATTENTION:
+        return _FusedTransformersAttention
+    if name.endswith("MSDeformableAttention.forward") and _has_core(part):
+        layers = [getattr(part, layer, None) for layer in _ATTENTION_LAYERS]
+        parameters = list(inspect.signature(_original(type(part)).forward).parameters)[1:]
+        if all(isinstance(layer, nn.Linear) for layer in layers) and parameters == _PUBLISHED_PARAMETERS:
+            return _FusedPublishedAttention
+    return None
+
+
 # by module and name: none of the packages has to be there, and a subclass that overrides forward is not taken
 _SEQUENTIAL = ("torch.nn.modules.container", "Sequential.forward")
+_TRANSFORMERS_ATTENTION = [
+    ("transformers.models.rt_detr.modeling_rt_detr", "RTDetrMultiscaleDeformableAttention.forward"),
+    ("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "RTDetrV2MultiscaleDeformableAttention.forward"),
+]
+_ATTENTION_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+_PUBLISHED_PARAMETERS = ["query", "reference_points", "value", "value_spatial_shapes", "value_mask"]
 _NORMS = [("torch.nn.modules.batchnorm", f"{name}.forward") for name in ("_BatchNorm", "SyncBatchNorm")]
 _NORM_ACTS = [("timm.layers.norm_act", f"{name}.forward") for name in ("BatchNormAct2d", "SyncBatchNormAct")]
 

@@ -1,12 +1,14 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
-`python tests/fake_gpu.py train TASK` trains and predicts one step on it; with `detect` in place of `train`, whatever
-would make the host wait for the device raises. Own process: the device stays registered for good.
+`python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`
+or `graph` in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays
+registered for good.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,15 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from busy import busy
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from rtmdet_fast import RTMDet
-from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, nms
+from rtmdet_fast.inference.detections import Detections
+from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, letterbox, nms
+from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.models.rtdetr.model import RTDETR
+from rtmdet_fast.predictor.graphs import GraphDetector
 
 _setup_privateuseone_for_python_backend("fake")
 torch.fake.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
@@ -35,6 +43,8 @@ WAITS = {
 """For which CUDA makes the host wait: their result, or its size, is a matter of the values."""
 INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put")
 refusing_to_wait = False
+arrived: list[str] = []
+"""Operations whose outcome, of tensors on the device, the host got to see."""
 
 
 class FakeGpuTensor(Tensor):
@@ -56,6 +66,7 @@ class FakeGpuTensor(Tensor):
     # these two reach no dispatcher
     def tolist(self) -> Any:
         refuse("tolist")
+        arrived.append("tolist")
         return self.host.tolist()
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,6 +79,16 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
+
+
+class FakeGpuFactory(TorchFunctionMode):
+    """Within it, torch.tensor makes them there too, which reaches no dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") == DEVICE:
+            return FakeGpuTensor(func(*args, **{**kwargs, "device": None}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -111,7 +132,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if wrong:
             raise RuntimeError(f"{name} mixes devices: {[(tuple(x.shape), x.dtype) for x in wrong]} are on the host")
     if ours and func.namespace == "rtmdet_fast":
-        with FakeGpu():
+        with FakeGpu(), FakeGpuFactory():
             return OPDEFS[name]._init_fn(*args, **kwargs)
 
     def to_host(x: Any) -> Any:
@@ -128,9 +149,13 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     result = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
     if devices := [x for x in leaves if isinstance(x, torch.device)]:
-        return tree_map(to_fake, result) if devices[0] == DEVICE else result
-    written = [args[0]] if copies else leaves
-    return tree_map(to_fake, result) if any(isinstance(x, FakeGpuTensor) for x in written) else result
+        stays = devices[0] == DEVICE
+    else:
+        stays = any(isinstance(x, FakeGpuTensor) for x in ([args[0]] if copies else leaves))
+    result = tree_map(to_fake, result) if stays else result
+    if ours and (name == "aten::nonzero" or not any(isinstance(x, FakeGpuTensor) for x in tree_leaves(result))):
+        arrived.append(name)
+    return result
 
 
 def move(model: nn.Module) -> None:
@@ -204,6 +229,31 @@ def detect(task: str) -> None:
         raise AssertionError("post-processing of no fixed size would wait")
 
 
+def graph(task: str) -> None:
+    """What is captured on a GPU, uncaptured."""
+    model = busy(task).fold()
+    pictures = [np.random.default_rng(i).integers(0, 256, (60 + 30 * i, 90, 3), np.uint8) for i in range(3)]
+    settings = replace(model.test_settings, score_threshold=0.3, max_detections=20)
+    here, there = GraphDetector(model, batch_size=2), GraphDetector(copy.deepcopy(model), batch_size=2)
+    move(there.model)
+    for most in (1000, 10):  # with fewer than the candidates there are, it is as without a graph
+        detector.MAX_CANDIDATES = most
+        expected = here.detect_whole(pictures, 96, settings)
+        with FakeGpu():
+            found = there.detect_whole(pictures, 96, settings)
+            assert all(isinstance(one.scores, FakeGpuTensor) == (most == 10) for one in found)
+            found = [Detections(*(x.cpu() for x in one if x is not None)) for one in found]
+        for one, truth in zip(found, expected, strict=True):
+            assert all(map(torch.equal, one[:4], truth[:4])) and 10 < len(one.scores) <= 20
+            assert task != "ins" or torch.equal(one.masks.logits, truth.masks.logits)
+    detector.MAX_CANDIDATES = 1000
+    assert sorted(key[0] for key in there._graphs) == [1, 2]
+    launched = launch_nothing()
+    with FakeGpu(), no_waiting():
+        there._graphs[2, 96, settings].run()
+    assert launched == ["_letterbox_kernel", "_words_kernel", "_scan_kernel", *["_logits_kernel"] * (task == "ins")]
+
+
 def launch_nothing() -> list[str]:
     """From now on kernels are chosen and prepared as on a GPU, but what would be launched is named in this list."""
     launched: list[str] = []
@@ -216,11 +266,29 @@ def launch_nothing() -> list[str]:
             return lambda *args, **kwargs: launched.append(self.kernel.__name__)
 
     _dispatch.BACKEND = "triton"
-    for module in (nms, dynamic_mask_triton):
+    for module in (nms, dynamic_mask_triton, letterbox):
         module.wrap_triton = Recorder
     return launched
 
 
+def train_rtdetr() -> None:
+    torch.manual_seed(0)
+    model = RTDETR("r18", num_classes=3, num_queries=20).train()
+    move(model)
+    boxes = torch.tensor([[10.0, 20, 60, 80], [5, 5, 20, 90]]).repeat(2, 3, 1)
+    some = [boxes, torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 2])]
+    none = [torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
+    images = torch.rand(2, 3, 128, 128)
+    for targets in some, none:
+        with FakeGpu(), FakeGpuFactory():
+            arrived.clear()
+            losses = model(FakeGpuTensor(images), Targets(*map(FakeGpuTensor, targets)))
+            sum(losses.values()).backward()
+            assert arrived == ["aten::_to_copy"], arrived  # the costs of the matching
+        assert all(p.grad.host.isfinite().all() for p in model.parameters())
+
+
 if __name__ == "__main__":
-    {"train": train, "detect": detect}[sys.argv[1]](sys.argv[2])
+    command, task = sys.argv[1:]
+    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect, "graph": graph}[command](task)
     print("fine")

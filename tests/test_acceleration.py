@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rtmdet_fast import RTMDet, accelerate, revert
-from rtmdet_fast.acceleration import DEPTHWISE, EPILOGUE, UNKNOWN
+from rtmdet_fast import RTMDet, accelerate, acceleration, revert
+from rtmdet_fast.acceleration import ATTENTION, DEPTHWISE, EPILOGUE, UNKNOWN
 from rtmdet_fast.kernels import _dispatch
 
 INTERPRETED = _dispatch.BACKEND == "triton"  # make test-triton
@@ -670,3 +671,226 @@ def test_sync_batch_norm(tmp_path):
     torch.testing.assert_close(found[0][1] + found[1][1], model[4].weight.grad, rtol=1e-3, atol=1e-4)
     for rank in range(2):
         torch.testing.assert_close(found[rank][2], model[5].running_var, rtol=1e-4, atol=1e-6)
+
+
+def rtdetr_of_transformers(version: int, **options) -> tuple[nn.Module, torch.Tensor]:
+    """A small one with random weights, some of its layers' too that start at zero, and images that are no squares."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra bench)")
+    names = (
+        ("RTDetrConfig", "RTDetrForObjectDetection")
+        if version == 1
+        else ("RTDetrV2Config", "RTDetrV2ForObjectDetection")
+    )
+    config, model = (getattr(transformers, name) for name in names)
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    torch.manual_seed(0)
+    made = model(
+        config(
+            backbone_config=backbone, encoder_in_channels=[16, 24, 32], feat_strides=[8, 16, 32], encoder_hidden_dim=32,
+            encoder_ffn_dim=32, d_model=32, decoder_in_channels=[32, 32, 32], decoder_layers=2, decoder_ffn_dim=32,
+            decoder_attention_heads=4, encoder_attention_heads=4, num_queries=20, num_denoising=0, num_labels=3,
+            anchor_image_size=None, **options,
+        )
+    )  # fmt: skip
+    for name, parameter in made.named_parameters():
+        if "sampling_offsets" in name or "attention_weights" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return made, torch.rand(2, 3, 96, 128)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2", "v2 discrete"])
+def test_attention_of_transformers(kind):
+    """Outputs and gradients of the whole model, where the loss knows both."""
+    version = int(kind[1])
+    model, images = rtdetr_of_transformers(version, **({"decoder_method": "discrete"} if "discrete" in kind else {}))
+    model.train()  # BatchNorm stays the model's own: revert() below undoes what else is fused
+    original = copy.deepcopy(model)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    done = accelerate(model)
+    names = [name for name, what in done.replaced.items() if what == ATTENTION]
+    assert names == [f"model.decoder.layers.{i}.encoder_attn" for i in range(2)]
+    called = []
+    results = []
+    for which in (model, original):
+        out = which(images)
+        called.append(type(which.model.decoder.layers[0].encoder_attn).__name__)
+        loss = out.logits.square().sum() + out.pred_boxes.square().sum()
+        names = [name for name, _ in which.named_parameters()]
+        grads = torch.autograd.grad(loss, list(which.parameters()), allow_unused=True)
+        results.append((out.logits, out.pred_boxes, dict(zip(names, grads, strict=True))))
+    assert called[0] == f"Fused{called[1]}"
+    ours, theirs = results
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-5, atol=1e-5)
+    moved = 0
+    for name, grad in theirs[2].items():
+        found = ours[2][name]
+        assert (found is None) == (grad is None), name
+        if grad is not None:
+            assert (found - grad).abs().max() <= 1e-4 * max(1, grad.abs().max()), name
+            moved += "sampling_offsets" in name and bool(grad.any())
+    assert moved == (0 if "discrete" in kind else 4)
+    revert(model)
+    assert all(
+        torch.equal(x, state[name])
+        for name, x in model.state_dict().items()
+        if "running" not in name and "tracked" not in name
+    )
+    assert [type(part) for part in model.modules()] == [type(part) for part in original.modules()]
+
+
+def test_attention_of_transformers_with_weights_recorded_and_padding():
+    """What it returns beside the result; and a mask, which it takes from a call."""
+    model, images = rtdetr_of_transformers(2)
+    model.eval()
+    expected = model(images, output_attentions=True).cross_attentions
+    attention = model.model.decoder.layers[0].encoder_attn
+    memory, mask = torch.rand(2, 20, 32), torch.rand(2, 20) > 0.3
+    call = dict(
+        hidden_states=torch.rand(2, 5, 32), encoder_hidden_states=memory, attention_mask=mask,
+        position_embeddings=torch.rand(2, 5, 32), reference_points=torch.rand(2, 5, 1, 4),
+        spatial_shapes=torch.tensor([[3, 4], [2, 3], [1, 2]]), spatial_shapes_list=[(3, 4), (2, 3), (1, 2)],
+    )  # fmt: skip
+    masked = attention(**call)
+    accelerate(model)
+    for found, want in zip(model(images, output_attentions=True).cross_attentions, expected, strict=True):
+        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(attention(**call), masked, rtol=1e-5, atol=1e-5)
+
+
+def deformable_attention_core_func(value, value_spatial_shapes, sampling_locations, attention_weights):
+    """The published function of version 1, by its signature: locations [B, Q, H, L, P, 2]."""
+    return deformable_attention_core_func_v2(
+        value, value_spatial_shapes, sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4),
+        [sampling_locations.shape[4]] * len(value_spatial_shapes),
+    )  # fmt: skip
+
+
+def deformable_attention_core_func_v2(
+    value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"
+):
+    samples = []
+    levels = value.split([h * w for h, w in value_spatial_shapes], 1)
+    for level, places, (h, w) in zip(
+        levels, sampling_locations.split(num_points_list, 3), value_spatial_shapes, strict=True
+    ):
+        image = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (h, w))
+        places = places.transpose(1, 2).flatten(0, 1)
+        if method == "default":
+            samples.append(nn.functional.grid_sample(image, 2 * places - 1, align_corners=False))
+            continue
+        index = (places * torch.tensor([w, h]) + 0.5).long().clamp(0, h - 1)  # x too, as published
+        samples.append(torch.stack([i[:, p[..., 1], p[..., 0]] for i, p in zip(image, index, strict=True)]))
+    weights = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]
+    out = (torch.cat(samples, 3) * weights).sum(3)
+    return out.unflatten(0, (len(value), -1)).flatten(1, 2).transpose(1, 2)
+
+
+class MSDeformableAttention(nn.Module):
+    """A stand-in with the layout of the published class; version 2 has a list of points."""
+
+    def __init__(self, embed_dim=32, num_heads=4, num_levels=3, num_points=4, version=1, method="default"):
+        super().__init__()
+        self.embed_dim, self.num_heads, self.num_levels, self.num_points = embed_dim, num_heads, num_levels, num_points
+        self.version = version
+        counts = num_points if isinstance(num_points, list) else [num_points] * num_levels
+        if version == 2:
+            self.num_points_list, self.offset_scale, self.method = counts, 0.5, method
+            self.register_buffer("num_points_scale", torch.tensor([1 / n for n in counts for _ in range(n)]))
+            self.ms_deformable_attn_core = partial(deformable_attention_core_func_v2, method=method)
+        else:
+            self.ms_deformable_attn_core = deformable_attention_core_func
+        self.sampling_offsets = nn.Linear(embed_dim, num_heads * sum(counts) * 2)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * sum(counts))
+        self.value_proj, self.output_proj = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, query, reference_points, value, value_spatial_shapes, value_mask=None):
+        (B, Q), H = query.shape[:2], self.num_heads
+        value = self.value_proj(value)
+        if value_mask is not None:
+            value = value * value_mask.to(value.dtype)[..., None]
+        value = value.view(B, -1, H, self.embed_dim // H)
+        offsets = self.sampling_offsets(query).view(B, Q, H, -1, 2)
+        weights = self.attention_weights(query).view(B, Q, H, -1).softmax(3)
+        centre, size = reference_points[:, :, None, :, :2], reference_points[:, :, None, :, 2:]
+        if self.version == 2:
+            places = centre + offsets * self.num_points_scale[:, None] * size * self.offset_scale
+            out = self.ms_deformable_attn_core(value, value_spatial_shapes, places, weights, self.num_points_list)
+        else:
+            offsets = offsets.view(B, Q, H, self.num_levels, self.num_points, 2)
+            places = centre[:, :, :, :, None] + offsets / self.num_points * size[:, :, :, :, None] * 0.5
+            weights = weights.view(B, Q, H, self.num_levels, self.num_points)
+            out = self.ms_deformable_attn_core(value, value_spatial_shapes, places, weights)
+        return self.output_proj(out)
+
+
+PUBLISHED = {
+    "v1": {},
+    "v2": dict(version=2, num_points=[2, 4, 3]),
+    "v2 discrete": dict(version=2, num_points=[2, 4, 3], method="discrete"),
+}
+
+
+def published(kind: str) -> tuple[nn.Module, tuple]:
+    torch.manual_seed(0)
+    model = nn.ModuleList([MSDeformableAttention(**PUBLISHED[kind]), nn.Linear(2, 2)])
+    sizes = [[4, 6], [2, 3], [1, 2]]  # wide
+    return model, (torch.rand(2, 7, 32), torch.rand(2, 7, 1, 4), torch.rand(2, 32, 32), sizes)
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_attention_of_the_published_implementation(kind, monkeypatch):
+    model, inputs = published(kind)
+    original = copy.deepcopy(model)
+    assert accelerate(model).replaced == {"0": ATTENTION}
+    results = []
+    for attention in (model[0], original[0]):
+        leaves = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+        out = attention(*leaves)
+        wanted = [*attention.parameters(), leaves[0], leaves[1], leaves[2]]
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied[0](*inputs), model[0](*inputs))
+    # and it was ours that ran
+    monkeypatch.setattr(acceleration, "box_deformable_attention", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        model[0](*inputs)
+    revert(model)
+    assert type(model[0]) is MSDeformableAttention
+    assert torch.equal(model[0](*inputs), original[0](*inputs))
+
+
+def test_attention_that_is_called_or_made_in_other_ways_runs_as_it_did(monkeypatch):
+    model, (query, references, value, sizes) = published("v2")
+    original = copy.deepcopy(model)
+    assert accelerate(model).replaced == {"0": ATTENTION}
+    monkeypatch.setattr(acceleration, "box_deformable_attention", None)
+    mask = torch.rand(2, 32) > 0.5
+    assert torch.equal(
+        model[0](query, references, value, sizes, mask), original[0](query, references, value, sizes, mask)
+    )
+    for changed in (model[0], original[0]):
+        changed.offset_scale = 0.25
+    assert torch.equal(model[0](query, references, value, sizes), original[0](query, references, value, sizes))
+
+    model, _ = published("v1")
+    model[0].forward = lambda *args: None
+    assert accelerate(model).left == {"0": "its forward was replaced"}
+
+    class Other(MSDeformableAttention):
+        def forward(self, query, reference_points, value):
+            return query
+
+    assert not accelerate(nn.Sequential(Other())).replaced
+    model, _ = published("v1")
+    model[0].ms_deformable_attn_core = lambda *args: None
+    assert not accelerate(model).replaced

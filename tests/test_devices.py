@@ -129,7 +129,7 @@ def test_an_unknown_backend_does_not_end_the_import():
     assert done.stderr == "error: RTMDET_FAST_KERNELS is 'bogus': give auto, torch or triton\n"
 
 
-@pytest.mark.parametrize("task", ["det", "ins", "rotated"])
+@pytest.mark.parametrize("task", ["det", "ins", "rotated", "rtdetr"])
 def test_training_and_prediction_never_mix_devices(task):
     on_fake_gpu("train", task)
 

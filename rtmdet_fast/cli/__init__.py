@@ -1,4 +1,4 @@
-"""The command line: rtmdet-fast train | eval | predict | export | split | demo | info."""
+"""The command line: rtmdet-fast train | eval | predict | export | benchmark | split | demo | info."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from rtmdet_fast import __version__
+from rtmdet_fast.cli.benchmark import BenchmarkConfig, run_benchmark
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.export import ExportConfig, run_export
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         EvalConfig: run_eval,
         PredictConfig: run_predict,
         ExportConfig: run_export,
+        BenchmarkConfig: run_benchmark,
         SplitConfig: run_split,
         DemoConfig: run_demo,
         InfoConfig: run_info,
@@ -59,11 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[EvalConfig, subcommand("eval")]
         | Annotated[PredictConfig, subcommand("predict")]
         | Annotated[ExportConfig, subcommand("export")]
+        | Annotated[BenchmarkConfig, subcommand("benchmark")]
         | Annotated[SplitConfig, subcommand("split")]
         | Annotated[DemoConfig, subcommand("demo")]
         | Annotated[InfoConfig, subcommand("info")],
         prog="rtmdet-fast",
-        description="RTMDet: train, evaluate and predict. --version tells the version.",
+        description="RTMDet and RT-DETR: train, evaluate and predict. --version tells the version.",
         args=arguments,
     )
     warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)

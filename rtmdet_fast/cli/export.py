@@ -26,6 +26,8 @@ class ExportConfig:
     """Leave the sides of the input open: any multiples of 32."""
     batch_size: int | None = None
     """Images of a call; any number where not given."""
+    decoder_layers: int | None = None
+    """Of rtdetr: run so many layers of its decoder, with fewer faster and less exact; as published where not given."""
     score_threshold: float | None = None
     """Least score of a detection; the published test setting of the task where not given."""
     iou_threshold: float | None = None
@@ -59,7 +61,8 @@ def run_export(config: ExportConfig) -> Outcome:
     check_format(config.out, config.format)  # before AP, which takes long
     if config.data is not None and not config.nms:
         raise UserError("--data needs detections, which a file without NMS does not give: leave one of them out")
-    model = load_model(config.weights)
+    options = {} if config.decoder_layers is None else {"decoder_layers": config.decoder_layers}
+    model = load_model(config.weights, **options)
     metrics: list[dict[str, float]] = []
     images: list[Path] = []
     if config.data is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from tqdm import tqdm
 
 from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.errors import UserError
@@ -32,6 +31,15 @@ class PredictConfig:
     """Side of the network input in pixels; the model's own where not given."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
+    batch_size: int = 1
+    """Images, or windows, in a pass."""
+    engine: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"
+    """What runs the network. auto is what an exported file is for, and torch for weights; of these onnxruntime and
+    openvino export a temporary file first."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the network; auto is fp16 on a GPU and fp32 elsewhere."""
+    decoder_layers: int | None = None
+    """Of rtdetr: run so many layers of its decoder, with fewer faster and less exact; as published where not given."""
     patch_size: int | None = None
     """Cut images with a longer side in pixels into overlapping windows of it, and merge what is found; 0 for never. The
     side of the training images where not given (rotated only)."""
@@ -48,68 +56,86 @@ class PredictConfig:
 def run_predict(config: PredictConfig) -> Outcome:
     from rtmdet_fast.data.dota import write_task1
     from rtmdet_fast.export.engine import load_detector
-    from rtmdet_fast.inference.sources import VideoWriter, iter_sources
+    from rtmdet_fast.inference.results import Results
+    from rtmdet_fast.inference.sources import Frame, VideoWriter, iter_sources
+    from rtmdet_fast.predictor.predictor import Predictor
 
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit is {config.limit}; it must be at least 1")
-    model = load_detector(config.weights, config.device)
-    if config.format == "dota" and model.task != "rotated":
-        raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of task {model.task!r}")
-    if config.format == "dota" and (wrong := [name for name in model.class_names if not _names_file(name)]):
+    weights: Any = config.weights
+    if config.decoder_layers is not None:
+        weights = load_detector(config.weights, config.device, decoder_layers=config.decoder_layers)
+    predictor = Predictor(
+        weights,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        dtype=config.dtype,
+        engine=config.engine,
+        device=config.device,
+        score_threshold=config.score_threshold,
+    )
+    names = predictor.class_names
+    if config.format == "dota" and predictor.task != "rotated":
+        raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of {predictor.task!r}")
+    if config.format == "dota" and (wrong := [name for name in names if not _names_file(name)]):
         raise UserError(f"--format dota names a file after each class, which {wrong[0]!r} cannot be")
     source = iter_sources(config.source, skip_bad=config.skip_bad)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     found: list[tuple[str, Any, Any, Any]] = []
-    stems: dict[str, str] = {}
     inputs = {path.resolve() for path in source.paths}
     video: VideoWriter | None = None
-    video_path: str | None = None
     config.out.mkdir(parents=True, exist_ok=True)
     predictions = config.out / "predictions.json"
-    total = source.total if config.limit is None else min(source.total or config.limit, config.limit)
+
+    def target(frame: Frame) -> Path:
+        # the frames of a video are named after it and numbered
+        return config.out / (f"{frame.name.rsplit('_', 1)[0]}.mp4" if frame.is_video else frame.name)
+
+    def frames() -> Iterator[Frame]:
+        """Those whose answers have a place; they are read in a thread of their own."""
+        stems: dict[str, str] = {}
+        for frame in source:
+            if target(frame).resolve() in inputs:
+                raise UserError(f"{target(frame)} is one of the files to look at: --out is for a folder of its own")
+            stem = Path(frame.name).stem
+            if config.format == "dota" and (twin := stems.setdefault(stem, frame.name)) != frame.name:
+                raise UserError(f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them")
+            yield frame
+
+    def keep(frame: Frame, results: Results) -> None:
+        """In a thread of its own too."""
+        nonlocal video
+        if config.format == "dota":
+            boxes, scores, labels = results.boxes, results.scores, results.labels
+            found.append((Path(frame.name).stem, boxes.numpy(), scores.numpy(), labels.numpy()))
+        image_id = len(images) + 1
+        height, width = results.shape
+        images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
+        for entry in results.to_coco(image_id, range(1, len(names) + 1)):
+            annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
+        if not frame.is_video:
+            results.save(target(frame))
+            return
+        if video is None or target(frame) != video.path:
+            if video is not None:
+                video.close()
+            video = VideoWriter(target(frame), frame.fps)
+        video.write(results.plot())
 
     def write_found() -> None:
-        categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, start=1)]
+        categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
         write_json(predictions, {"images": images, "annotations": annotations, "categories": categories})
         if config.format == "dota":
-            write_task1(config.out / "Task1", model.class_names, found)
+            write_task1(config.out / "Task1", names, found)
 
     started = time.perf_counter()
+    stream = predictor.stream(frames(), write=keep, limit=config.limit, total=source.total, progress=True)
     try:
         try:
-            for frame in tqdm(itertools.islice(source, config.limit), total=total, desc="predict", unit="img"):
-                # the frames of a video are named after it and numbered
-                target = config.out / (f"{frame.name.rsplit('_', 1)[0]}.mp4" if frame.is_video else frame.name)
-                if target.resolve() in inputs:
-                    raise UserError(f"{target} is one of the files to look at: --out is for a folder of its own")
-                results = model.predict(
-                    frame.image,
-                    score_threshold=config.score_threshold,
-                    image_size=config.image_size,
-                    patch_size=config.patch_size,
-                )
-                if config.format == "dota":
-                    fields = (results.boxes, results.scores, results.labels)
-                    stem = Path(frame.name).stem
-                    if (twin := stems.setdefault(stem, frame.name)) != frame.name:
-                        raise UserError(
-                            f"{twin} and {frame.name} would both be {stem!r} in DOTA's files; give one of them"
-                        )
-                    found.append((stem, *(field.numpy() for field in fields)))
-                image_id = len(images) + 1
-                height, width = results.shape
-                images.append({"id": image_id, "file_name": frame.name, "width": width, "height": height})
-                for entry in results.to_coco(image_id, range(1, len(model.class_names) + 1)):
-                    annotations.append({"id": len(annotations) + 1, **entry, "area": area_of(entry), "iscrowd": 0})
-                if not frame.is_video:
-                    results.save(target)
-                    continue
-                if video is None or frame.path != video_path:
-                    if video is not None:
-                        video.close()
-                    video, video_path = VideoWriter(target, frame.fps), frame.path
-                video.write(results.plot())
+            for _ in stream:
+                pass
         finally:
             if video is not None:
                 video.close()

@@ -7,9 +7,10 @@ evaluation, have it as well, whatever their main module is. Scripts that cannot 
 
     python -m rtmdet_fast.compat.mmcv_ext tools/train.py my_config.py
 
-It answers, on CPU and CUDA tensors, `nms`, `softnms`, `nms_rotated`, `box_iou_rotated` and
-`diff_iou_rotated_sort_vertices_forward`: what RTMDet, RTMDet-Ins and rotated RTMDet call in training and testing. Every
-other op is there, and raises when called. Where a compiled mmcv is installed nothing happens, unless asked for by
+It answers, on CPU and CUDA tensors, `nms`, `softnms`, `nms_rotated`, `box_iou_rotated`,
+`diff_iou_rotated_sort_vertices_forward`, `ms_deform_attn_forward` and `ms_deform_attn_backward`: what RTMDet,
+RTMDet-Ins, rotated RTMDet, Deformable DETR and DINO call in training and testing. Every other op is there, and raises
+when called. Where a compiled mmcv is installed nothing happens, unless asked for by
 `mmcv_ext.install(replace=True)`.
 
 The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these differences:
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from rtmdet_fast.kernels import greedy_nms
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated as _box_iou_rotated
+from rtmdet_fast.ops.mmcv import multi_scale_deformable_attn_pytorch as _attention
 
 
 def install(replace: bool = False) -> bool:
@@ -159,6 +161,40 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
     return torch.where(num_valid[..., None] < 3, pad, index).int()
 
 
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Value [B, S, H, D], shapes [L, 2], locations [B, Q, H, L, P, 2], weights [B, Q, H, L, P] -> [B, Q, H D]."""
+    with torch.no_grad():
+        return _attention(value, spatial_shapes, sampling_loc, attn_weight)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Writes the gradients of value, locations and weights into the three last tensors."""
+    leaves = [x.detach().requires_grad_() for x in (value, sampling_loc, attn_weight)]
+    with torch.enable_grad():
+        output = _attention(leaves[0], spatial_shapes, *leaves[1:])
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
+        into.copy_(gradient)
+
+
 def get_compiler_version() -> str:
     return "none: mmcv._ext is rtmdet_fast's"
 
@@ -174,7 +210,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     def missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"mmcv's op {name} needs the compiled mmcv: rtmdet_fast stands in for mmcv._ext here and has only "
-            "nms, softnms, nms_rotated, box_iou_rotated and diff_iou_rotated_sort_vertices_forward"
+            "nms, softnms, nms_rotated, box_iou_rotated, diff_iou_rotated_sort_vertices_forward and ms_deform_attn"
         )
 
     return missing

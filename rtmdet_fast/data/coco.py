@@ -62,6 +62,7 @@ class CocoDataset:
         *,
         skip_bad: bool = False,
         training: bool = False,
+        keep_empty: bool = False,
         min_size: int = 8,
         class_names: Sequence[str] | None = None,
         match_by_position: bool = False,
@@ -75,6 +76,7 @@ class CocoDataset:
             skip_bad: leave out, and count in `skipped`, what is otherwise an error: unreadable images, duplicate ids,
                 annotations without a proper box or of unknown images and categories.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
+            keep_empty: in training, keep those without a box too.
             class_names: the classes and their order, of a model for instance; others of the file are left out.
             match_by_position: where the file has as many classes as `class_names` and none of their names, take them
                 for the same ones in the same order, with a warning.
@@ -102,7 +104,7 @@ class CocoDataset:
         segmentations = None
         if masks:
             annotations, segmentations = self._read_masks(annotations, images)
-        self._index(images, annotations, min_size, segmentations)
+        self._index(images, annotations, min_size, keep_empty, segmentations)
         # kept for to_coco; a training file's polygons would only fill the memory of every loader worker
         self._content = None
         if not training:
@@ -440,6 +442,7 @@ class CocoDataset:
         images: dict[int, dict[str, Any]],
         annotations: list[dict[str, Any]],
         min_size: int,
+        keep_empty: bool,
         segmentations: list[Segmentation] | None,
     ) -> None:
         """Lays out what `load` needs in arrays, which forked loader workers share without copying."""
@@ -458,7 +461,7 @@ class CocoDataset:
             else:
                 boxes[a["image_id"]].append((box, label_of[a["category_id"]], i))
         if self.training:
-            images = self._trainable(images, boxes, sizes, min_size)
+            images = self._trainable(images, boxes, sizes, min_size, keep_empty)
         self.image_ids = tuple(images)
         self.files = tuple(e["file_name"] for e in images.values())
         self._sizes = np.array([sizes[i] for i in images], np.int64).reshape(-1, 2)
@@ -478,13 +481,18 @@ class CocoDataset:
         self._real_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
 
     def _trainable(
-        self, images: dict[int, dict[str, Any]], boxes: dict[int, list[Any]], sizes: dict[int, Any], min_size: int
+        self,
+        images: dict[int, dict[str, Any]],
+        boxes: dict[int, list[Any]],
+        sizes: dict[int, Any],
+        min_size: int,
+        keep_empty: bool,
     ) -> dict[int, dict[str, Any]]:
         """The images to train on; `sizes` learns those that the file does not tell."""
         kept = {}
         for image_id, entry in images.items():
             name = entry["file_name"]
-            if not boxes[image_id]:
+            if not (boxes[image_id] or keep_empty):
                 self._skip(name, "image without a box")
                 continue
             if not sizes[image_id][0]:
@@ -497,7 +505,7 @@ class CocoDataset:
                 self._skip(name, f"image below {min_size} pixels")
             else:
                 kept[image_id] = entry
-        if not kept:
+        if not any(boxes[image_id] for image_id in kept):
             reasons = ", ".join(f"{reason}: {len(what)}" for reason, what in self._skipped.items())
             raise UserError(f"{self.annotation_path}: holds no box to train on ({reasons or 'it lists none'})")
         return kept

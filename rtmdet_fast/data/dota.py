@@ -63,6 +63,7 @@ class DotaDataset(CocoDataset):
         *,
         skip_bad: bool = False,
         training: bool = False,
+        keep_empty: bool = False,
         min_size: int = 8,
         class_names: Sequence[str] | None = None,
         match_by_position: bool = False,
@@ -77,6 +78,7 @@ class DotaDataset(CocoDataset):
             image_dir: the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
             skip_bad: leave out, and count in `skipped`, what is otherwise an error, malformed lines for instance.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
+            keep_empty: in training, keep those without a box too.
             class_names: the classes and their order, of a model for instance; others of the files are left out.
             match_by_position: of the classes of a JSON file, as in CocoDataset.
 
@@ -89,6 +91,7 @@ class DotaDataset(CocoDataset):
             image_dir,
             skip_bad=skip_bad,
             training=training,
+            keep_empty=keep_empty,
             min_size=min_size,
             class_names=class_names,
             match_by_position=match_by_position,

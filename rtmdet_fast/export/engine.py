@@ -19,6 +19,8 @@ from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import FAMILIES, load_model
 
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "aotinductor"}
+"""What runs an exported file, by its suffix."""
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 """Of exported files, by the names that a user gives, and what these end in."""
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -112,28 +114,34 @@ class Engine(Detector):
         raise UserError(f"{self.path} is an exported file: save the model that it was made from")
 
 
-def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "auto") -> Engine:
+def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "auto", *, device: str = "auto") -> Engine:
     """An exported .onnx (run by ONNX Runtime), .xml (by OpenVINO) or .pt2 file (by PyTorch) as a detector.
 
     Task, classes and sizes come from the file. A .pt2 file holds machine code: load those alone that you trust.
 
-    threads: of ONNX Runtime and OpenVINO; as many as they like where not given.
-    dtype: bf16 or fp16, in which OpenVINO computes where the processor can; fp32 where not given.
+    Args:
+        path: the file.
+        threads: of ONNX Runtime and OpenVINO; as many as they like where not given.
+        dtype: bf16 or fp16, in which OpenVINO computes where the processor can; fp32 where not given. What the file has
+            as int8 stays so.
+        device: auto takes what the runtime prefers; cuda is for an ONNX Runtime that was built for it.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.suffix not in FORMATS.values():
-        raise UserError(f"{path} is no exported model: {', '.join(FORMATS.values())} are")
+    if path.suffix not in RUNTIMES:
+        raise UserError(f"{path} is no exported model: {', '.join(RUNTIMES)} are")
     try:
-        return Engine(path, *open_file(path, threads, dtype))
+        return Engine(path, *open_file(path, threads, dtype, device))
     except UserError:
         raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
 
 
-def open_file(path: Path, threads: int | None = None, dtype: Dtype = "auto") -> tuple[dict[str, Any], Run]:
+def open_file(
+    path: Path, threads: int | None = None, dtype: Dtype = "auto", device: str = "auto"
+) -> tuple[dict[str, Any], Run]:
     """The metadata of an exported file, and what runs it; see `load_engine`.
 
     ValueError, TypeError or KeyError where the metadata is not what `export` writes.
@@ -141,30 +149,46 @@ def open_file(path: Path, threads: int | None = None, dtype: Dtype = "auto") -> 
     if path.suffix == ".xml":
         from rtmdet_fast.export.openvino import open_openvino
 
-        metadata, run = open_openvino(path, threads, dtype)
-        return json.loads(metadata), run
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device!r} cannot be used: {path} is run by OpenVINO, on the CPU")
+        text, run = open_openvino(path, threads, dtype)
+        return json.loads(text), run
     if dtype in ("bf16", "fp16"):
         raise UserError(f"{path} cannot run in {dtype}: files of OpenVINO (.xml) can")
     if path.suffix == ".pt2":
         from rtmdet_fast.export.pt2 import open_pt2
 
-        return open_pt2(path)
-    metadata, run = open_onnx(path, threads)
-    return json.loads(metadata), run
+        metadata, run = open_pt2(path)
+        if device != "auto" and device.partition(":")[0] != metadata["device"]:
+            raise UserError(f"--device {device!r} cannot be used: {path} was compiled for {metadata['device']}")
+        return metadata, run
+    text, run = open_onnx(path, threads, device)
+    return json.loads(text), run
 
 
-def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
+def open_onnx(path: Path, threads: int | None, device: str = "auto") -> tuple[str, Run]:
     """The metadata of an ONNX file, and what runs it."""
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError("onnxruntime is not installed: pip install 'rtmdet-fast[export]'") from error
+    providers: list[Any] = onnxruntime.get_available_providers()
+    if device == "cpu":
+        providers = ["CPUExecutionProvider"]
+    elif device != "auto":
+        kind, _, number = device.partition(":")
+        if kind != "cuda" or "CUDAExecutionProvider" not in providers:
+            raise UserError(
+                f"--device {device!r} cannot be used: {path} is run by ONNX Runtime, which is installed here for "
+                f"{', '.join(name.removesuffix('ExecutionProvider') for name in providers)}"
+            )
+        providers = [("CUDAExecutionProvider", {"device_id": number or "0"}), "CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base but this one
         raise UserError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
     names = [output.name for output in session.get_outputs() if output.name != "masks"]
@@ -178,10 +202,17 @@ def open_onnx(path: Path, threads: int | None) -> tuple[str, Run]:
     return metadata, run
 
 
-def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto") -> Detector:
-    """A detector in eval mode from a weights file or published name, on `device`, or from an exported file."""
-    if Path(weights).suffix in FORMATS.values():
-        return load_engine(weights, dtype=dtype)
+def load_detector(weights: str, device: str = "auto", dtype: Dtype = "auto", **options: Any) -> Detector:
+    """A detector in eval mode from a weights file or published name, or from an exported file, on `device`.
+
+    options: of the model's family, which an exported file has none of.
+    """
+    if Path(weights).suffix in RUNTIMES:
+        if options:
+            raise UserError(
+                f"{weights} is an exported file, which takes no {next(iter(options))}: export it anew with it"
+            )
+        return load_engine(weights, dtype=dtype, device=device)
     if dtype in ("bf16", "fp16"):
         raise UserError(f"{weights} cannot run in {dtype}: files of OpenVINO (.xml) can")
-    return load_model(weights).to(pick_device(device))
+    return load_model(weights, **options).to(pick_device(device))

@@ -40,7 +40,11 @@ def _mmrotate_url(config: str, digest: str) -> str:
     return f"{_MMROTATE}{config}/{config}-{digest}.pth"
 
 
-# The published models. The file name ends in the first digits of the file's SHA-256 (but for the two older backbones).
+_RTDETR = "https://github.com/lyuwenyu/storage/releases/download/"
+_PADDLE = "https://bj.bcebos.com/v1/paddledet/models/"
+
+# The published models. Of RTMDet the file name ends in the first digits of the file's SHA-256 (but for the two older
+# backbones); of RT-DETR no checksum is published.
 PRETRAINED = {
     "rtmdet-nano-person": f"{_MMPOSE}rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e.pth",
     "rtmdet-nano-hand": f"{_MMPOSE}rtmposev1/rtmdet_nano_8xb32-300e_hand-267f9c8f.pth",
@@ -63,6 +67,41 @@ PRETRAINED = {
     "cspnext-m": f"{_MMDET}cspnext_rsb_pretrain/cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth",
     "cspnext-l": f"{_MMDET}cspnext_rsb_pretrain/cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth",
     "cspnext-x": f"{_MMDET}cspnext_rsb_pretrain/cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth",
+    "rtdetr-r18": f"{_RTDETR}v0.1/rtdetr_r18vd_dec3_6x_coco_from_paddle.pth",
+    "rtdetr-r34": f"{_RTDETR}v0.1/rtdetr_r34vd_dec4_6x_coco_from_paddle.pth",
+    "rtdetr-r50m": f"{_RTDETR}v0.1/rtdetr_r50vd_m_6x_coco_from_paddle.pth",
+    "rtdetr-r50": f"{_RTDETR}v0.1/rtdetr_r50vd_6x_coco_from_paddle.pth",
+    "rtdetr-r101": f"{_RTDETR}v0.1/rtdetr_r101vd_6x_coco_from_paddle.pth",
+    "rtdetr-l": f"{_PADDLE}rtdetr_hgnetv2_l_6x_coco.pdparams",
+    "rtdetr-x": f"{_PADDLE}rtdetr_hgnetv2_x_6x_coco.pdparams",
+    "rtdetr-r18-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r18vd_5x_coco_objects365_from_paddle.pth",
+    "rtdetr-r50-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r50vd_2x_coco_objects365_from_paddle.pth",
+    "rtdetr-r101-coco-objects365": f"{_RTDETR}v0.1/rtdetr_r101vd_2x_coco_objects365_from_paddle.pth",
+    "rtdetr-r18-objects365": f"{_RTDETR}v0.1/rtdetr_r18vd_1x_objects365_from_paddle.pth",
+    "rtdetr-r50-objects365": f"{_RTDETR}v0.1/rtdetr_r50vd_1x_objects365_from_paddle.pth",
+    "rtdetr-r101-objects365": f"{_RTDETR}v0.1/rtdetr_r101vd_1x_objects365_from_paddle.pth",
+    "rtdetrv2-r18": f"{_RTDETR}v0.2/rtdetrv2_r18vd_120e_coco_rerun_48.1.pth",
+    "rtdetrv2-r34": f"{_RTDETR}v0.1/rtdetrv2_r34vd_120e_coco_ema.pth",
+    "rtdetrv2-r50m": f"{_RTDETR}v0.1/rtdetrv2_r50vd_m_7x_coco_ema.pth",
+    "rtdetrv2-r50": f"{_RTDETR}v0.1/rtdetrv2_r50vd_6x_coco_ema.pth",
+    "rtdetrv2-r101": f"{_RTDETR}v0.1/rtdetrv2_r101vd_6x_coco_from_paddle.pth",
+    "rtdetrv2-l": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth",
+    "rtdetrv2-x": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_x_6x_coco_from_paddle.pth",
+    "rtdetrv2-h": f"{_RTDETR}v0.1/rtdetrv2_hgnetv2_h_6x_coco_from_paddle.pth",
+    "rtdetrv2-r18-discrete": f"{_RTDETR}v0.1/rtdetrv2_r18vd_dsp_3x_coco.pth",
+    "rtdetrv2-r34-discrete": f"{_RTDETR}v0.1/rrtdetrv2_r34vd_dsp_1x_coco.pth",
+    "rtdetrv2-r50m-discrete": f"{_RTDETR}v0.1/rtdetrv2_r50vd_m_dsp_3x_coco.pth",
+    "rtdetrv2-r50-discrete": f"{_RTDETR}v0.1/rtdetrv2_r50vd_dsp_1x_coco.pth",
+    "rtdetrv2-r18-points1": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp1_120e_coco.pth",
+    "rtdetrv2-r18-points2": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp2_120e_coco.pth",
+    "rtdetrv2-r18-points3": f"{_RTDETR}v0.1/rtdetrv2_r18vd_sp3_120e_coco.pth",
+    "presnet-18": f"{_RTDETR}v0.1/ResNet18_vd_pretrained_from_paddle.pth",
+    "presnet-34": f"{_RTDETR}v0.1/ResNet34_vd_pretrained_from_paddle.pth",
+    "presnet-50": f"{_RTDETR}v0.1/ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
+    "presnet-101": f"{_RTDETR}v0.1/ResNet101_vd_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-l": f"{_RTDETR}v0.1/PPHGNetV2_L_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-x": f"{_RTDETR}v0.1/PPHGNetV2_X_ssld_pretrained_from_paddle.pth",
+    "hgnetv2-h": f"{_RTDETR}v0.1/PPHGNetV2_H_ssld_pretrained_from_paddle.pth",
 }
 SAFETENSORS = "model.safetensors"
 """The weights in a folder of Hugging Face."""

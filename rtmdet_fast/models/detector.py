@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
@@ -97,6 +98,16 @@ class Detector(nn.Module):
     @staticmethod
     def normalize(canvases: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 BGR as the network takes it, float32."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_canvases(frames: Tensor, sizes: Tensor, image_size: int, dtype: torch.dtype) -> Tensor:
+        """The network's input [B, 3, S, S] of frames as `letterbox_normalize` takes them, where they lie."""
+        raise NotImplementedError
+
+    @staticmethod
+    def canvas_scales(sizes: Tensor, image_size: int) -> Tensor:
+        """Of it, canvas pixels per pixel of the frame (x, y) [B, 2], for sizes [B, 2] (height, width)."""
         raise NotImplementedError
 
     def postprocess(
@@ -216,8 +227,10 @@ class Detector(nn.Module):
         images = self.normalize(canvases.to(parameter.device)).to(parameter.dtype)
         if self.is_folded:
             images = images.contiguous(memory_format=torch.channels_last)
-        training = [module for module in self.modules() if module.training]  # parts may be frozen
-        self.eval()
+        # parts may be frozen; a folded model never trains, and the search takes a tenth of the smallest network
+        training = [] if self.is_folded else [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             output = self(images)
         finally:
@@ -349,6 +362,15 @@ class Detector(nn.Module):
                 )
         return results[0] if single else results
 
+    def predictor(self, **options: Any) -> Any:
+        """A `Predictor` of this model as it is now: `predict` made ready for many images, streams and pools.
+
+        Its `options` are those of `rtmdet_fast.predictor.predictor.Predictor`.
+        """
+        from rtmdet_fast.predictor.predictor import Predictor  # which stands above
+
+        return Predictor(self, **options)
+
     def detect_images(
         self,
         images: Sequence[np.ndarray],
@@ -361,7 +383,7 @@ class Detector(nn.Module):
         """Detections in BGR images [H, W, 3] uint8 of any size, in their pixels; see `predict` for the sizes."""
         patch = self.patch_size if patch_size is None else patch_size
         small = [image for image in images if not patch or max(image.shape[:2]) <= patch]
-        whole = iter(self._detect_whole(small, image_size, settings) if small else [])
+        whole = iter(self.detect_whole(small, image_size, settings) if small else [])
         return [
             next(whole)
             if not patch or max(image.shape[:2]) <= patch
@@ -369,9 +391,10 @@ class Detector(nn.Module):
             for image in images
         ]
 
-    def _detect_whole(
+    def detect_whole(
         self, images: Sequence[np.ndarray], image_size: int, settings: DetectSettings | None
     ) -> list[Detections]:
+        """Detections in BGR images [H, W, 3] uint8, none of which is cut into windows, in their pixels, clipped."""
         canvases, scales = zip(*(self.to_canvas(image, image_size) for image in images), strict=True)
         return self.detect(
             torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
@@ -385,7 +408,7 @@ class Detector(nn.Module):
         self, image: np.ndarray, image_size: int, patch_size: int, settings: DetectSettings, batch_size: int
     ) -> Detections:
         boxes, scores, labels = predict_tiled(
-            lambda patches: self._detect_whole(patches, image_size, settings),
+            lambda patches: self.detect_whole(patches, image_size, settings),
             image,
             patch_size=patch_size,
             overlap=patch_size // 4,
@@ -458,7 +481,9 @@ class Detector(nn.Module):
         class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> D:
-        """`from_pretrained` of what was read."""
+        """`from_pretrained` of what was read. UserError for options that the family lacks."""
+        if unknown := sorted(options.keys() - signature(cls).parameters.keys()):
+            raise UserError(f"{checkpoint.path} holds weights of {cls.__name__}, which has no option {unknown[0]!r}")
         checkpoint = cls.own(checkpoint)
         found_size, found_task, found_classes, found_options = cls.inspect(checkpoint)
         for what, told, found in (("size", size, found_size), ("task", task, found_task)):

@@ -10,9 +10,17 @@ from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
-from rtmdet_fast.ops.mmcv import batched_nms, nms, nms_rotated, soft_nms
+from rtmdet_fast.ops.mmcv import (
+    MultiScaleDeformableAttnFunction,
+    batched_nms,
+    multi_scale_deformable_attn_pytorch,
+    nms,
+    nms_rotated,
+    soft_nms,
+)
 
 __all__ = [
+    "MultiScaleDeformableAttnFunction",
     "batched_nms",
     "batched_nms_padded",
     "bn_silu",
@@ -23,6 +31,7 @@ __all__ = [
     "dynamic_mask_dice_loss",
     "dynamic_mask_logits",
     "dynamic_soft_label_assign",
+    "multi_scale_deformable_attn_pytorch",
     "nms",
     "nms_rotated",
     "rotated_iou_loss",

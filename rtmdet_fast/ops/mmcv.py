@@ -1,5 +1,7 @@
 """`nms`, `soft_nms`, `nms_rotated` and `batched_nms` with the signatures of `mmcv.ops`, and its answers to the letter.
 
+`MultiScaleDeformableAttnFunction` and `multi_scale_deformable_attn_pytorch`, which are one here, likewise.
+
 | given | answer |
 |---|---|
 | boxes without area, or with NaN or infinite coordinates | kept; they suppress nothing |
@@ -14,7 +16,8 @@ below 0, or one that is not finite, let classes meet, or not meet themselves |
 | wrong types, shapes, `offset` | AssertionError |
 
 Beyond the original: any floating dtype on a CPU, no boxes in `batched_nms`, and `labels` in `nms_rotated`, which the
-original takes and leaves out of account. Of the types of NMS `nms_quadri` is missing.
+original takes and leaves out of account. Of the types of NMS `nms_quadri` is missing. Attention in half precision takes
+locations and weights as they are, where the original rounds them to the dtype of `value`.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rtmdet_fast.kernels import greedy_nms as kernels
+from rtmdet_fast.kernels.deformable_attention import deformable_attention
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 _METHODS = {"naive": 0, "linear": 1, "gaussian": 2}
@@ -186,3 +191,48 @@ def batched_nms(
     keep = keep[order]
     dets = torch.cat([boxes[keep], scores[:, None]], 1)
     return (dets[:max_num], keep[:max_num]) if max_num > 0 else (dets, keep)
+
+
+class MultiScaleDeformableAttnFunction:
+    """`apply` of mmcv's autograd function, on any device."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        """Value [B, S, H, D], shapes [L, 2], locations [B, Q, H, L, P, 2], weights [B, Q, H, L, P] -> [B, Q, H D].
+
+        The shapes (height, width) are read on the host, once for a tensor that is given again, as layer after layer
+        does. Neither starts of the levels nor `im2col_step` are needed.
+        """
+        return multi_scale_deformable_attn_pytorch(
+            value, value_spatial_shapes, sampling_locations, attention_weights
+        )  # fmt: skip
+
+
+def multi_scale_deformable_attn_pytorch(
+    value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """`MultiScaleDeformableAttnFunction.apply` without the arguments that are not needed."""
+    points = [sampling_locations.shape[4]] * sampling_locations.shape[3]
+    return deformable_attention(
+        value, _sizes(value_spatial_shapes), sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4), points
+    )
+
+
+_known_sizes = WeakTensorKeyDictionary()  # of tensors on a GPU, with their version
+
+
+def _sizes(shapes: Tensor) -> list[tuple[int, int]]:
+    if not shapes.is_cuda:
+        return [(height, width) for height, width in shapes.tolist()]
+    version, sizes = _known_sizes.get(shapes, (None, []))
+    if version != shapes._version:
+        sizes = [(height, width) for height, width in shapes.tolist()]
+        _known_sizes[shapes] = shapes._version, sizes
+    return sizes

@@ -18,6 +18,8 @@ BOUNDS = {
     "batch_size": (1, 2**16),
     "accumulate": (1, 2**16),
     "val_interval": (1, 10**6),
+    "queries": (1, 2**16),
+    "version": (1, 2),
     "warmup_iterations": (0, 10**9),
     "num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
@@ -50,6 +52,9 @@ class TrainConfig:
     given."""
     version: int | None = None
     """Of rtdetr: 1 or 2; 1 (h: 2) where not given."""
+    queries: int | None = None
+    """Of rtdetr: boxes that are predicted for an image; 300 where not given. Fewer are faster; objects beyond their
+    number are not learnt."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -72,7 +77,8 @@ class TrainConfig:
     weight_decay: float | None = None
     """Weight decay of AdamW; 0.05 on convolution weights, of rtdetr 1e-4, where not given."""
     warmup_iterations: int | None = None
-    """Steps of linear warm-up; 1000 (rtdetr: 2000), but at most a tenth of the run, where not given."""
+    """Steps of linear warm-up; 1000 (rtdetr: 2000, in version 1 none), but at most a tenth of the run, where not
+    given."""
     ema_momentum: float | None = None
     """Share of the new weights in the moving average, after its own warm-up; 2e-4, of rtdetr 1e-4 or, if that is more,
     20 over the steps of the run, where not given."""
@@ -121,7 +127,7 @@ class Settings(TrainConfig):
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries)
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold."""
@@ -168,8 +174,8 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task)
     check_bounds(config)
+    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images

@@ -15,13 +15,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rtmdet_fast.data.augment import Augmenter
+from rtmdet_fast.data.augment_detr import DetrAugmenter
 from rtmdet_fast.data.augment_rotated import RotatedAugmenter
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.data.recipes import AugmentRecipe, recipe_for, rotated_recipe
+from rtmdet_fast.data.recipes import AugmentRecipe, DetrRecipe, multi_scale_sizes, recipe_for, rotated_recipe
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.rtdetr.model import RTDETR
+from rtmdet_fast.models.rtdetr.recipe import LR, training_recipe
 from rtmdet_fast.models.rtmdet.model import RTMDet, default_image_size
-from rtmdet_fast.training.schedule import ema_share, learning_rate_factor, parameter_groups
+from rtmdet_fast.training.schedule import ema_share, learning_rate_factor, parameter_groups, warmup_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class Recipe:
     """Of the model; None where a family has but one."""
     build: Callable[..., Detector]
     """`class_names=` → a fresh model."""
+    needs_init: bool = False
+    """Whether parts that training leaves as they are, frozen batch norms, come from other weights."""
     image_size: int
     """Side of the training images in pixels."""
     epochs: int
@@ -56,19 +61,22 @@ class Recipe:
     """Share of the new weights in the moving average; None where that hangs on the length of the run."""
     ema_share: Callable[[int, int, float | None], float]
     """Step from 0, steps of the run, momentum → share of the new weights at that step."""
-    batch_sides: Callable[[int], tuple[int, ...]] = lambda image_size: (image_size,)
+    batch_sides: Callable[[int], tuple[int, ...]]
     """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
     caches: AugmentRecipe | None = None
     """Which says what the caches of plans hold; None where there are none."""
+    empty_images: bool = False
+    """Whether images without objects are trained on."""
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
 
-def rtmdet_recipe(size: str | None, version: int | None, task: str) -> Recipe:
+def rtmdet_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
     """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
     size = "tiny" if size is None else size
-    if version is not None:
-        raise UserError(f"--version {version} is of RT-DETR; RTMDet has none")
+    for name, value in (("version", version), ("queries", queries)):
+        if value is not None:
+            raise UserError(f"--{name} {value} is for --model rtdetr: rtmdet has no such thing")
     image_size = default_image_size(size, task)
     shared: dict[str, Any] = dict(
         size=size,
@@ -80,6 +88,7 @@ def rtmdet_recipe(size: str | None, version: int | None, task: str) -> Recipe:
         parameter_groups=parameter_groups,
         ema_momentum=2e-4,
         ema_share=_rtmdet_share,
+        batch_sides=_one_side,
     )
     if task == "rotated":
         return Recipe(**shared, epochs=36, batch_size=8, lr=2.5e-4, lr_batch=8, augment=_augment_rotated)
@@ -93,6 +102,10 @@ def rtmdet_recipe(size: str | None, version: int | None, task: str) -> Recipe:
         caches=recipe_for(size, image_size),
         augment=partial(_augment, size),
     )
+
+
+def _one_side(image_size: int) -> tuple[int, ...]:
+    return (image_size,)
 
 
 def _augment(size: str, dataset: CocoDataset, image_size: int) -> Augmenter:
@@ -109,5 +122,51 @@ def _rtmdet_share(step: int, total: int, momentum: float | None) -> float:
     return ema_share(step, momentum) if step else 1.0
 
 
-RECIPES: dict[str, Callable[[str | None, int | None, str], Recipe]] = {"rtmdet": rtmdet_recipe}
-"""By the names that a user gives the families: size, version (None: the usual one), task → recipe."""
+def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
+    """Of RT-DETR; r18 and version 1 (h: 2) where not given. UserError where there is no such model."""
+    size = "r18" if size is None else size
+    if version is None:
+        version = 2 if size == "h" else 1
+    if task != "det":
+        raise UserError(f"--task {task} is for --model rtmdet: rtdetr finds boxes, det, alone")
+    published = training_recipe(size, version)
+    return Recipe(
+        size=size,
+        version=version,
+        build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries),
+        needs_init=size not in ("r18", "r34"),
+        image_size=640,
+        epochs=published.epochs,
+        stage2_epochs=published.plain_epochs,
+        batch_size=16,
+        lr=LR,
+        lr_batch=16,
+        lr_factor=warmup_factor,
+        warmup=published.warmup,
+        weight_decay=1e-4,
+        parameter_groups=published.parameter_groups,
+        clip_norm=0.1,
+        ema_momentum=None,
+        ema_share=_rtdetr_share,
+        batch_sides=multi_scale_sizes if published.multi_scale else _one_side,
+        empty_images=True,
+        augment=_augment_detr,
+    )
+
+
+def _augment_detr(dataset: CocoDataset, image_size: int) -> DetrAugmenter:
+    return DetrAugmenter(dataset, DetrRecipe(image_size=image_size))
+
+
+def _rtdetr_share(step: int, total: int, momentum: float | None) -> float:
+    """As published in a run of 200,000 steps or more; in a shorter one its horizon is a 20th of the run."""
+    if momentum is None:
+        momentum = min(max(1e-4, 20 / total), 1.0)
+    return ema_share(step, momentum, min(2000, total / 100))
+
+
+RECIPES: dict[str, Callable[[str | None, int | None, str, int | None], Recipe]] = {
+    "rtmdet": rtmdet_recipe,
+    "rtdetr": rtdetr_recipe,
+}
+"""By the names that a user gives the families: size, version, task, queries → recipe; None for what was not given."""

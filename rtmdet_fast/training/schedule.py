@@ -27,6 +27,11 @@ def learning_rate_factor(iteration: int, total: int, warmup: int = 1000) -> floa
     return factor
 
 
+def warmup_factor(iteration: int, total: int, warmup: int) -> float:
+    """Factor on the base rate: linear warm-up from 1 / warmup, then 1."""
+    return min(1.0, (iteration + 1) / max(warmup, 1))
+
+
 def random_side(sides: Sequence[int], seed: int, iteration: int, part: int) -> int:
     """That of a batch, the `part`-th of a step: the same in every process, which would wait for each other."""
     return sides[int(np.random.default_rng((seed, 2, iteration, part)).integers(len(sides)))]

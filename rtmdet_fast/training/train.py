@@ -59,7 +59,13 @@ def train(config: TrainConfig) -> TrainResult:
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = task.open_dataset(settings.train, settings.train_images, skip_bad=settings.skip_bad, training=True)
+    dataset = task.open_dataset(
+        settings.train,
+        settings.train_images,
+        skip_bad=settings.skip_bad,
+        training=True,
+        keep_empty=recipe.empty_images,
+    )
     val_dataset = None
     if settings.val is not None and settings.val_images is not None:
         val_dataset = task.open_dataset(
@@ -160,8 +166,12 @@ def train(config: TrainConfig) -> TrainResult:
                 batch = batch.to(device, non_blocking=True)
                 batch = batch.resized(random_side(sides, settings.seed, iteration, part))
                 targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
-                with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
-                    losses = step_model(model.normalize(batch.images), targets)
+                try:
+                    with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
+                        losses = step_model(model.normalize(batch.images), targets)
+                except UserError as error:  # predictions that no loss can be made of
+                    stop_on_nan(previous, out, iteration)
+                    raise UserError(f"{error}; {keep_batch(batch, out, iteration)}") from error
                 loss = sum(losses.values()) / parts
                 scaler.scale(loss).backward()
                 meter.add(losses, len(batch.images) * world_size)
@@ -251,7 +261,13 @@ def train(config: TrainConfig) -> TrainResult:
 
 def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from."""
-    model = settings.recipe.build(class_names=dataset.class_names)
+    recipe = settings.recipe
+    model = recipe.build(class_names=dataset.class_names)
+    if recipe.needs_init and settings.init is None and not settings.resume:
+        warnings.warn(
+            f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
+            stacklevel=2,
+        )
     if settings.init is not None:
         checkpoint = read_checkpoint(resolve_weights(settings.init))
         model.load_weights(checkpoint)
@@ -295,13 +311,16 @@ def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, i
     """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
     if previous is None or math.isfinite(value := previous[0]()):
         return
+    kept = keep_batch(previous[1], out, iteration)
+    raise UserError(f"the loss is {value} near iteration {iteration}; {kept} (a lower --lr or --amp none may help)")
+
+
+def keep_batch(batch: Batch, out: Path, iteration: int) -> str:
+    """Write a batch for inspection, and say where."""
     path = out / "nan_batch.pt"
-    batch = {k: v.cpu() for k, v in asdict(previous[1]).items() if v is not None}
-    save_atomically({"iteration": iteration, **batch}, path)
-    raise UserError(
-        f"the loss is {value} near iteration {iteration}; the batch is in {path}, the last good weights "
-        f"in last.pth (a lower --lr or --amp none may help)"
-    )
+    tensors = {k: v.cpu() for k, v in asdict(batch).items() if v is not None}
+    save_atomically({"iteration": iteration, **tensors}, path)
+    return f"the batch is in {path}, the last good weights in last.pth"
 
 
 def report_run(

@@ -219,7 +219,10 @@ def test_too_little_memory_is_one_sentence_that_says_what_to_lower(
     trained = ["--train", shapes.train_ann, "--train-images", shapes.train_images, "--size", "nano", "--num-workers", 0]
     for arguments, hint in (
         (["eval", "--weights", weights, *evaluated], "--batch-size or --image-size or --num-workers"),
-        (["predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p"], "--image-size"),
+        (
+            ["predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p"],
+            "--batch-size or --image-size",
+        ),
         (
             ["train", *trained, "--out", tmp_path / "t", "--no-progress"],
             "--batch-size or --image-size or --num-workers",

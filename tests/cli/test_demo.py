@@ -12,6 +12,8 @@ from rtmdet_fast.cli import main
         (["--epochs", "0"], "--epochs is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--device", "bogus"], "--device"),
+        (["--model", "bogus"], "--model 'bogus'"),
+        (["--model", "rtdetr", "--task", "ins"], "--task ins is for --model rtmdet"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):

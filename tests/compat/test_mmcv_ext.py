@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rtmdet_fast.compat.mmcv_ext as ext
+from rtmdet_fast import ops
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,39 @@ def test_sorted_vertices_enclose_the_polygon():
     mask[..., [0, 9]] = True
     few = ext.diff_iou_rotated_sort_vertices_forward(vertices, mask, mask.sum(-1).int())
     assert (few == few[0, 0, 0]).all() and few[0, 0, 0] >= 8 and not mask[0, 0, few[0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_deformable_attention_forward_and_backward(dtype):
+    """As mmcv calls them, of a function that grid_sample makes up level by level."""
+    torch.manual_seed(0)
+    shapes = torch.tensor([[3, 4], [2, 2]], device=DEVICE)
+    starts = torch.tensor([0, 12], device=DEVICE)
+    value = torch.rand(2, 16, 2, 8, device=DEVICE).to(dtype)
+    locations, weights = torch.rand(2, 5, 2, 2, 3, 2, device=DEVICE).to(dtype), torch.rand(2, 5, 2, 2, 3, device=DEVICE)
+    leaves = [x.double().requires_grad_() for x in (value, locations, weights.to(dtype))]
+    samples = []
+    for level, (image, size) in enumerate(zip(leaves[0].split([12, 4], 1), ((3, 4), (2, 2)), strict=True)):
+        image = image.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)
+        grid = 2 * leaves[1][:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        samples.append(torch.nn.functional.grid_sample(image, grid, align_corners=False))
+    out = (torch.cat(samples, 3) * leaves[2].transpose(1, 2).flatten(0, 1).flatten(2)[:, None]).sum(3)
+    out = out.unflatten(0, (2, 2)).flatten(1, 2).transpose(1, 2)
+    upstream = torch.rand_like(out).to(dtype)
+    expected = out, *torch.autograd.grad(out, leaves, upstream.double())
+
+    arguments = value, shapes, starts, locations, weights.to(dtype)
+    found = ext.ms_deform_attn_forward(*arguments, im2col_step=64)
+    grads = [torch.full_like(x, torch.nan) for x in (value, locations, weights.to(dtype))]
+    ext.ms_deform_attn_backward(*arguments, upstream, *grads, im2col_step=64)
+    assert not found.requires_grad and found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    for got, want in zip((found, *grads), expected, strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+    applied = ops.MultiScaleDeformableAttnFunction.apply(*arguments, 64)
+    assert torch.equal(applied, found)
+    shapes.copy_(torch.tensor([[4, 3], [1, 4]]))  # the sizes of a tensor are remembered, of this version of it
+    assert not torch.equal(ops.MultiScaleDeformableAttnFunction.apply(*arguments, 64), applied)
 
 
 def test_other_ops_exist_and_say_that_they_are_missing():

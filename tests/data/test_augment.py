@@ -607,3 +607,16 @@ class Plain:
 
     def load(self, index):
         return replace(self.dataset.load(index), masks=None)
+
+
+def test_a_batch_is_resized_with_its_boxes():
+    """Each pixel is the one in the middle of which it lies: 32 columns of 16 make pairs, and 8 are every other one."""
+    image = torch.arange(16, dtype=torch.uint8).expand(3, 16, 16)
+    batch = collate([(image, torch.tensor([[2.0, 4, 8, 16]]), torch.tensor([1]))])
+    assert batch.resized(16) is batch
+    for side, columns in ((32, torch.arange(16).repeat_interleave(2)), (8, torch.arange(0, 16, 2))):
+        resized = batch.resized(side)
+        assert resized.images.dtype == torch.uint8 and resized.images.shape == (1, 3, side, side)
+        assert torch.equal(resized.images, columns.to(torch.uint8).expand(1, 3, side, side))
+        assert torch.equal(resized.gt_boxes, batch.gt_boxes * side / 16)
+        assert resized.gt_labels is batch.gt_labels and resized.gt_counts is batch.gt_counts

@@ -13,9 +13,12 @@ from rtmdet_fast.kernels import (
     assign_triton,
     batch_norm,
     bn_silu,
+    deformable_attention,
+    deformable_attention_triton,
     dwconv_bn_silu,
     dynamic_mask,
     dynamic_mask_triton,
+    letterbox,
     nms,
     rotated_iou,
 )
@@ -28,9 +31,11 @@ def launches(monkeypatch):
     monkeypatch.setattr(_dispatch, "BACKEND", "triton")
     # nothing is run: what a kernel would have written must be a possible index
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    return record_launches(
-        monkeypatch, assign_triton, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou
-    )
+    modules = (
+        assign_triton, batch_norm, bn_silu, deformable_attention_triton, dwconv_bn_silu, dynamic_mask_triton,
+        letterbox, nms, rotated_iou,
+    )  # fmt: skip
+    return record_launches(monkeypatch, *modules)
 
 
 def trace_all(launches, least: int) -> None:
@@ -87,4 +92,28 @@ def test_masks(launches):
     dynamic_mask.dynamic_mask_logits(*inputs, feature_stride=1).sum().backward()
     truth = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     dynamic_mask.dynamic_mask_dice_loss(*inputs, truth, index, feature_stride=1).sum().backward()
+    trace_all(launches, 6)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "discrete"])
+def test_attention(launches, method):
+    for sizes, D in ((((1, 1),), 1), (((1, 1), (1, 2)), 4)):
+        S, P = sum(h * w for h, w in sizes), len(sizes)
+        value, offsets = torch.rand(1, S, 1, D, requires_grad=True), torch.rand(1, 1, 1, P, 2)
+        weights, points = torch.rand(1, 1, 1, P), (1,) * P
+        deformable_attention.deformable_attention(
+            value, sizes, offsets, weights, points, method=method
+        ).sum().backward()
+        deformable_attention.box_deformable_attention(
+            value, sizes, torch.rand(1, 1, 4), offsets, weights, points, method=method
+        ).sum().backward()
+    trace_all(launches, 8)
+
+
+def test_letterbox(launches):
+    for images, capacity, size, pad in ((1, 1, 1, 1), (1, 3, 1, 0), (2, 3, 2, 1)):
+        frames, sizes = torch.zeros(images, capacity, dtype=torch.uint8), torch.ones(images, 2, dtype=torch.int32)
+        for squash in (False, True):
+            options = dict(mean=(0, 0, 0), std=(1, 1, 1), pad=pad, squash=squash)
+            letterbox.letterbox_normalize(frames, sizes, size, **options)
     trace_all(launches, 6)

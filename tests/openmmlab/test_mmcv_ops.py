@@ -177,9 +177,39 @@ def test_diff_iou_rotated(shared):
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["nms", "soft_nms", "batched_nms", "nms_rotated", "box_iou_rotated"])
+def test_deformable_attention():
+    """The stand-in under mmcv's own autograd function, and this project's, against mmcv's on a CPU."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+
+    g = torch.Generator().manual_seed(0)
+    shapes, starts = torch.tensor([[6, 9], [3, 5]]), torch.tensor([0, 54])
+    tensors = (
+        torch.rand(2, 69, 4, 8, generator=g),
+        torch.rand(2, 11, 4, 2, 3, 2, generator=g) * 1.4 - 0.2,
+        torch.rand(2, 11, 4, 2, 3, generator=g),
+    )
+    upstream = torch.rand(2, 11, 32, generator=g)
+    results = []
+    functions = [
+        lambda v, x, w: multi_scale_deformable_attn_pytorch(v, shapes, x, w),
+        lambda v, x, w: ops.MultiScaleDeformableAttnFunction.apply(v, shapes, starts, x, w, 64),
+    ]
+    if sys.modules["mmcv._ext"] is ext:
+        functions.append(lambda v, x, w: MultiScaleDeformableAttnFunction.apply(v, shapes, starts, x, w, 64))
+    for function in functions:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, upstream)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["nms", "soft_nms", "batched_nms", "nms_rotated", "box_iou_rotated", "multi_scale_deformable_attn_pytorch"]
+)
 def test_signatures(name):
-    theirs = inspect.signature(inspect.unwrap(getattr(mmcv.ops, name))).parameters
+    module = mmcv.ops.multi_scale_deform_attn if "deform" in name else mmcv.ops
+    theirs = inspect.signature(inspect.unwrap(getattr(module, name))).parameters
     ours = inspect.signature(getattr(ops, name)).parameters
     assert list(theirs) == list(ours)
     for a, b in zip(theirs.values(), ours.values(), strict=True):

@@ -12,7 +12,7 @@ from rtmdet_fast.training.schedule import ModelEMA, learning_rate_factor, parame
 
 
 def share(step):
-    return rtmdet_recipe(None, None, "det").ema_share(step, 1000, 2e-4)
+    return rtmdet_recipe(None, None, "det", None).ema_share(step, 1000, 2e-4)
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,18 @@ def test_a_state_of_wrong_kinds_is_refused(finished, tmp_path, change, word):
     assert re.search(word, refused(finished, tmp_path, change))
 
 
+def test_a_run_of_before_there_was_a_setting_had_its_default(finished, tmp_path):
+    config, whole = finished
+    (tmp_path / "last.pth").write_bytes(whole)
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    for name in ("model", "version", "queries"):
+        del content["training"]["config"][name]
+    torch.save(content, tmp_path / "last.pth")
+    train(replace(config, out=tmp_path, resume=True))
+    with pytest.raises(UserError, match=r"--model is rtdetr, but the run in .* has rtmdet"):
+        train(replace(config, out=tmp_path, resume=True, model="rtdetr", size=None))
+
+
 def test_a_row_cut_off_by_a_crash_is_dropped(tmp_path):
     log = RunLog(tmp_path, 0)
     for iteration in (10, 20):

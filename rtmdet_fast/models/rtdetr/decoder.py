@@ -8,13 +8,14 @@ relative to the image, in [0, 1]; `unact` ones are their logits.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtmdet_fast.kernels.deformable_attention import box_deformable_attention
+from rtmdet_fast.kernels.deformable_attention_torch import box_locations, deformable_attention_grid_sample
 from rtmdet_fast.models.rtdetr.boxes import inverse_sigmoid
 from rtmdet_fast.models.rtdetr.denoising import Denoising
 from rtmdet_fast.models.rtdetr.layers import MLP, ConvNorm, SelfAttention, made_once
@@ -92,16 +93,17 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """queries [B, Q, 256], boxes [B, Q, 4], memory [B, S, 256] → [B, Q, 256]."""
         P = sum(self.points)
-        attended = box_deformable_attention(
-            self.value_proj(memory).unflatten(2, (HEADS, -1)),
-            sizes,
-            references,
-            self.sampling_offsets(queries).unflatten(2, (HEADS, P, 2)),
-            self.attention_weights(queries).unflatten(2, (HEADS, P)),
-            self.points,
-            method=self.sampling,
-            published_clamp=self.published_clamp,
-        )
+        value = self.value_proj(memory).unflatten(2, (HEADS, -1))
+        offsets = self.sampling_offsets(queries).unflatten(2, (HEADS, P, 2))
+        logits = self.attention_weights(queries).unflatten(2, (HEADS, P))
+        options: dict[str, Any] = dict(method=self.sampling, published_clamp=self.published_clamp)
+        if torch.compiler.is_exporting():  # for runtimes that have standard operators alone
+            places = box_locations(references, offsets, self.points).to(value.dtype)
+            attended = deformable_attention_grid_sample(
+                value, sizes, places, logits.softmax(-1), self.points, **options
+            )
+        else:
+            attended = box_deformable_attention(value, sizes, references, offsets, logits, self.points, **options)
         return self.output_proj(attended)
 
 

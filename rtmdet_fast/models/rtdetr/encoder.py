@@ -21,10 +21,14 @@ def position_embedding(
     The published code lays rows out as if the map were turned, which is the same for squares alone; `published` does
     likewise.
     """
-    token = torch.arange(height * width, device=device)
-    lines = height if published else width
+    if published:
+        token = torch.arange(height * width, device=device)
+        places = token // height, token % height
+    else:
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        places = rows[:, None].expand(-1, width).flatten(), columns.expand(height, -1).flatten()
     omega = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float32, device=device) / (channels // 4))
-    row, column = (index[:, None] * omega for index in (token // lines, token % lines))
+    row, column = (place[:, None] * omega for place in places)
     return torch.cat((row.sin(), row.cos(), column.sin(), column.cos()), 1)
 
 

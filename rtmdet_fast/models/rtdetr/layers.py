@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtmdet_fast.kernels.bn_silu import silu_add
+from rtmdet_fast.kernels.bn_silu import silu_add, sync_batch_norm
 from rtmdet_fast.models.fold import fold_batch_norm
 from rtmdet_fast.models.rtmdet.layers import fused_bn_silu
 
@@ -93,9 +93,11 @@ class ConvNorm(nn.Module):
         conv, norm = (self._modules[name] for name in self.names)
         assert conv is not None and norm is not None
         x = conv(x)
-        if self.activation == "silu" and isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.BatchNorm2d):
+            return activate(norm(x), self.activation)
+        if self.activation == "silu":
             return fused_bn_silu(x, norm, process_group=self.process_group)
-        return activate(norm(x), self.activation)
+        return activate(batch_norm(x, norm, self.process_group), self.activation)
 
     def fused(self) -> nn.Conv2d:
         """Convolution and norm in eval mode as one convolution with a bias."""
@@ -117,6 +119,25 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return activate(self.conv(x), self.activation)
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, process_group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`norm` of `x`, in training by the statistics of the whole group where there is one."""
+    if process_group is None or not norm.training:
+        return norm(x)
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return sync_batch_norm(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.momentum,
+        norm.eps,
+        process_group.group_name,
+    )
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:

@@ -21,9 +21,6 @@ from rtmdet_fast.models.rtdetr.boxes import iou_and_giou
 def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
     """The query [K, B, M] int64 of each ground truth; -1 for padding, and where there are more of them than queries.
 
-    The host waits for the device once, and solves each image on its own: the copy holds every image's own pairs alone.
-    (A solver on the device would have to be exact as well as faster, and none is known to be both at these sizes.)
-
     Args:
         logits: [K, B, Q, C].
         boxes: [K, B, Q, 4] cxcywh in units of the image.
@@ -32,10 +29,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
     Raises:
         UserError: predictions for an image are not finite.
     """
-    costs = matching_costs(logits.float(), boxes.float(), targets.boxes.float(), targets.labels)
-    packed = torch.cat((costs.flatten(), targets.counts.to(costs.dtype))).cpu().numpy()
-    matches = solve(packed[: costs.numel()].reshape(costs.shape), packed[costs.numel() :].astype(np.int64))
-    return torch.from_numpy(matches).to(boxes.device)
+    return solve(matching_costs(logits.float(), boxes.float(), targets.boxes.float(), targets.labels), targets.counts)
 
 
 def matching_costs(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
@@ -53,21 +47,27 @@ def matching_costs(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: T
     return 5 * l1 + 2 * focal - 2 * iou_and_giou(boxes, gt_boxes)[1]
 
 
-def solve(costs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The matches [K, B, M] int64 of least total cost; see `match`. costs [K, B, M, Q], counts [B] of ground truths."""
-    matches = np.full(costs.shape[:3], -1, np.int64)
-    if counts.max(initial=0) > costs.shape[3]:
+@torch.compiler.disable
+def solve(costs: Tensor, counts: Tensor) -> Tensor:
+    """The matches [K, B, M] of least total cost; see `match`. costs [K, B, M, Q], counts [B] of ground truths.
+
+    The host waits for the device once, for its one copy of everything, and solves each image of each set on its own.
+    """
+    packed = torch.cat((costs.flatten(), counts.to(costs.dtype))).cpu().numpy()
+    costs_here, counts_here = packed[: costs.numel()].reshape(costs.shape), packed[costs.numel() :].astype(np.int64)
+    if counts_here.max(initial=0) > costs.shape[3]:
         warnings.warn(
             f"an image has more objects than the model has queries ({costs.shape[3]}): those too many are not learnt",
-            stacklevel=2,
+            stacklevel=3,
         )
-    for layer, image in np.ndindex(*costs.shape[:2]):
-        cost = costs[layer, image, : counts[image]]
+    matches = np.full(costs.shape[:3], -1, np.int64)
+    for k, image in np.ndindex(*costs.shape[:2]):
+        cost = costs_here[k, image, : counts_here[image]]
         if not (cost > -np.inf).all():
             raise UserError(
                 f"predictions for image {image} of the batch are not finite: look at that image and its boxes, "
                 "or train with a lower learning rate or without AMP"
             )
         target, query = linear_sum_assignment(cost)
-        matches[layer, image, target] = query
-    return matches
+        matches[k, image, target] = query
+    return torch.from_numpy(matches).to(costs.device)

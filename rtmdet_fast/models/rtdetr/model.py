@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtmdet_fast.class_names import COCO_CLASSES
@@ -151,8 +152,8 @@ CLASSIFIERS = "decoder.enc_score_head.", "decoder.dec_score_head.", "decoder.den
 """What depends on the number of classes."""
 
 
-TEST_SETTINGS = DetectSettings(score_threshold=0.0, iou_threshold=0.65, nms_pre=300, max_detections=300)
-"""The published ones; the IoU threshold is for detections of overlapping windows alone."""
+TEST_SETTINGS = DetectSettings(score_threshold=0.0, iou_threshold=0.65, nms_pre=30000, max_detections=300)
+"""The published ones. There is no NMS, but where detections of overlapping windows are merged."""
 
 
 class Predictions(NamedTuple):
@@ -272,8 +273,18 @@ class RTDETR(Detector):
             return Predictions(output.logits[-1], output.boxes[-1])
         targets = relative_targets(targets, (images.shape[2], images.shape[3]))
         queries = min(self.decoder.num_queries, memory.shape[1])
-        denoising = denoising_queries(targets, len(self.class_names), queries)
+        most = max(self.decoder.num_queries // 3, 1)  # 100 of 300 as published
+        denoising = denoising_queries(targets, len(self.class_names), queries, num_denoising=most)
         return detr_losses(self.decoder(memory, sizes, denoising), denoising, targets, version=self.version)
+
+    def predict(self, images: Any, *, decoder_layers: int | None = None, **options: Any) -> Any:
+        """See `Detector.predict`; only the first `decoder_layers` of the decoder run, by default as many as always."""
+        before = self.decoder_layers
+        try:
+            self.decoder_layers = before if decoder_layers is None else decoder_layers
+            return super().predict(images, **options)
+        finally:
+            self.decoder_layers = before
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -314,7 +325,9 @@ class RTDETR(Detector):
         """The best pairs of query and class: there is no NMS, and so no capacity; boxes are not clipped."""
         boxes, scores = self.boxes_and_scores(output, input_size)
         classes, flat = scores.shape[2], scores.flatten(1)
-        score, index = flat.topk(min(settings.max_detections, flat.shape[1]))
+        missing = max(settings.max_detections - flat.shape[1], 0)  # of few queries
+        score, index = flat.topk(settings.max_detections - missing)
+        score, index = F.pad(score, (0, missing)), F.pad(index, (0, missing))
         query, kept = index // classes, score > settings.score_threshold
         counts = kept.sum(1)
         return PaddedDetections(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def grid_priors(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tenso
     return torch.cat(levels).float()
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured graph reads them where they lie, for as long as it lives
 @torch.inference_mode(False)
 def _kept_priors(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """`grid_priors`, made once; not to be written to."""

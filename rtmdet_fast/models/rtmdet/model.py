@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
-from rtmdet_fast.inference.preprocess import letterbox, normalize
+from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize
+from rtmdet_fast.kernels.letterbox import letterbox_normalize, letterbox_scales
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint
 from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
@@ -126,6 +127,14 @@ class RTMDet(Detector):
     @staticmethod
     def normalize(canvases: Tensor) -> Tensor:
         return normalize(canvases)
+
+    @staticmethod
+    def to_canvases(frames: Tensor, sizes: Tensor, image_size: int, dtype: torch.dtype) -> Tensor:
+        return letterbox_normalize(frames, sizes, image_size, mean=MEAN, std=STD, dtype=dtype)
+
+    @staticmethod
+    def canvas_scales(sizes: Tensor, image_size: int) -> Tensor:
+        return letterbox_scales(sizes, image_size)
 
     def postprocess(
         self,

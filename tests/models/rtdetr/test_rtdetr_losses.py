@@ -178,6 +178,17 @@ def test_more_objects_than_queries():
     assert (leaves[1].grad[:, 0, -10:].abs().sum(-1) > 0).all()  # each of the ten has one
 
 
+def test_padding_costs_nothing_whatever_the_first_query_predicts():
+    """Which is where padding points to."""
+    targets, _, output, leaves = scene((0, 2))
+    output = output._replace(logits=output.logits[:, :, 16:], boxes=output.boxes[:, :, 16:])
+    before = detr_losses(output, None, targets)
+    with torch.no_grad():
+        leaves[1][:, 0, 16, 2:] = 0
+    after = detr_losses(output._replace(boxes=leaves[1][:, :, 16:]), None, targets)
+    assert all(after[name] == before[name] for name in after)
+
+
 @pytest.mark.parametrize("prediction", [0.0, 1e-30, 1e-8, 0.5, 1.0])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1.0])
 def test_degenerate_boxes(prediction, size):
@@ -217,6 +228,21 @@ def test_sums_that_overflow_half_precision():
     losses = detr_losses(output, None, targets)
     assert losses["loss_vfl"].item() == pytest.approx(300 * 80 * 0.75 * 8, rel=0.01)
     assert detr_losses(output, None, targets, precision=torch.float16)["loss_vfl"] == math.inf
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile looks at where the graph goes on
+def test_under_torch_compile():
+    """The host's part of the matching breaks the graph, nothing else does, and it is not traced."""
+    torch._dynamo.reset()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    compiled = torch.compile(detr_losses, backend="eager")
+    for seed, counts in enumerate([(3, 0, 5), (1, 2, 2)]):
+        targets, denoising, output, _ = scene(counts, seed=seed)
+        found, expected = (f(output, denoising, targets) for f in (compiled, detr_losses))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (reason,) = breaks
+    assert "function solve" in reason
 
 
 def test_double_precision_stays():

@@ -1,0 +1,110 @@
+"""RT-DETR's forward pass in inference at 640 px: images to logits and boxes, folded, beside Hugging Face's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benches.harness import Absent, Case, Contender, relative_error
+from rtmdet_fast import RTDETR
+from rtmdet_fast.kernels import _dispatch
+
+SIDE = 640
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
+
+
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
+        return [_case(device, 1, torch.float32)]
+    return [_case(device, batch, torch.float16) for batch in (32, 1)]
+
+
+@cache
+def saved() -> Any:
+    """A temporary folder with a seeded RT-DETR-r18 as Hugging Face saves it, whose layers all change what they see."""
+    try:
+        from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+    except ImportError as error:
+        raise Absent("transformers is not installed") from error
+    backbone = RTDetrResNetConfig(
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        hidden_sizes=[64, 128, 256, 512],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[128, 256, 512],
+        hidden_expansion=0.5,
+        decoder_layers=3,
+        num_labels=80,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = RTDetrForObjectDetection(config)
+        for key, tensor in model.state_dict().items():
+            if tensor.ndim > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            elif tensor.is_floating_point():
+                tensor.uniform_(*((0.8, 1.2) if key.endswith(("weight", "running_var")) else (-0.2, 0.2)))
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    return folder
+
+
+def ours(device: torch.device, dtype: torch.dtype) -> RTDETR:
+    return RTDETR.from_pretrained(saved().name).to(device, dtype)
+
+
+def _case(device: torch.device, batch: int, dtype: torch.dtype) -> Case:
+    cuda = device.type == "cuda"
+
+    def folded() -> Callable[..., Any]:
+        return _inference(ours(device, dtype).fold())
+
+    def hugging_face() -> Callable[..., Any]:
+        from transformers import RTDetrForObjectDetection
+
+        model = RTDetrForObjectDetection.from_pretrained(saved().name)
+        return _inference(model.to(device, dtype).eval(), "pred_boxes")
+
+    return Case(
+        op="rtdetr",
+        name=f"RT-DETR-r18, {str(dtype).removeprefix('torch.')}, {batch} x 3 x {SIDE} x {SIDE}",
+        shapes={"images": [batch, 3, SIDE, SIDE]},
+        inputs=partial(_inputs, batch, dtype, device),
+        expected=lambda images: _inference(ours(device, torch.float64))(images.double()),
+        compare=lambda result, expected: relative_error(_sorted(result), _sorted(expected), TOLERANCE[dtype]),
+        contenders=[
+            Contender(name="triton" if cuda else "reference", build=folded, graph=_dispatch.AVAILABLE),
+            Contender(name="not folded", build=lambda: _inference(ours(device, dtype))),
+            Contender(name="transformers", build=hugging_face),
+        ],
+    )
+
+
+def _inference(model: nn.Module, boxes: str = "boxes") -> Callable[[Tensor], list[Tensor]]:
+    """Images → logits and what is called `boxes` in the model's output."""
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            output = model(images)
+        return [output.logits, getattr(output, boxes)]
+
+    return run
+
+
+def _sorted(outputs: list[Tensor]) -> list[Tensor]:
+    """Each number's values over the queries, whose order rounding decides."""
+    return [output.sort(1).values for output in outputs]
+
+
+def _inputs(batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor]:
+    g = torch.Generator(device).manual_seed(seed)
+    images = torch.rand(batch, 3, SIDE, SIDE, generator=g, dtype=dtype, device=device)
+    return (images.to(memory_format=torch.channels_last),)
