@@ -26,9 +26,18 @@ import torch
 
 from benches import harness, run, table
 
-KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")
+KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu", "letterbox")
 OPS = (*KERNELS, "forward", "training", "postprocess", "layers")
-TESTS = ("assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "training_with_kernels")
+TESTS = (
+    "assign",
+    "nms",
+    "rotated_iou",
+    "bn_silu",
+    "dwconv_bn_silu",
+    "dynamic_mask",
+    "letterbox",
+    "training_with_kernels",
+)
 SHARE_OF_TESTS = 0.4  # of the time, at most
 LATE = "the time limit came first"
 

@@ -34,6 +34,7 @@ OPS = (  # in order of importance
     "dynamic_mask",
     "dwconv_bn_silu",
     "bn_silu",
+    "letterbox",
     "forward",
     "training",
     "postprocess",

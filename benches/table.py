@@ -16,6 +16,7 @@ OPS = {
     "dynamic_mask": "Dynamic masks",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
+    "letterbox": "Letterbox",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
     "training": "Training step",
