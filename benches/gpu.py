@@ -26,11 +26,20 @@ import torch
 
 from benches import harness, run, table
 
-KERNELS = ("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu")
+KERNELS = (
+    "assign",
+    "rotated_iou",
+    "nms",
+    "dynamic_mask",
+    "deformable_attention",
+    "dwconv_bn_silu",
+    "bn_silu",
+    "letterbox",
+)
 OPS = (*KERNELS, "forward", "training", "postprocess", "matcher", "layers")
 TESTS = (
     "assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "deformable_attention",
-    "training_with_kernels",
+    "letterbox", "training_with_kernels",
 )  # fmt: skip
 SHARE_OF_TESTS = 0.4  # of the time, at most
 LATE = "the time limit came first"

@@ -17,6 +17,7 @@ OPS = {
     "deformable_attention": "Deformable attention",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
+    "letterbox": "Letterbox",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
     "training": "Training step",
