@@ -35,6 +35,7 @@ OPS = (  # in order of importance
     "dwconv_bn_silu",
     "bn_silu",
     "forward",
+    "engines",
     "training",
     "postprocess",
     "matcher",

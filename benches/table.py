@@ -18,6 +18,7 @@ OPS = {
     "bn_silu": "BatchNorm + SiLU",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
+    "engines": "Network by every engine of a CPU",
     "training": "Training step",
     "pipeline": "Input pipeline",
     "postprocess": "Post-processing",
@@ -25,7 +26,10 @@ OPS = {
 }
 PICTURES = {  # file name -> title, ops
     "kernels": ("Kernels", ("assign", "rotated_iou", "nms", "dynamic_mask", "dwconv_bn_silu", "bn_silu")),
-    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess", "matcher")},
+    **{
+        op: (OPS[op], (op,))
+        for op in ("layers", "forward", "engines", "training", "pipeline", "postprocess", "matcher")
+    },
 }
 REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"}
 INTRO = """# Benches
