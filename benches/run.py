@@ -38,6 +38,7 @@ OPS = (  # in order of importance
     "letterbox",
     "forward",
     "rtdetr",
+    "engines",
     "training",
     "postprocess",
     "matcher",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -59,8 +60,7 @@ same comparison each time, and writes no file that fails it. NMS is inside of ev
 Open sides can be any multiples of 32.
 
 The weights are random, and such that much is found; images are noise of {IMAGE_SIZE} pixels. int8 is not for such
-weights, which drown what it rounds: it was measured with the trained weights whose rows name a file, on images of
-theirs.
+weights, which multiply what it rounds: rows of trained weights, which name their file, have it, on images of theirs.
 
 """
 
@@ -118,7 +118,8 @@ def measure(model: Detector, options: dict[str, Any], images: Path | None = None
         try:
             found = export(model, path, **more)
         except (UserError, RuntimeError) as error:  # an exporter may fail in its own way
-            return {"why": " ".join(str(error).replace(f"{folder}/", "").split())[:300], "versions": versions}
+            why = re.sub(r"\x1b\[[\d;]*m", "", str(error).replace(f"{folder}/", "")).split(". ")[0]
+            return {"why": " ".join(why.split())[:300], "versions": versions}
     return {**found._asdict(), "versions": versions}
 
 

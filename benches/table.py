@@ -20,6 +20,8 @@ OPS = {
     "letterbox": "Letterbox",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
+    "rtdetr": "RT-DETR's forward pass",
+    "engines": "Network by every engine of a CPU",
     "training": "Training step",
     "pipeline": "Input pipeline",
     "postprocess": "Post-processing",
@@ -28,9 +30,15 @@ OPS = {
 PICTURES = {  # file name -> title, ops
     "kernels": (
         "Kernels",
-        ("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+        (
+            *("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+            "letterbox",
+        ),
     ),
-    **{op: (OPS[op], (op,)) for op in ("layers", "forward", "training", "pipeline", "postprocess", "matcher")},
+    **{
+        op: (OPS[op], (op,))
+        for op in ("layers", "forward", "rtdetr", "engines", "training", "pipeline", "postprocess", "matcher")
+    },
 }
 REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"}
 INTRO = """# Benches

@@ -25,7 +25,8 @@ class BenchmarkConfig:
     data: Path | None = None
     """Folder laid out like COCO (rotated: or DOTA), on whose validation images the AP is measured too."""
     engines: tuple[str, ...] = ()
-    """pytorch, folded, compiled, onnxruntime, openvino, openvino-bf16, openvino-int8, pt2; all where not given."""
+    """pytorch, folded, compiled, cuda-graph, onnxruntime, openvino, openvino-bf16, openvino-int8, pt2; all where not
+    given."""
     calibrate: Path | None = None
     """Folder of images for int8; the training images of --data where not given."""
     image_size: int | None = None

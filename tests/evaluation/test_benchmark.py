@@ -19,6 +19,7 @@ from rtmdet_fast.evaluation import benchmark as module
 from rtmdet_fast.evaluation.benchmark import ENGINES, benchmark
 from rtmdet_fast.evaluation.evaluate import evaluate
 from rtmdet_fast.inference.detections import DetectSettings
+from rtmdet_fast.predictor.graphs import GraphDetector
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,18 @@ def test_figures_are_those_of_the_clock():
     }
 
 
+def test_a_graph_is_for_gpus_and_evaluated_as_its_network_is(weights, shapes, tmp_path):
+    _, absent = benchmark([str(weights)], tmp_path, engines=["folded", "cuda-graph"], rounds=1, device="cpu")
+    assert absent == {"cuda-graph": "CUDA graphs need a GPU"}
+    model, dataset = RTMDet.from_pretrained(weights), CocoDataset(shapes.val_ann, shapes.val_images)
+    contender = module.Contender(
+        detector=GraphDetector(model.fold(), 1), image_size=64, bytes=1, dataset=dataset, seconds=[1.0]
+    )
+    contender.call([dataset.load(0).image])
+    metrics = module.figures(contender, 1, False)["metrics"]
+    assert metrics == pytest.approx(evaluate(model, dataset, progress=False).metrics, abs=2e-3) and metrics["AP"] > 0.1
+
+
 def test_an_engine_that_does_not_run_is_told_in_a_line(weights, monkeypatch, tmp_path, capsys):
     def broken(model, setup):
         raise RuntimeError("no operator of that name\nand a page of it")
@@ -211,7 +224,8 @@ def test_bad_options_are_named(weights, options, words, capsys):
 
 
 def test_help_names_the_engines():
-    assert f'"""{", ".join(ENGINES)}; all where not given."""' in inspect.getsource(BenchmarkConfig)
+    told = " ".join(inspect.getsource(BenchmarkConfig).split())
+    assert f'"""{", ".join(ENGINES)}; all where not given."""' in told
 
 
 def test_images_are_repeated_where_a_data_set_has_fewer(shapes):
