@@ -122,7 +122,7 @@ test-newest: package
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
 # of training steps on boxes of every size; and mutated files and command lines, new ones with RTMDET_FAST_FUZZ_SEED=.
 test-slow: setup
-	$(PYTEST) -m slow $(KERNEL_TESTS) tests/models/rtmdet/test_rotated_head.py tests/fuzz
+	$(PYTEST) -m slow tests
 
 # On a CPU, what the assigner gains depends on malloc, whose settings take a process of their own.
 bench: setup

@@ -26,7 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from rtmdet_fast import RTMDet
 from rtmdet_fast.inference.detections import Detections
-from rtmdet_fast.kernels import _dispatch, dynamic_mask_triton, letterbox, nms
+from rtmdet_fast.kernels import _dispatch, deformable_attention_triton, dynamic_mask_triton, letterbox, nms
 from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
@@ -239,7 +239,7 @@ def graph(task: str) -> None:
     for most in (1000, 10):  # with fewer than the candidates there are, it is as without a graph
         detector.MAX_CANDIDATES = most
         expected = here.detect_whole(pictures, 96, settings)
-        with FakeGpu():
+        with FakeGpu(), FakeGpuFactory():
             found = there.detect_whole(pictures, 96, settings)
             assert all(isinstance(one.scores, FakeGpuTensor) == (most == 10) for one in found)
             found = [Detections(*(x.cpu() for x in one if x is not None)) for one in found]
@@ -249,8 +249,11 @@ def graph(task: str) -> None:
     detector.MAX_CANDIDATES = 1000
     assert sorted(key[0] for key in there._graphs) == [1, 2]
     launched = launch_nothing()
-    with FakeGpu(), no_waiting():
+    with FakeGpu(), FakeGpuFactory(), no_waiting():
         there._graphs[2, 96, settings].run()
+    if task == "rtdetr":
+        assert launched == ["_letterbox_kernel", *["_forward_kernel"] * 2], launched
+        return
     assert launched == ["_letterbox_kernel", "_words_kernel", "_scan_kernel", *["_logits_kernel"] * (task == "ins")]
 
 
@@ -266,7 +269,7 @@ def launch_nothing() -> list[str]:
             return lambda *args, **kwargs: launched.append(self.kernel.__name__)
 
     _dispatch.BACKEND = "triton"
-    for module in (nms, dynamic_mask_triton, letterbox):
+    for module in (nms, deformable_attention_triton, dynamic_mask_triton, letterbox):
         module.wrap_triton = Recorder
     return launched
 
@@ -290,5 +293,8 @@ def train_rtdetr() -> None:
 
 if __name__ == "__main__":
     command, task = sys.argv[1:]
-    train_rtdetr() if task == "rtdetr" else {"train": train, "detect": detect, "graph": graph}[command](task)
+    if (command, task) == ("train", "rtdetr"):
+        train_rtdetr()
+    else:
+        {"train": train, "detect": detect, "graph": graph}[command](task)
     print("fine")

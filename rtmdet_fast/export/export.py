@@ -71,8 +71,6 @@ def export(
     openvino = path.suffix == ".xml"
     if dynamic and image_size is not None:
         raise UserError("image_size and dynamic exclude each other")
-    if dynamic and not model.exports_any_size:
-        raise UserError(f"{model.title} is exported for one image size: leave dynamic out, and give image_size")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if int8 and not openvino:

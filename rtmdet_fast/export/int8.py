@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.geometry.windows import crop, windows
@@ -29,6 +28,8 @@ def calibration_canvases(model: Detector, folder: Path, image_size: int, count: 
     Images larger than the model's `patch_size` give the window in their middle. Unreadable ones are told in a warning.
     Raises UserError where there is no image, or none that can be read.
     """
+    from tqdm import tqdm
+
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one of images like those that the model will see")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())

@@ -82,8 +82,6 @@ class Detector(nn.Module):
     """Those that published figures were measured with."""
     input_description: ClassVar[str]
     """What `to_canvas` and `normalize` make of an image, for those who write a client of an exported file."""
-    exports_any_size: ClassVar = True
-    """Whether the sides of an exported file's input can stay open."""
 
     @property
     def title(self) -> str:

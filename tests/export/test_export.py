@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from busy import assert_alike, busy, images
 from torch import nn
 
 from rtmdet_fast import RTMDet, UserError
@@ -25,44 +26,10 @@ from rtmdet_fast.export.engine import load_detector, load_engine
 from rtmdet_fast.export.export import export
 from rtmdet_fast.export.int8 import calibration_canvases, quantize, stays_float
 from rtmdet_fast.export.openvino import convert_to_openvino
-from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 pytest.importorskip("onnx", reason="extra `export` is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
-
-
-def busy(task: str) -> RTMDet:
-    """A model of random weights that finds much of every class, of every angle, no two scores alike."""
-    torch.manual_seed(0)
-    model = RTMDet("nano", task, class_names=["a", "b", "ç"])
-    head = model.bbox_head
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.02, 0.1)
-            nn.init.uniform_(norm.bias, -0.5, 0.5)
-    noise = torch.randn(4, 3, 96, 96)
-    predicted = {"logits": (head.rtm_cls, 2, -2), "distances": (head.rtm_reg, 0.3, 1.2)}
-    predicted |= {"angles": (head.rtm_ang, 1, 0)} if task == "rotated" else {}
-    predicted |= {"kernels": (head.rtm_kernel, 1, 0)} if task == "ins" else {}
-    with torch.no_grad():
-        for layers, _, _ in predicted.values():
-            for layer in layers:
-                nn.init.normal_(layer.weight)
-        output = model.eval()(noise)
-        for name, (layers, spread, mean) in predicted.items():
-            for level, layer in enumerate(layers):
-                values = getattr(output, name)[level]
-                layer.weight.mul_(spread * (8 * 2**level if name == "distances" else 1) / values.std())
-                nn.init.constant_(layer.bias, mean)
-    model.image_size = 96
-    return model
-
-
-def images(count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    shapes = [(96, 96), (60, 96), (96, 33), (200, 150), (17, 40)]
-    return [rng.integers(0, 256, (*shapes[i % len(shapes)], 3), np.uint8) for i in range(count)]
 
 
 @pytest.fixture(scope="module", params=HEADS)
@@ -73,25 +40,6 @@ def exported(request, tmp_path_factory):
     agreement = export(model, path, dynamic=True, score_threshold=0.05, candidates=500)
     assert agreement.detections > 20 and agreement.unmatched == 0 and agreement.box_error < 1e-2
     return model, path
-
-
-def assert_alike(found, expected):
-    """The same detections; those whose scores differ by rounding may have changed places."""
-    assert len(found) == len(expected)
-    away = (found.boxes[:, None] - expected.boxes).abs().amax(2) + (found.labels[:, None] != expected.labels) * 1e9
-    nearest: list[int] = []
-    for row in away:
-        row[nearest] = torch.inf
-        nearest.append(int(row.argmin()))
-    expected = expected[nearest]
-    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=0.05)
-    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
-    assert found.labels.tolist() == expected.labels.tolist()
-    if expected.predicted_masks is not None:
-        logits, other = expected.predicted_masks.logits, found.predicted_masks.logits
-        torch.testing.assert_close(other, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
-        for field in ("scale", "shape", "stride", "offset"):
-            assert getattr(found.predicted_masks, field) == getattr(expected.predicted_masks, field)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -234,8 +182,6 @@ def test_without_nms(tmp_path):
 def test_what_a_model_cannot_be_exported_as(tmp_path):
     with pytest.raises(UserError, match="a model with masks is exported with its NMS only"):
         export(RTMDet("nano", "ins"), tmp_path / "a.onnx", nms=False)
-    with pytest.raises(UserError, match="RT-DETR-r18 is exported for one image size: leave dynamic out"):
-        export(RTDETR("r18", num_decoder_layers=1), tmp_path / "a.onnx", dynamic=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -390,21 +336,22 @@ def test_compiled_files_detect_the_same(task, tmp_path):
                 assert_alike(found, truth)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
-    torch.manual_seed(0)
-    model = RTDETR("r18", num_classes=3, num_queries=50, num_decoder_layers=2).eval()
-    model.image_size = 128
-    agreement = model.export(tmp_path / f"a{suffix}")
-    assert agreement.detections == 300 and agreement.unmatched == 0
+    if suffix == ".xml":
+        pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    model = busy("rtdetr")
+    agreement = model.export(tmp_path / f"a{suffix}", dynamic=suffix == ".onnx", score_threshold=0.05)
+    assert agreement.detections > 50 and agreement.unmatched == 0
     engine = load_engine(tmp_path / f"a{suffix}", threads=1)
     assert engine.title == model.title
-    for found, truth in zip(
-        engine.predict(images(3), score_threshold=0), model.predict(images(3), score_threshold=0), strict=True
-    ):
-        torch.testing.assert_close(found.scores, truth.scores, rtol=0, atol=1e-4)
-        torch.testing.assert_close(found.boxes, truth.boxes, rtol=0, atol=0.05)
+    for side in (96, 160) if suffix == ".onnx" else (96,):
+        settings = dict(score_threshold=0.1, image_size=side)
+        for found, truth in zip(
+            engine.predict(images(3), **settings), model.predict(images(3), **settings), strict=True
+        ):
+            assert len(found) > 10
+            assert_alike(found, truth)
 
 
 def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):

@@ -13,14 +13,16 @@ from busy import assert_alike, busy, images
 
 from rtmdet_fast.kernels._dispatch import AVAILABLE
 from rtmdet_fast.models import detector as detector_module
+from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import HEADS
 from rtmdet_fast.predictor import graphs
 from rtmdet_fast.predictor.graphs import FrameGraph, GraphDetector
 
+MODELS = [*HEADS, "rtdetr"]
 SETTINGS = dict(score_threshold=0.3, max_detections=30)
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     return busy(request.param).fold()
 
@@ -31,14 +33,16 @@ def test_finds_what_predict_finds(model, candidates, monkeypatch):
     expected = model.predict(images(5), **SETTINGS)
     detector = GraphDetector(model, batch_size=4)
     assert sum(map(len, expected)) > 20
+    # Pillow's resize is met to a grey level, and the random network makes much of it
+    tolerance = 2e-3 if isinstance(model, RTDETR) else 1e-4
     for found, truth in zip(detector.predict(images(5), batch_size=4, **SETTINGS), expected, strict=True):
-        assert_alike(found, truth)
+        assert_alike(found, truth, tolerance)
     for i in range(5):
-        assert_alike(detector.predict(images(5)[i], **SETTINGS), expected[i])
+        assert_alike(detector.predict(images(5)[i], **SETTINGS), expected[i], tolerance)
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="without Triton no kernel is chosen")
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", MODELS)
 def test_nothing_that_is_captured_makes_the_host_wait(task):
     script = Path(__file__).parents[1] / "fake_gpu.py"
     environment = {**os.environ, "RTMDET_FAST_KERNELS": "torch"}
@@ -73,7 +77,7 @@ def test_graphs_are_few(model, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", MODELS)
 def test_a_replay_is_the_eager_path_to_the_bit(task, dtype):
     """Two contrasting inputs, every output checked; the first replay is not the second input's, nor the reverse."""
     model = busy(task).fold().to("cuda", dtype)
@@ -102,7 +106,7 @@ def test_a_replay_is_the_eager_path_to_the_bit(task, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", MODELS)
 def test_a_predictor_on_a_gpu(task, dtype):
     model = busy(task)
     expected = model.predict(images(5), **SETTINGS)

@@ -17,6 +17,7 @@ from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.preprocess import squash
+from rtmdet_fast.kernels.letterbox import letterbox_normalize, letterbox_scales
 from rtmdet_fast.models.checkpoint import Checkpoint
 from rtmdet_fast.models.detector import Detector, Inspected, Targets, resolve_class_names
 from rtmdet_fast.models.rtdetr.boxes import cxcywh_to_xyxy, relative_targets
@@ -186,7 +187,6 @@ class RTDETR(Detector):
     input_description: ClassVar = (
         "RGB, by 255; resized to the square whatever the aspect ratio, by an average where it shrinks (as Pillow does)"
     )
-    exports_any_size: ClassVar = False  # the levels' sizes are constants of the decoder
 
     def __init__(
         self,
@@ -293,6 +293,15 @@ class RTDETR(Detector):
     @staticmethod
     def normalize(canvases: Tensor) -> Tensor:
         return canvases.flip(1).float() / 255
+
+    @staticmethod
+    def to_canvases(frames: Tensor, sizes: Tensor, image_size: int, dtype: torch.dtype) -> Tensor:
+        black, white = (0, 0, 0), (255, 255, 255)
+        return letterbox_normalize(frames, sizes, image_size, mean=black, std=white, squash=True, rgb=True, dtype=dtype)
+
+    @staticmethod
+    def canvas_scales(sizes: Tensor, image_size: int) -> Tensor:
+        return letterbox_scales(sizes, image_size, squash=True)
 
     def postprocess(
         self,
