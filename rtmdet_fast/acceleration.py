@@ -29,7 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from rtmdet_fast.kernels.deformable_attention import box_deformable_attention
-from rtmdet_fast.models.rtmdet.layers import ConvModule, fused_bn_silu
+from rtmdet_fast.models.fused import fused_bn_silu
+from rtmdet_fast.models.rtmdet.layers import ConvModule
 
 DEPTHWISE = "depth-wise convolution + BatchNorm + SiLU"
 EPILOGUE = "BatchNorm + SiLU"

@@ -29,6 +29,28 @@ class Detections(NamedTuple):
             index = index.nonzero()[:, 0]
         return Detections(*(None if field is None else field[index] for field in self))  # type: ignore[arg-type]
 
+    def in_image(self, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
+        """With upright boxes in pixels of the original image, whose (height, width) is `shape`.
+
+        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
+        """
+        found = self._replace(boxes=self.boxes / self.boxes.new_tensor([*scale, *scale]))
+        if not clip:
+            return found
+        found = found._replace(boxes=clip_boxes(found.boxes, shape))
+        return found.take(have_area(found.boxes))
+
+
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] xyxy clipped to an image of (height, width) `size`."""
+    x, y = boxes[..., 0::2].clamp(0, size[1]), boxes[..., 1::2].clamp(0, size[0])
+    return torch.stack((x, y), -1).flatten(-2)
+
+
+def have_area(boxes: Tensor) -> Tensor:
+    """False [...] for boxes [..., 4] xyxy without an area."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
 
 class PaddedDetections(NamedTuple):
     """Detections of B images at sizes that no image decides: D for each, by falling score, then padding.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtmdet_fast.kernels.bn_silu import silu_add, sync_batch_norm
 from rtmdet_fast.models.fold import fold_batch_norm
-from rtmdet_fast.models.rtmdet.layers import fused_bn_silu
+from rtmdet_fast.models.fused import fused_bn_silu
 
 Activation = Literal["relu", "silu"]
 P = ParamSpec("P")

@@ -28,7 +28,6 @@ from rtmdet_fast.models.rtdetr.hgnet import HGNetv2, Stage
 from rtmdet_fast.models.rtdetr.losses import detr_losses
 from rtmdet_fast.models.rtdetr.resnet import PResNet
 from rtmdet_fast.models.rtdetr.weights import from_hugging_face, from_paddle, points_of, points_of_scale
-from rtmdet_fast.models.rtmdet.detection_head import DetectionHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +355,7 @@ class RTDETR(Detector):
 
     @staticmethod
     def to_image(found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
-        return DetectionHead.to_image(found, scale, shape, clip=clip)
+        return found.in_image(scale, shape, clip=clip)
 
     @classmethod
     def translate(cls, checkpoint: Checkpoint) -> Checkpoint | None:

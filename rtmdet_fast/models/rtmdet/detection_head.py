@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_fast.class_names import COCO_CLASSES
-from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
+from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, clip_boxes, have_area
 from rtmdet_fast.kernels._dispatch import unwatched
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
@@ -256,30 +256,15 @@ class DetectionHead(nn.Module):
             candidates,
         )
 
-    @staticmethod
-    def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Boxes [..., 4] clipped to an image of (height, width) `size`."""
-        x, y = boxes[..., 0::2].clamp(0, size[1]), boxes[..., 1::2].clamp(0, size[0])
-        return torch.stack((x, y), -1).flatten(-2)
-
-    @staticmethod
-    def is_solid(boxes: Tensor) -> Tensor:
-        """False [...] for boxes [..., 4] without an area."""
-        return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    clip = staticmethod(clip_boxes)
+    is_solid = staticmethod(have_area)
 
     @classmethod
     def to_image(
         cls, found: Detections, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool
     ) -> Detections:
-        """Detections in pixels of the original image, whose (height, width) is `shape`.
-
-        scale: network pixels per image pixel (x, y); `clip` cuts boxes to the image and drops those outside it.
-        """
-        found = found._replace(boxes=found.boxes / found.boxes.new_tensor([*scale, *scale]))
-        if not clip:
-            return found
-        found = found._replace(boxes=cls.clip(found.boxes, shape))
-        return found.take(cls.is_solid(found.boxes))
+        """`Detections.in_image` of what the task finds."""
+        return found.in_image(scale, shape, clip=clip)
 
     def _candidates(self, boxes: Tensor, scores: Tensor, lengths: list[int], settings: DetectSettings) -> Detections:
         """The (prior, class) pairs of one image above the threshold, `nms_pre` per level, without empty boxes."""
