@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def write(folder: Path) -> None:
     parts = [INTRO]
     for kind, heading in (("cpu", "CPU"), ("cuda", "GPU")):
         found = {stem: record for stem, record in records.items() if record["device"]["type"] == kind}
-        parts += [device_section(record, draw(folder, stem, record)) for stem, record in found.items()] or [
-            f"## {heading}\n\nNot measured.\n"
-        ]
+        measured = {case["op"] for record in found.values() for case in record["cases"].values()}
+        for stem, record in found.items():
+            here = {case["op"] for case in record["cases"].values()}
+            parts.append(device_section(record, draw(folder, stem, record), elsewhere=measured - here))
+        if not found:
+            parts.append(f"## {heading}\n\nNot measured.\n")
     text = "\n".join(parts)
     part = folder / "README.part"
     part.write_text(text)
@@ -89,7 +93,10 @@ def draw(folder: Path, stem: str, record: dict[str, Any]) -> dict[str, str]:
     return pictures
 
 
-def device_section(record: dict[str, Any], pictures: dict[str, str] | None = None) -> str:
+def device_section(
+    record: dict[str, Any], pictures: dict[str, str] | None = None, elsewhere: Collection[str] = ()
+) -> str:
+    """elsewhere: ops that another record of such a device measures."""
     device = dict(record["device"])
     kind = {"cpu": "CPU", "cuda": "GPU"}[device.pop("type")]
     facts = [f"{key.replace('_', ' ')} {value}" for key, value in device.items() if key != "name"]
@@ -105,6 +112,8 @@ def device_section(record: dict[str, Any], pictures: dict[str, str] | None = Non
     for op, title in OPS.items():
         cases = {key: case for key, case in record["cases"].items() if case["op"] == op}
         missing = [key for key in record["not_measured"] if key.startswith(f"{op}: ") and key not in cases]
+        if not (cases or missing) and op in elsewhere:
+            continue
         if pictures and op in pictures:
             lines += ["", f"![Times as fast as each peer]({pictures[op]})"]
         lines += ["", f"### {title}", ""]

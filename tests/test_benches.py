@@ -278,6 +278,8 @@ def test_table_of_a_gpu():
     assert "- geometric mean of 3 cases, g, against eager: **2.5x**" in text
     assert "Copy bandwidth, measured: 4000 GB/s" in text
     assert "### NMS\n\nNot measured.\n- not measured: big (the time limit came first)" in text
+    assert "### Layers\n\nNot measured." in text
+    assert "### Layers" not in table.device_section(record, elsewhere={"layers"})
 
 
 def test_table_without_results(tmp_path: Path):
