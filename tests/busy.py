@@ -87,3 +87,13 @@ def assert_alike(found, expected, score_tolerance=1e-4):
         torch.testing.assert_close(other, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
         for field in ("scale", "shape", "stride", "offset"):
             assert getattr(found.predicted_masks, field) == getattr(expected.predicted_masks, field)
+
+
+def without_like(found, expected):
+    """How many of either have no detection of the other within 0.05 pixels and 1e-4 of score, of the same label."""
+    if not len(found) or not len(expected):
+        return len(found) + len(expected)
+    near = (found.boxes[:, None] - expected.boxes).abs().amax(2) <= 0.05
+    near &= (found.scores[:, None] - expected.scores).abs() <= 1e-4
+    near &= found.labels[:, None] == expected.labels
+    return int((~near.any(1)).sum() + (~near.any(0)).sum())

@@ -72,6 +72,7 @@ def quantize(network: Any, model: Detector, canvases: Sequence[np.ndarray], batc
     nncf.set_log_level(logging.ERROR)
     batches = [[canvases[(i + j) % len(canvases)] for j in range(batch_size)] for i in range(len(canvases))]
     with contextlib.redirect_stdout(sys.stderr):  # its progress
+        network = network.clone()  # without what no output needs, over which nncf stumbles
         return nncf.quantize(
             network,
             nncf.Dataset(batches, lambda batch: network_inputs(model, batch)),

@@ -44,11 +44,12 @@ def export_onnx(
         )
     assert program is not None
     model = program.model_proto
-    clients_names = {"32*h": "height", "32*w": "width"}
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    clients_names = {axes[i].dim_param: name for i, name in ((0, "batch"), (2, "height"), (3, "width"))}
     for value in (*model.graph.input, *model.graph.output):
         for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param in clients_names:
-                axis.dim_param = clients_names[axis.dim_param]
+            if axis.dim_param:
+                axis.dim_param = clients_names.get(axis.dim_param, axis.dim_param)
     onnx.helper.set_model_props(model, {"rtmdet_fast": json.dumps(metadata)})
     model.producer_name = "rtmdet_fast"
     onnx.checker.check_model(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from busy import assert_alike, busy, images
+from busy import assert_alike, busy, images, without_like
 from torch import nn
 
 from rtmdet_fast import RTMDet, UserError
@@ -62,9 +62,11 @@ def test_predictions_on_real_images(exported, batch_size, side, shared):
     photos = sorted((shared / "data/coco206/val").iterdir())[:20]
     settings = dict(score_threshold=0.1, image_size=side, batch_size=batch_size, patch_size=0)
     expected = model.predict(photos, **settings)
-    assert sum(map(len, expected)) > 100
-    for found, truth in zip(load_engine(path, threads=1).predict(photos, **settings), expected, strict=True):
-        assert_alike(found, truth)
+    found = load_engine(path, threads=1).predict(photos, **settings)
+    total = sum(map(len, [*expected, *found]))
+    assert total > 200
+    # random weights give many scores and IoUs so alike that rounding decides which box NMS keeps
+    assert sum(without_like(one, truth) for one, truth in zip(found, expected, strict=True)) <= 0.01 * total
 
 
 def test_file_is_what_clients_of_mmdeploy_expect(exported):
