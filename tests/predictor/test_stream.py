@@ -164,6 +164,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
 def test_ctrl_c():
+    # OpenVINO gives threads a stack for signals, which goes with its model: after that a signal ends the process
     done = subprocess.run([sys.executable, "-c", CTRL_C], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.stdout.strip() == "stopped", done.stderr
 
