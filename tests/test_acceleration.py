@@ -89,16 +89,16 @@ def check_same(found: nn.Module, original: nn.Module, x: torch.Tensor, steps: in
 @pytest.fixture
 def fused_calls(monkeypatch):
     """Names of the fused ops in the order in which they are called."""
-    import rtmdet_fast.models.rtmdet.layers
+    import rtmdet_fast.models.fused
 
     calls: list[str] = []
 
     def counting(name):
-        op = getattr(rtmdet_fast.models.rtmdet.layers, name)
+        op = getattr(rtmdet_fast.models.fused, name)
         return lambda *args, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
 
     for name in ("bn_silu", "dwconv_bn_silu"):
-        monkeypatch.setattr(rtmdet_fast.models.rtmdet.layers, name, counting(name))
+        monkeypatch.setattr(rtmdet_fast.models.fused, name, counting(name))
     return calls
 
 

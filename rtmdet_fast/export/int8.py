@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.openvino import signal_stack_kept
 from rtmdet_fast.geometry.windows import crop, windows
 from rtmdet_fast.images import IMAGE_SUFFIXES, read_image
 from rtmdet_fast.models.detector import Detector
@@ -71,7 +72,7 @@ def quantize(network: Any, model: Detector, canvases: Sequence[np.ndarray], batc
         raise UserError("nncf is not installed: pip install 'rtmdet-fast[openvino]'") from error
     nncf.set_log_level(logging.ERROR)
     batches = [[canvases[(i + j) % len(canvases)] for j in range(batch_size)] for i in range(len(canvases))]
-    with contextlib.redirect_stdout(sys.stderr):  # its progress
+    with contextlib.redirect_stdout(sys.stderr), signal_stack_kept():  # its progress
         network = network.clone()  # without what no output needs, over which nncf stumbles
         return nncf.quantize(
             network,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ def open_openvino(path: Path, threads: int | None, dtype: str = "auto") -> tuple
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[dtype]} | (
             {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         )
-        compiled = core.compile_model(model, "CPU", config)
+        with signal_stack_kept():
+            compiled = core.compile_model(model, "CPU", config)
     except RuntimeError as error:
         raise UserError(f"{path} cannot be read by OpenVINO: {str(error).splitlines()[0]}") from error
     names = [next(iter(output.get_names())) for output in compiled.outputs]
@@ -54,6 +58,34 @@ def open_openvino(path: Path, threads: int | None, dtype: str = "auto") -> tuple
         return {name: found[output] for name, output in zip(names, compiled.outputs, strict=True)}
 
     return metadata, run
+
+
+class SignalStack(ctypes.Structure):
+    """C's stack_t: where a thread's signal handlers run."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @classmethod
+    def of_this_thread(cls) -> SignalStack:
+        stack = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+        return stack
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """OpenVINO gives the thread that compiles a model a stack for signals, which it may free with the model.
+
+    After that a signal, such as Ctrl-C or the end of a loader's process, would end the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = SignalStack.of_this_thread()
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
 
 
 def import_openvino() -> Any:

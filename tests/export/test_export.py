@@ -25,7 +25,7 @@ from rtmdet_fast.export.agreement import EXACT, Agreement
 from rtmdet_fast.export.engine import load_detector, load_engine
 from rtmdet_fast.export.export import export
 from rtmdet_fast.export.int8 import calibration_canvases, quantize, stays_float
-from rtmdet_fast.export.openvino import convert_to_openvino
+from rtmdet_fast.export.openvino import SignalStack, convert_to_openvino
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 pytest.importorskip("onnx", reason="extra `export` is not installed")
@@ -354,6 +354,16 @@ def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
         ):
             assert len(found) > 10
             assert_alike(found, truth)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such stack")
+def test_openvino_leaves_the_stack_for_signals_alone(tmp_path):
+    pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    before = SignalStack.of_this_thread()
+    busy("det").export(tmp_path / "a.xml", score_threshold=0.05, candidates=500)
+    load_engine(tmp_path / "a.xml", threads=1).predict(images(1))
+    after = SignalStack.of_this_thread()
+    assert (after.address, after.size) == (before.address, before.size)
 
 
 def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):
