@@ -268,7 +268,7 @@ def test_opcheck(squashed):
     tests = ("test_schema",) + ("test_faketensor",) * (DEVICE == "cuda")
     arguments = *buffer(noise([(3, 5)])), 4, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], 114, squashed, True
     for channels_last in (False, True):
-        opcheck(m._letterbox, (*arguments, torch.float16, channels_last), test_utils=tests)
+        opcheck(m._letterbox.library_op, (*arguments, torch.float16, channels_last), test_utils=tests)
 
 
 @needs_lowering
