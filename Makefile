@@ -145,7 +145,7 @@ $(MMCV_VENV)/.installed: pyproject.toml
 	sed -i 's/-std=c++1[47]/-std=c++20/g' $(@D)/mmcv-2.1.0/setup.py
 	MMCV_WITH_OPS=1 FORCE_CUDA=0 CFLAGS=-O3 CXXFLAGS=-O3 \
 		$(@D)/bin/python -m pip install --no-build-isolation --no-deps $(@D)/mmcv-2.1.0
-	$(@D)/bin/python -m pip install --quiet mmdet==3.3.0 $(OPENMMLAB) --editable ".[bench]"
+	$(@D)/bin/python -m pip install --quiet mmdet==3.3.0 $(OPENMMLAB) --editable ".[bench,openvino]"
 	touch $@
 
 test-gpu:
