@@ -214,7 +214,8 @@ def test_voc_of_the_challenge_counts_pixels_from_one(folder):
 
 
 def test_voc_shapes(folder):
-    corners = "<polygon><x1>10</x1><y1>5</y1><x2>30</x2><y2>5</y2><x3>30</x3><y3>15</y3><x4>10</x4><y4>15</y4></polygon>"
+    values = zip(("x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4"), (10, 5, 30, 5, 30, 15, 10, 15), strict=True)
+    corners = f"<polygon>{''.join(f'<{tag}>{value}</{tag}>' for tag, value in values)}</polygon>"
     rotated = "<robndbox><cx>20</cx><cy>10</cy><w>20</w><h>10</h><angle>0</angle></robndbox>"
     folder.voc(a=voc_object(box=corners) + voc_object(box=rotated))
     assert boxes(folder.dataset())[0] == [[10, 5, 30, 15]] * 2
