@@ -174,7 +174,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, unbroken, tmp_p
 def test_one_batch_is_learnt():
     """By the optimiser's published groups, ten times their rate: classes, boxes and what denoises them."""
     torch.manual_seed(0)
-    recipe = RECIPES["rtdetr"]("r18", 2, "det", 12)
+    recipe = RECIPES["rtdetr"]("r18", 2, "det", 12, None)
     model = recipe.build(class_names=("blue", "green")).train()
     boxes = torch.tensor([[4.0, 6, 30, 30], [34, 30, 60, 60]])
     images = torch.full((2, 3, 64, 64), 60, dtype=torch.uint8)
@@ -296,10 +296,40 @@ def test_a_run_starts_from_weights_of_its_family_and_size(config, tmp_path):
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_frozen_norms_without_weights_are_told(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(size="r50"), "RT-DETR-r50 has frozen batch norms"),
+        (dict(version=2, sampling="discrete"), "RT-DETRv2-r18 has frozen sampling offsets"),
+    ],
+)
+def test_what_is_frozen_without_weights_is_told(config, tmp_path, monkeypatch, settings, told):
     monkeypatch.setattr(train_module, "ModelEMA", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.warns(UserWarning, match="RT-DETR-r50 has frozen batch norms"), pytest.raises(KeyboardInterrupt):
-        train(replace(config, size="r50", out=tmp_path))
+    with pytest.warns(UserWarning, match=told), pytest.raises(KeyboardInterrupt):
+        train(replace(config, out=tmp_path, **settings))
+
+
+def test_discrete_sampling_goes_on_from_bilinear_weights(config, tmp_path):
+    """Whose offsets, which whole cells have no gradient for, stay."""
+    torch.manual_seed(1)
+    before = RTDETR("r18", 2, num_classes=5, num_queries=12)
+    torch.nn.init.normal_(before.decoder.get_submodule("decoder.layers.0.cross_attn.sampling_offsets").weight)
+    before.save(tmp_path / "bilinear.pth")
+    settings = replace(config, version=2, sampling="discrete", epochs=1, image_size=64, out=tmp_path)
+    trained = load_model(train(replace(settings, init=str(tmp_path / "bilinear.pth"))).last)
+    assert trained.decoder.sampling == "discrete"
+    same = {name for name, p in trained.named_parameters() if torch.equal(p, before.get_parameter(name))}
+    offsets = {name for name in same if ".sampling_offsets." in name}
+    assert len(offsets) == 6 and not any(".attention_weights." in name for name in same)
+
+    assert resolve(replace(settings, epochs=None)).epochs == 36
+    for wrong, words in (
+        (dict(version=1), "--sampling discrete is for --version 2"),
+        (dict(sampling="nearest"), "--sampling 'nearest' is unknown; choose bilinear or discrete"),
+        (dict(model="rtmdet", version=None, queries=None), "--sampling discrete is for --model rtdetr"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve(replace(settings, **wrong))
 
 
 def test_the_published_recipe_is_the_default(tmp_path):
