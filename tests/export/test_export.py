@@ -297,6 +297,30 @@ def test_files_that_are_no_engines(tmp_path):
         load_detector(str(tmp_path / "tomorrow.onnx"))
 
 
+def test_files_that_are_none_of_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    values = openvino.opset13.constant(np.arange(64, dtype=np.float32))
+    path = tmp_path / "a.xml"
+    openvino.save_model(openvino.Model([openvino.opset13.negative(values)], []), str(path))
+    (tmp_path / "a.bin").unlink()
+    whole = path.read_bytes()
+    for content, words in (
+        (whole, "bin file"),
+        (whole[: len(whole) // 2], "Error parsing"),
+        (b"<html>", "it does not begin as its files do"),
+        (b"\x89PNG", "it does not begin as its files do"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.xml cannot be read by OpenVINO: .*{words}"):
+            load_detector(str(path))
+
+
+def test_an_exported_file_is_no_weights(exported, tmp_path):
+    _, path = exported
+    with pytest.raises(UserError, match=r"model\.onnx is an exported file, and no weights"):
+        RTMDet.from_pretrained(path)
+
+
 def test_compiled_files_are_for_machines_of_their_kind(tmp_path, monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
