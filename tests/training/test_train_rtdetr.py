@@ -15,7 +15,7 @@ import torch
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.recipes import multi_scale_sizes
-from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.data.shapes import CLASSES, make_shapes
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.models.rtdetr.model import RTDETR
@@ -312,7 +312,7 @@ def test_what_is_frozen_without_weights_is_told(config, tmp_path, monkeypatch, s
 def test_discrete_sampling_goes_on_from_bilinear_weights(config, tmp_path):
     """Whose offsets, which whole cells have no gradient for, stay."""
     torch.manual_seed(1)
-    before = RTDETR("r18", 2, num_classes=5, num_queries=12)
+    before = RTDETR("r18", 2, class_names=CLASSES, num_queries=12)
     torch.nn.init.normal_(before.decoder.get_submodule("decoder.layers.0.cross_attn.sampling_offsets").weight)
     before.save(tmp_path / "bilinear.pth")
     settings = replace(config, version=2, sampling="discrete", epochs=1, image_size=64, out=tmp_path)
