@@ -180,6 +180,10 @@ def resolve(config: TrainConfig) -> Settings:
     check_bounds(config)
     task = TASKS[config.task]
     recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
+    if config.sampling == "discrete" and config.init is None and not config.resume:
+        raise UserError(
+            "--sampling discrete leaves as it is where heads look: give bilinear weights to go on from, --init"
+        )
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images

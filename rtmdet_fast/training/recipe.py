@@ -37,8 +37,8 @@ class Recipe:
     """Of the model; None where a family has but one."""
     build: Callable[..., Detector]
     """`class_names=` → a fresh model."""
-    needs_init: str | None = None
-    """What training leaves as it is and other weights have to bring; None where there is nothing."""
+    needs_init: bool = False
+    """Whether parts that training leaves as they are, frozen batch norms, come from other weights."""
     image_size: int
     """Side of the training images in pixels."""
     epochs: int
@@ -139,17 +139,12 @@ def rtdetr_recipe(
     if sampling == "discrete" and version == 1:
         raise UserError("--sampling discrete is for --version 2")
     method: Sampling = "discrete" if sampling == "discrete" else "bilinear"
-    needs_init = None
-    if size not in ("r18", "r34"):
-        needs_init = "frozen batch norms, which without weights to start from (--init) normalise nothing"
-    elif method == "discrete":
-        needs_init = "frozen sampling offsets, which weights to start from (--init) should bring"
     published = training_recipe(size, version, method)
     return Recipe(
         size=size,
         version=version,
-        build=partial(RTDETR, size, version, num_queries=queries or 300, sampling=method),
-        needs_init=needs_init,
+        build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries, sampling=method),
+        needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
         stage2_epochs=published.plain_epochs,

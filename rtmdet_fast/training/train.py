@@ -264,7 +264,10 @@ def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
     recipe = settings.recipe
     model = recipe.build(class_names=dataset.class_names)
     if recipe.needs_init and settings.init is None and not settings.resume:
-        warnings.warn(f"{model.title} has {recipe.needs_init}", stacklevel=2)
+        warnings.warn(
+            f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
+            stacklevel=2,
+        )
     if settings.init is not None:
         checkpoint = read_checkpoint(resolve_weights(settings.init))
         model.load_weights(checkpoint)
