@@ -81,23 +81,33 @@ def test_a_run_as_long_as_the_published_one_is_averaged_as_published(task, publi
         ]
 
 
+def weights_at_the_end(share, total):
+    """Of the model after each step in the average at the end of a run."""
+    shares = np.array([share(step, total) for step in range(total)])
+    return shares * np.append(np.cumprod(1 - shares[:0:-1])[::-1], 1.0)
+
+
+def mean_age(weights):
+    """In steps, of what was averaged."""
+    return (weights * (len(weights) - np.arange(len(weights)))).sum()
+
+
 def test_a_shorter_run_is_averaged_by_the_same_schedule_compressed():
     """What an average holds of the first tenth, and how old it is, are those of the published run at its end."""
     default = rtmdet_recipe(None, None, "det", None).ema_share
-
-    def weights(total):
-        """Of the model after each step in the average at the end."""
-        shares = np.array([default(step, total, None) for step in range(total)])
-        return shares * np.append(np.cumprod(1 - shares[:0:-1])[::-1], 1.0)
-
-    of_run, of_published = weights(1370), weights(137_000)
-    for found in (of_run, of_published):
-        assert found.sum() == pytest.approx(1)
-    ages = [(w * (1 - np.arange(len(w)) / len(w))).sum() for w in (of_run, of_published)]
-    assert ages[0] == pytest.approx(ages[1], rel=0.02) and ages[1] == pytest.approx(5000 / 137_000, rel=0.01)
-    old = [w[: len(w) // 10].sum() for w in (of_run, of_published)]
-    assert max(old) < 1e-6
+    found = {total: weights_at_the_end(lambda *at: default(*at, None), total) for total in (1370, 20_000, 137_000)}
+    for total, weights in found.items():
+        assert weights.sum() == pytest.approx(1)
+        assert mean_age(weights) / total == pytest.approx(5000 / 137_000, rel=0.02)
+        assert weights[: total // 10].sum() < 1e-6
     assert [default(step, 20, None) for step in range(20)] == [1.0] * 20
+
+
+def test_the_published_average_lags_in_runs_between_and_averages_nothing_in_short_ones():
+    """Figures of docs/train.md."""
+    default = rtmdet_recipe(None, None, "det", None).ema_share
+    ages = {total: mean_age(weights_at_the_end(lambda *at: default(*at, 2e-4), total)) for total in (1370, 20_000)}
+    assert ages[1370] == pytest.approx(3, abs=0.5) and ages[20_000] / 20_000 == pytest.approx(0.13, abs=0.005)
 
 
 def test_a_momentum_that_is_given_stays_what_it_was():
