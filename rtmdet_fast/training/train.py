@@ -362,7 +362,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    options = {} if start is None else start.saved_options()
+    # the version is the recipe's own
+    options = {name: value for name, value in start.saved_options().items() if name != "version"} if start else {}
     model = recipe.build(class_names=dataset.class_names, **options)
     if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
