@@ -67,8 +67,9 @@ def training_images(data: Data) -> Path | None:
     return images if images.is_dir() else images.parent
 
 
-def source_of(annotations: Path, images: Path) -> Source:
+def source_of(annotations: str | Path, images: str | Path) -> Source:
     """Annotations and images named one by one: a JSON file, or a folder of VOC's XML, DOTA's or YOLO's text files."""
+    annotations, images = Path(annotations), Path(images)
     if not annotations.is_dir():
         return Source(format="coco", annotations=annotations, images=images)
     if next(annotations.glob("*.xml"), None):

@@ -56,7 +56,7 @@ def given(path, text):
 
 def by_pyyaml(text):
     yaml = pytest.importorskip("yaml")
-    content = yaml.load(text, yaml.BaseLoader)  # noqa: S506: makes texts, lists and dicts of them only
+    content = yaml.load(text, yaml.BaseLoader)  # which makes texts, lists and dicts of them only
     return {key: value or (None if value == "" else value) for key, value in content.items() if key in KEYS}
 
 
