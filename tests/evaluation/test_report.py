@@ -155,7 +155,7 @@ def test_any_name_stands_in_the_page(tmp_path, recwarn):
 def test_curves_leave_out_what_was_not_measured(tmp_path, monkeypatch):
     """-1 of pycocotools: a class of validation images without ground truth, or masks that were not there."""
     curves = {}
-    monkeypatch.setattr(module, "_chart", lambda title, unit, found, **_: curves.update({title: found}) or "")
+    monkeypatch.setattr(module, "line_chart", lambda title, unit, found, **_: curves.update({title: found}) or "")
     rows = [{"epoch": e, "iteration": e, "AP": e / 10, "AP50": -1, "segm_AP": [-1, 0.5][e % 2]} for e in (1, 2, 3)]
     report(tmp_path, history=[*rows, {"epoch": 3, "iteration": 9, "loss": 1}])
     drawn = {curve.label: (curve.x.tolist(), curve.y.tolist()) for curve in curves[list(curves)[1]]}
