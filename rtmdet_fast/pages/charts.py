@@ -130,7 +130,7 @@ def _axes(title: str) -> Iterator[tuple[Any, Any]]:
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": title,
+        "svg.hashsalt": class_name(title),
         "text.parse_math": False,
         "font.size": 10,
         **dict.fromkeys(inked, INK),
