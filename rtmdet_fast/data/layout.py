@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rtmdet_fast.data.source import Source, Splits
 from rtmdet_fast.errors import UserError
 
 DEEPER = ("/labelTxt", "")  # an archive may hold a folder of its own
@@ -70,3 +72,19 @@ def _dota_text(folder: Path, split: str) -> tuple[Path, Path] | None:
         if (folder / images).is_dir() and any((folder / labels).glob("*.txt")):
             return folder / labels, folder / images
     return None
+
+
+def find_dataset(data: str | Path | Sequence[str | Path]) -> Splits:
+    """Every split of a data set, of any format, in a folder or by a data.yaml; of several sets those of all together.
+
+    Raises UserError for a tie between formats and for a layout that is not known, saying what was looked for.
+    """
+    raise NotImplementedError
+
+
+def find_sources(data: str | Path | Sequence[str | Path], split: str) -> tuple[Source, ...]:
+    """What to train on ("train") or to evaluate on ("val", by the names val, valid and validation, last test).
+
+    As `find_dataset`; for `Task.open_dataset(sources, **options)`.
+    """
+    raise NotImplementedError
