@@ -147,6 +147,18 @@ class CocoDataset:
         """Of all images, in pixels, as far as the annotations or `training` told their sizes."""
         return int(self._sizes.max(initial=0))
 
+    def annotated_size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) of an image as the annotations tell it, None where they do not."""
+        width, height = self._sizes[index].tolist()
+        return (width, height) if width else None
+
+    def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the samples, without decoding an image: where each one's objects start [images + 1], boxes, labels.
+
+        The boxes, [n, 4] or [n, 5], are those annotated, not clipped at the images' borders.
+        """
+        return self._starts, self._boxes, self._labels
+
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools import mask
