@@ -19,7 +19,7 @@ class Source:
     images: Path
     """The folder of the images, or a list of them (yolo)."""
     names: Path | None = None
-    """The file that has the class names (yolo: data.yaml or classes.txt; voc and dota: classes.txt), if there is one."""
+    """The file of the class names, if there is one (yolo: data.yaml or classes.txt; voc and dota: classes.txt)."""
     listing: Path | None = None
     """The file that names the split's images (voc: ImageSets/Main/train.txt), where not all are meant."""
     root: Path | None = None
