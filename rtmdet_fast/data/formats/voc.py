@@ -31,10 +31,10 @@ def find(folder: Path, split: str) -> list[Source]:
         return found
     if pair := _pair(folder / split):
         return [_source(folder, *pair)]
-    for annotations in ("Annotations", "annotations"):
+    for labels in ("Annotations", "annotations"):
         for images in ("JPEGImages", "images"):
-            if _holds_xml(folder / annotations / split) and (folder / images / split).is_dir():
-                return [_source(folder, folder / annotations / split, folder / images / split)]
+            if _holds_xml(folder / labels / split) and (folder / images / split).is_dir():
+                return [_source(folder, folder / labels / split, folder / images / split)]
     return []
 
 
@@ -51,11 +51,11 @@ def _bases(folder: Path) -> Iterator[Path]:
 
 def _pair(base: Path) -> tuple[Path, Path] | None:
     """Folders of XML files and of their images."""
-    for annotations in ("Annotations", "annotations", "."):
-        if _holds_xml(base / annotations):
+    for labels in ("Annotations", "annotations", "."):
+        if _holds_xml(base / labels):
             for images in ("JPEGImages", "images", "."):
                 if (base / images).is_dir():
-                    return base / annotations, base / images
+                    return base / labels, base / images
     return None
 
 
