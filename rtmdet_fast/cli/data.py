@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -29,8 +30,8 @@ class DataConfig:
     source: tyro.conf.Positional[tuple[Path, ...]]
     """Folder or data.yaml of a data set in any format that `train --data` takes; several are taken together."""
     task: str | None = None
-    """What is to be detected: det (boxes), ins (boxes and masks) or rotated (rotated boxes); where not given rotated for
-    DOTA text and det for any other format."""
+    """What is to be detected: det (boxes), ins (boxes and masks) or rotated (rotated boxes); where not given rotated
+    for DOTA text and det for any other format."""
     image_size: int | None = None
     """Side of the network's input in pixels, which objects are measured at; 640 (rotated: 1024) where not given."""
     page: Path = Path("data.html")
@@ -142,36 +143,30 @@ def _class_table(per_class: Mapping[str, Mapping[str, tuple[int, int]]], splits:
 
 def _write(config: DataConfig, splits: Splits, task: str, formats: set[str]) -> Outcome:
     from rtmdet_fast.data.convert import write_dataset
+    from rtmdet_fast.data.inspection import class_counts
 
     assert config.out is not None
     format = config.convert or (next(iter(formats)) if len(formats) == 1 else "coco")
-    if config.split is None:
-        datasets = _opened(splits, task, config.skip_bad)
-    else:
-        datasets = _divided(config, splits, task)
+    datasets = _opened(splits, task, config.skip_bad) if config.split is None else _divided(config, splits, task)
     changed = write_dataset(datasets, format, config.out, overwrite=config.overwrite, progress=True)
-    lines, found = [], {}
+    lines: list[str] = []
+    counts_of: dict[str, dict[str, int]] = {}
     per_class: dict[str, dict[str, tuple[int, int]]] = {}
     for name, dataset in datasets.items():
         starts, _, labels = dataset.objects()
-        found[name] = {"images": len(dataset), "objects": len(labels)}
+        counts_of[name] = {"images": len(dataset), "objects": len(labels)}
         lines.append(f"{config.out}, {name}: {len(dataset):,} images, {len(labels):,} objects")
-        for label, class_name in enumerate(dataset.class_names):
-            ends = (labels == label).cumsum()
-            images = sum(
-                int(ends[stop - 1] - (ends[start - 1] if start else 0) > 0)
-                for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-                if stop > start
-            )
-            per_class.setdefault(class_name, {})[name] = int((labels == label).sum()), images
+        for class_name, *counts in zip(
+            dataset.class_names, *class_counts(starts, labels, len(dataset.class_names)), strict=True
+        ):
+            per_class.setdefault(class_name, {})[name] = counts[0], counts[1]
     lines += ["", *_class_table(per_class, list(datasets)), ""]
-    skipped: dict[str, int] = {}
-    for dataset in {id(d): d for d in datasets.values()}.values():
-        for reason, what in dataset.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + len(what)
-    lines += skipped_lines(skipped, {reason: len(what) for reason, what in changed.items()})
-    found = {"out": str(config.out), "format": format, "task": task, "splits": found, "per_class": per_class}
-    return Outcome({**found, "left_out": skipped, "changed": changed}, lines)
+    skipped: Counter[str] = Counter()
+    for dataset in datasets.values():
+        skipped.update({reason: len(what) for reason, what in dataset.skipped.items()})
+    lines += skipped_lines(dict(skipped), {reason: len(what) for reason, what in changed.items()})
+    found = {"out": str(config.out), "format": format, "task": task, "splits": counts_of, "per_class": per_class}
+    return Outcome({**found, "left_out": dict(skipped), "changed": changed}, lines)
 
 
 def _opened(splits: Splits, task: str, skip_bad: bool) -> dict[str, CocoDataset]:
@@ -187,3 +182,31 @@ def _opened(splits: Splits, task: str, skip_bad: bool) -> dict[str, CocoDataset]
         name: dataset if dataset.class_names == names else opened(splits[name], names)
         for name, dataset in datasets.items()
     }
+
+
+def _divided(config: DataConfig, splits: Splits, task: str) -> dict[str, CocoDataset]:
+    """Train and val of all images but those of a test split, which stays."""
+    import numpy as np
+
+    from rtmdet_fast.data.inspection import same_pixels, scan_images
+    from rtmdet_fast.data.partition import partition
+
+    assert config.split is not None
+    pooled = tuple(source for name, sources in splits.items() if name != "test" for source in sources)
+    if not pooled:
+        raise UserError(
+            f"{', '.join(map(str, config.source))}: has test images alone, and --split leaves these as they are"
+        )
+    together = {"all": pooled, **({"test": splits["test"]} if "test" in splits else {})}
+    datasets = _opened(together, task, config.skip_bad)
+    pool = datasets.pop("all")
+    scan = scan_images([pool], progress=True)[0]
+    if scan.faults and not config.skip_bad:
+        raise UserError(f"{next(iter(scan.faults.values()))}; replace it, or leave such images out with --skip-bad")
+    pool.leave_out(list(scan.faults))
+    kept = [i for i in range(len(pool)) if i not in scan.faults]
+    starts, _, labels = pool.objects()
+    held = [np.unique(labels[starts[i] : starts[i + 1]]).tolist() for i in kept]
+    to_train = partition(held, same_pixels([scan])[kept], config.split, config.seed)
+    train, val = ([i for i, chosen in zip(kept, to_train, strict=True) if chosen == side] for side in (True, False))
+    return {"train": pool.subset(train), "val": pool.subset(val), **datasets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -17,7 +18,6 @@ from rtmdet_fast.pages.charts import LINE_COLORS, column_chart
 from rtmdet_fast.pages.page import (
     PICTURE_SIDE,
     bars,
-    figure,
     grid,
     long_table,
     picture,
@@ -72,7 +72,7 @@ def _headline(inspection: Inspection) -> str:
         (f"of the objects below {SMALLEST} px at {inspection.image_size} px", f"{small / max(objects, 1):.1%}"),
     ]
     levels = Counter(finding.level for finding in inspection.findings)
-    figures += [(f"{level}s", str(levels[level])) for level in LEVEL_COLORS if levels[level]]
+    figures += [(f"{level}s", str(levels[level])) for level in ("error", "warning") if levels[level]]
     return tiles(figures)
 
 
@@ -107,7 +107,7 @@ def _shown(inspection: Inspection, finding: Finding) -> str:
         ]
     else:
         cells = [
-            figure(name, picture(image, place.told))
+            pictures(name, picture(image, place.told))
             for (place, image), name in zip(drawn, names, strict=True)
             if image is not None
         ]
@@ -115,24 +115,22 @@ def _shown(inspection: Inspection, finding: Finding) -> str:
 
 
 def _splits(inspection: Inspection) -> str:
+    splits = inspection.splits
+
     def span(values: np.ndarray) -> str:
         least, median, most = (int(f(values)) if len(values) else 0 for f in (np.min, np.median, np.max))
         return f"{least}" if least == most else f"{median} ({least} to {most})"
 
-    head = ("", "images", "without objects", "objects", "per image", "width", "height")
     rows = [
-        (
-            split.name,
-            f"{len(split.sizes):,}",
-            f"{int((split.counts == 0).sum()):,}",
-            f"{len(split.labels):,}",
-            span(split.counts),
-            span(split.sizes[:, 0]),
-            span(split.sizes[:, 1]),
-        )
-        for split in inspection.splits
+        ("images", [f"{len(split.sizes):,}" for split in splits]),
+        ("of them without objects", [f"{int((split.counts == 0).sum()):,}" for split in splits]),
+        ("objects", [f"{len(split.labels):,}" for split in splits]),
+        ("objects in an image", [span(split.counts) for split in splits]),
+        ("width in pixels", [span(split.sizes[:, 0]) for split in splits]),
+        ("height in pixels", [span(split.sizes[:, 1]) for split in splits]),
     ]
-    return table(head, rows) + '<p class="note">Of several values the median, and the least and greatest.</p>'
+    told = table(("", *(split.name for split in splits)), [(name, *cells) for name, cells in rows])
+    return told + '<p class="note">Of several values the median, then the least and the greatest.</p>'
 
 
 def _classes(inspection: Inspection) -> list[str]:
@@ -146,22 +144,20 @@ def _classes(inspection: Inspection) -> list[str]:
         head += [f"{split.name}: objects", "images"]
     head += [f"below {SMALLEST} px", "median side"]
     rows = []
-    for label, (name, counts) in enumerate(per_class.items()):
-        own = labels == label
+    ranked = sorted(totals, key=lambda name: -totals[name])
+    for name in ranked:
+        counts, own = per_class[name], labels == inspection.class_names.index(name)
         cells = [f"{count:,}" for split in splits for count in counts[split.name]]
-        below, side = "–", "–"
+        below = side = "\N{EN DASH}"
         if own.any():
             below = f"{(shorter[own] < SMALLEST).mean():.0%}"
             side = f"{np.median(shorter[own]):.0f} x {np.median(longer[own]):.0f}"
         rows.append((name, *cells, below, side))
     most = max(totals.values(), default=0) or 1
-    parts = [long_table(head, rows, [total / most for total in totals.values()])]
+    parts = [long_table(head, rows, [totals[name] / most for name in ranked])]
     if len(totals) > BARS:
         return parts
-    chart = bars(
-        "Objects",
-        [(name, float(total), f"{total:,}") for name, total in sorted(totals.items(), key=lambda item: -item[1])],
-    )
+    chart = bars("Objects", [(name, float(totals[name]), f"{totals[name]:,}") for name in ranked])
     return [grid(chart), *parts]
 
 
@@ -176,9 +172,9 @@ def _charts(inspection: Inspection) -> list[str]:
 
     rotated = any(split.boxes.shape[1] == 5 for split in splits)
     side_labels = (f"<{SIDES[0]}", *map(str, SIDES[:-1]), f"≥{SIDES[-1]}")
-    crowd_labels = ("0", *(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(CROWDS, CROWDS[1:], strict=False)))
+    crowd_labels = ("0", *(str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in itertools.pairwise(CROWDS)))
     sizes = Counter(tuple(size) for split in splits for size in split.sizes.tolist() if size[0])
-    common = [(f"{w} x {h}", float(count), f"{count:,}") for (w, h), count in sizes.most_common(BARS // 2)]
+    common = [(f"{w}x{h}", float(count), f"{count:,}") for (w, h), count in sizes.most_common(BARS // 2)]
     rest = sum(sizes.values()) - sum(int(count) for _, count, _ in common)
     if rest:
         common.append((f"{len(sizes) - len(common):,} others", float(rest), f"{rest:,}"))
@@ -236,7 +232,7 @@ def _samples(inspection: Inspection, s: int, count: int) -> str:
     for i in chosen:
         image = _drawn(inspection, Place(s, i, ""))
         if image is not None:
-            cells.append(figure(split.file(i), picture(image, counted(int(split.counts[i]), "object"))))
+            cells.append(pictures(split.file(i), picture(image, counted(int(split.counts[i]), "object"))))
     return section(f"Images of {split.name}", grid(*cells))
 
 

@@ -126,11 +126,9 @@ class Inspection:
         """By class and split: objects, and images that hold one."""
         found: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in self.class_names}
         for split in self.splits:
-            objects = np.bincount(split.labels, minlength=len(self.class_names))
-            pairs = np.unique(split.image_of * len(self.class_names) + split.labels)
-            images = np.bincount(pairs % max(len(self.class_names), 1), minlength=len(self.class_names))
-            for name, count, holding in zip(self.class_names, objects.tolist(), images.tolist(), strict=True):
-                found[name][split.name] = count, holding
+            counts = class_counts(split.starts, split.labels, len(self.class_names))
+            for name, objects, images in zip(self.class_names, *counts, strict=True):
+                found[name][split.name] = objects, images
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -288,6 +286,13 @@ def find_duplicates(scans: Sequence[Scan]) -> list[tuple[tuple[int, int], ...]]:
 def aspect_ratios(split: SplitFacts) -> np.ndarray:
     """[m] width by height at the input; of rotated boxes the longer side by the shorter."""
     return np.asarray(split.sides[:, 0] / np.maximum(split.sides[:, 1], 1e-6))
+
+
+def class_counts(starts: np.ndarray, labels: np.ndarray, classes: int) -> tuple[list[int], list[int]]:
+    """Of each class its objects, and the images that hold one; starts and labels as `CocoDataset.objects` has them."""
+    images = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    holding = np.unique(images * classes + labels) % max(classes, 1)
+    return np.bincount(labels, minlength=classes).tolist(), np.bincount(holding, minlength=classes).tolist()
 
 
 def overlapping(boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -491,12 +496,16 @@ def _rare_classes(inspection: Inspection) -> list[Finding]:
 
 def _told(splits: Sequence[SplitFacts]) -> list[Finding]:
     """What the readers left out and noticed."""
-    return [
-        Finding("warning", f"{len(what):,} x {reason}{how} ({split.name})", what)
-        for split in splits
-        for told, how in ((split.dataset.skipped, ", left out"), (split.dataset.noticed, ""))
-        for reason, what in told.items()
-    ]
+    found = []
+    for split in splits:
+        for reason, what in split.dataset.skipped.items():
+            found.append(Finding("warning", f"left out of {split.name}: {len(what):,} x {reason}", what))
+        for oddity, what in split.dataset.noticed.items():
+            found.append(Finding("note", f"in {split.name}: {len(what):,} x {oddity}", what))
+        if apart := split.dataset.apart_count:
+            text = f"{counted(apart, 'object')} of {split.name} to be ignored (crowds, and by their flags)"
+            found.append(Finding("note", f"{text}: counted nowhere here"))
+    return found
 
 
 def _other_sizes(splits: Sequence[SplitFacts]) -> list[Finding]:
@@ -533,13 +542,13 @@ def _object_findings(inspection: Inspection, nms_iou: float, progress: bool) -> 
     """What boxes are to their image, to the input and to one another."""
     side = inspection.image_size
     kinds: dict[str, tuple[Literal["warning", "note"], str]] = {
-        "twice": ("warning", f"upon another of the same class (IoU above {TWICE}): annotated twice?"),
-        "classes": ("warning", f"upon another of another class (IoU above {TWICE})"),
-        "beyond": ("warning", "that reach beyond their image, where they are cut"),
+        "twice": ("warning", f"lying on one of the same class (IoU above {TWICE}), as if annotated twice"),
+        "classes": ("warning", f"lying on one of another class (IoU above {TWICE})"),
+        "beyond": ("warning", "reaching beyond the image, where they are cut"),
         "small": ("note", f"with a side below {SMALLEST} px at {side} px"),
         "hidden": (
             "note",
-            f"that overlap another of the same class by an IoU above {nms_iou:g}: NMS keeps one of the two",
+            f"overlapping one of the same class by an IoU above {nms_iou:g}, of which NMS keeps one",
         ),
     }
     total = sum(len(split.sizes) for split in inspection.splits)

@@ -217,11 +217,13 @@ td, th { padding: .2rem .7rem .2rem .4rem; border-bottom: 1px solid var(--line);
          text-align: right; font-weight: 400 }
 th { color: var(--soft) }
 td:first-child, th:first-child, .settings td { text-align: left; overflow-wrap: anywhere }
+.wide td:first-child { min-width: 6rem }
+.wide td:not(:first-child) { white-space: nowrap }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share));
        min-width: 9rem }
 .bars { width: 100% }
 .bars td, .bars th { border: 0; padding: .15rem .4rem .15rem 0; white-space: nowrap }
-.bars th { color: inherit; width: 1%; max-width: 11rem; white-space: normal }
+.bars th { color: inherit; width: 1%; max-width: 11rem; white-space: normal; overflow-wrap: break-word }
 .bars td:last-child { color: var(--soft); width: 1%; text-align: left }
 .bars td:nth-child(2) { min-width: 5rem }
 .bars i { display: block; height: .85rem; min-width: 1px; border-radius: .15rem; background: var(--bar-ink) }

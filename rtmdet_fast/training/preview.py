@@ -47,8 +47,7 @@ def write_previews(config: TrainConfig) -> list[Preview]:
     settings = resolve(config)
     recipe = settings.recipe
     dataset = TASKS[settings.task].open_dataset(
-        settings.train,
-        settings.train_images,
+        settings.train_sources,
         skip_bad=settings.skip_bad,
         training=True,
         keep_empty=recipe.empty_images,
