@@ -110,3 +110,73 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run("data", tmp_path / "empty") == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo"])
+def test_dividing_loses_nothing_and_keeps_copies_together(shapes, tmp_path, format):
+    source = tmp_path / "set"
+    made = Maker(source)
+    source.mkdir()
+    images = {f"{i}.png": (noise(i), [(4, 4, 20, 20, "car"), (30, 4, 20, 20, "bus")][: 1 + i % 2]) for i in range(20)}
+    images |= {"empty.png": (noise(99), []), "copy.png": (noise(3), images["3.png"][1])}
+    made.write("train", images)
+    made.write("val", {"7.png": (noise(50), [(4, 4, 20, 20, "bus")]), "copy.png": (noise(4), [(4, 4, 20, 20, "car")])})
+    arguments = ["data", source, "--split", 0.75, "--convert", format]
+    assert run(*arguments, "--out", tmp_path / "a", "--json", tmp_path / "a.json") == 0
+    assert run(*arguments, "--out", tmp_path / "b") == 0
+    assert run(*arguments, "--out", tmp_path / "c", "--seed", 1) == 0
+    a, b, c = (written(tmp_path / name) for name in "abc")
+    assert joined(a) == joined(b) == joined(c) == joined(written(source))
+    train, val = held(a["train"]), held(a["val"])
+    assert not train.keys() & val.keys()  # copies, which have the same pixels, too
+    assert train == held(b["train"]) and train != held(c["train"])
+    assert len(a["train"]) + len(a["val"]) == 24 and len(a["val"]) in (5, 6, 7)
+    assert {name for objects in val.values() for o in objects for name, _ in o} == {"car", "bus"}
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["format"] == format and found["splits"]["train"]["images"] == len(a["train"])
+    assert sum(split["objects"] for split in found["splits"].values()) == sum(
+        len(dataset.objects()[2]) for dataset in written(source).values()
+    )
+
+
+def test_a_test_split_stays_as_it_is(shapes, tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    made = Maker(source)
+    made.write("train", {f"{i}.png": (noise(i), [(4, 4, 20, 20, "car")]) for i in range(6)})
+    made.write("test", {f"{i}.png": (noise(20 + i), [(4, 4, 20, 20, "bus")]) for i in range(3)})
+    assert run("data", source, "--split", 0.5, "--out", tmp_path / "out") == 0
+    divided = written(tmp_path / "out")
+    assert {name: len(dataset) for name, dataset in divided.items()} == {"train": 3, "val": 3, "test": 3}
+    assert held(divided["test"]) == held(written(source)["test"])
+
+
+def test_dividing_rotated_boxes_and_masks(shapes, tmp_path):
+    for task, format in (("rotated", "dota"), ("ins", "coco"), ("ins", "yolo")):
+        out = tmp_path / f"{task}_{format}"
+        assert run("data", shapes.root, "--task", task, "--split", 0.5, "--convert", format, "--out", out) == 0
+        divided = written(out, task)
+        whole = written(shapes.root, task)
+        assert joined(divided).keys() == joined(whole).keys() and len(divided["train"]) == 9
+        assert sum(len(d.objects()[2]) for d in divided.values()) == sum(len(d.objects()[2]) for d in whole.values())
+
+
+def test_an_image_that_cannot_be_read_stops_dividing_or_is_left_out(tmp_path, capsys):
+    source = tmp_path / "set"
+    source.mkdir()
+    broken = cv2.imencode(".png", noise(1))[1].tobytes()[:900]
+    images = {f"{i}.png": (noise(i), [(4, 4, 20, 20, "car")]) for i in range(6)}
+    Maker(source).write("train", {**images, "broken.png": (broken, [(4, 4, 20, 20, "car")])})
+    assert run("data", source, "--split", 0.5, "--out", tmp_path / "out") == 2
+    assert "broken.png" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run("data", source, "--split", 0.5, "--out", tmp_path / "out", "--skip-bad", "--json", tmp_path / "j") == 0
+    assert json.loads((tmp_path / "j").read_text())["left_out"] == {"unreadable image": 1}
+    assert "left out: 1 x unreadable image" in capsys.readouterr().out
+    assert sum(map(len, written(tmp_path / "out").values())) == 6
+
+
+def test_an_existing_folder_is_not_written_over(shapes, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    assert run("data", shapes.root, "--convert", "yolo", "--out", tmp_path / "out") == 2
+    assert (tmp_path / "out/mine.txt").read_text() == "mine"
