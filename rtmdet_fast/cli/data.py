@@ -158,7 +158,8 @@ def _write(config: DataConfig, splits: Splits, task: str, formats: set[str]) -> 
     for name, dataset in datasets.items():
         starts, _, labels = dataset.objects()
         counts_of[name] = {"images": len(dataset), "objects": len(labels)}
-        lines.append(f"{config.out}, {name}: {len(dataset):,} images, {len(labels):,} objects")
+        apart = f", {dataset.apart_count:,} more that are difficult or to be ignored" if dataset.apart_count else ""
+        lines.append(f"{config.out}, {name}: {len(dataset):,} images, {len(labels):,} objects{apart}")
         for class_name, *counts in zip(
             dataset.class_names, *class_counts(starts, labels, len(dataset.class_names)), strict=True
         ):
