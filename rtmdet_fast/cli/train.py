@@ -10,6 +10,8 @@ from rtmdet_fast.cli.output import Outcome, figure, skipped_lines
 
 
 def run_train(config: Any) -> Outcome:
+    if config.preview:
+        return _preview(config)
     from rtmdet_fast.training.train import train
 
     result = train(config)
@@ -20,3 +22,14 @@ def run_train(config: Any) -> Outcome:
     lines.append(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
     lines.append(f"best weights {result.best}, last {result.last}{report}")
     return Outcome(found, lines)
+
+
+def _preview(config: Any) -> Outcome:
+    from rtmdet_fast.training.preview import write_previews
+
+    made = write_previews(config)
+    lines = [
+        f"{p.path}: stage {p.stage}, {p.images} images of {p.side} px, {p.objects / p.images:.1f} objects an image"
+        for p in made
+    ]
+    return Outcome({"previews": [{**p._asdict(), "path": str(p.path)} for p in made]}, lines)

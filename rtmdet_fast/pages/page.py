@@ -190,6 +190,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
        max-width: 1280px; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.6rem 0 .6rem }
 .note { color: var(--soft); margin: .3rem 0 .8rem; font-size: .9rem; max-width: 60rem; overflow-wrap: anywhere }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .7rem;
          margin-top: 1.2rem }
@@ -216,11 +217,13 @@ td, th { padding: .2rem .7rem .2rem .4rem; border-bottom: 1px solid var(--line);
          text-align: right; font-weight: 400 }
 th { color: var(--soft) }
 td:first-child, th:first-child, .settings td { text-align: left; overflow-wrap: anywhere }
+.wide td:first-child { min-width: 6rem }
+.wide td:not(:first-child) { white-space: nowrap }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share));
        min-width: 9rem }
 .bars { width: 100% }
 .bars td, .bars th { border: 0; padding: .15rem .4rem .15rem 0; white-space: nowrap }
-.bars th { color: inherit; width: 1%; max-width: 11rem; white-space: normal }
+.bars th { color: inherit; width: 1%; max-width: 11rem; white-space: normal; overflow-wrap: break-word }
 .bars td:last-child { color: var(--soft); width: 1%; text-align: left }
 .bars td:nth-child(2) { min-width: 5rem }
 .bars i { display: block; height: .85rem; min-width: 1px; border-radius: .15rem; background: var(--bar-ink) }
@@ -231,6 +234,10 @@ td:first-child, th:first-child, .settings td { text-align: left; overflow-wrap: 
 .matrix thead th span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; overflow: hidden }
 .matrix td { background: rgba(var(--cell), var(--share, 0)) }
 .matrix .wrong { --cell: 232, 89, 12 }
+.findings { list-style: none; margin: 0; padding: 0 }
+.findings li { margin: .5rem 0; overflow-wrap: anywhere }
+.findings b { color: #fff; border-radius: .25rem; padding: .05rem .4rem; font-size: .8rem; font-weight: 600 }
+.findings .note { margin: .1rem 0 }
 .pair > div { display: flex; gap: .4rem }
 .pair > div > div { flex: 1; min-width: 0 }
 img { width: 100%; height: auto; display: block; border-radius: .25rem }
@@ -245,6 +252,6 @@ img { width: 100%; height: auto; display: block; border-radius: .25rem }
   body { max-width: none; padding: 0; font-size: 12px }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   figure, tr, .tiles div { break-inside: avoid }
-  h2, figcaption { break-after: avoid }
+  h2, h3, figcaption { break-after: avoid }
   .wide { overflow: visible } }
 """
