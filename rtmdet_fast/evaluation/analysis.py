@@ -220,9 +220,9 @@ def greatest_overlaps(o: Overlaps) -> np.ndarray:
     return greatest
 
 
-def model_thresholds(
-    curves: ScoreCurves, category_ids: Sequence[int], dataset_category_ids: Sequence[int]
-) -> tuple[float, ...]:
-    """The best thresholds of a model's classes, whose categories are given, in its order."""
-    by_category = dict(zip(dataset_category_ids, curves.thresholds().tolist(), strict=True))
-    return tuple(by_category[category] for category in category_ids)
+def best_score_thresholds(evaluation: Evaluation, classes: int) -> tuple[float, ...] | None:
+    """The best score threshold of each class of the data set; None where there is nothing to choose by."""
+    o = evaluation.overlaps
+    if o is None or o.ignored.all():
+        return None
+    return tuple(score_curves(o, classes).thresholds().tolist())
