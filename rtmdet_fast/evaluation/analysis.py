@@ -157,7 +157,7 @@ def _by_size(o: Overlaps, classes: int, found: np.ndarray) -> list[Part]:
         which = inside & ~o.ignored
         outside = (det_sides < least) | (det_sides >= most)
         counts = count(o, classes, ignored=~inside, outside=outside)
-        name = f"{least}+" if np.isinf(most) else f"{least}\N{EN DASH}{most}"
+        name = f"{least}+" if np.isinf(most) else f"{least}-{most}"
         parts.append(_part(name, which, counts, found))
     return _told(parts)
 
@@ -170,7 +170,7 @@ def _by_crowd(o: Overlaps, classes: int, found: np.ndarray, matched: np.ndarray)
         inside = images[o.gt_images]
         # what is ignored in whole images changes no choice
         counts = count(o, classes, ignored=~inside, outside=~images[o.det_images], matched=matched)
-        name = f"{least}+" if np.isinf(after) else f"{least}\N{EN DASH}{int(after) - 1}"
+        name = f"{least}+" if np.isinf(after) else f"{least}-{int(after) - 1}"
         parts.append(_part(name, inside & ~o.ignored, counts, found))
     return _told(parts)
 
@@ -192,7 +192,7 @@ def _by_neighbour(o: Overlaps, found: np.ndarray) -> list[Part]:
     parts = []
     for least, most in pairwise(NEIGHBOURS):
         which = (overlap >= least) & (overlap < most) & ~o.ignored
-        name = f"{least:g}+" if np.isinf(most) else f"{least:g}\N{EN DASH}{most:g}"
+        name = f"{least:g}+" if np.isinf(most) else f"{least:g}-{most:g}"
         parts.append(Part(name, int(which.sum()), -1.0, -1.0, _share(found, which)))
     return _told(parts)
 

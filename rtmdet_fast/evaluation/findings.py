@@ -55,8 +55,8 @@ def score_section(analysis: Analysis) -> str:
     chart = line_chart(title, "score threshold", lines, top=1.02, left=0, right=1, ylabel="F1", marks=marks)
     note = (
         "The best threshold of each class, on these images, is kept with the weights of a run, and predict takes it "
-        "where no other is given. It is where most objects are found with the fewest wrong detections; ask a higher "
-        "one where a wrong detection costs more than a missed object, and for a lower one where it is the other way."
+        "where no other is given. It is where most objects are found with the fewest wrong detections; take a higher "
+        "one where a wrong detection costs more than a missed object, and a lower one where it is the other way."
     )
     return section(
         "Which score to ask for", grid(chart, figure("Precision and recall", _precision_by_score(analysis))), note=note
@@ -86,11 +86,11 @@ def _precision_by_score(analysis: Analysis) -> str:
 def error_section(analysis: Analysis) -> str:
     """What fixing each kind of error would gain, and how many there are."""
     gains, counts, kept = analysis.gains, analysis.errors.counts(), analysis.kept_errors.counts()
-    rows = [(f"{kind}: {KIND_TOLD[kind]}", gains.by_kind[kind], f"+{gains.by_kind[kind]:.3f}") for kind in KINDS]
+    rows = [(kind, gains.by_kind[kind], f"+{gains.by_kind[kind]:.3f}") for kind in KINDS]
     chart = bars(f"What fixing each kind would gain in AP50, now {gains.ap50:.3f}", rows)
     numbers = table(
         ["error", "above the thresholds", "of all detections"],
-        [[kind, str(kept[kind]), str(counts[kind])] for kind in KINDS],
+        [[f"{kind}: {KIND_TOLD[kind]}", str(kept[kind]), str(counts[kind])] for kind in KINDS],
     )
     special = table(
         ["", "gain in AP50"],
@@ -103,7 +103,7 @@ def error_section(analysis: Analysis) -> str:
         "Kinds of errors, and what fixing one alone would gain, as TIDE counts them (arXiv:2008.08115), at IoU .50; a "
         " detection is badly placed from IoU .10 on. AP is COCO's. The gains do not add up."
     )
-    return section("What goes wrong", grid(chart, figure("How many", numbers) + special), note=note)
+    return section("What goes wrong", grid(chart, figure("How many", numbers + special)), note=note)
 
 
 def confusion_section(analysis: Analysis) -> str:

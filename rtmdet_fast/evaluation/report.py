@@ -30,6 +30,7 @@ from rtmdet_fast.pages.page import (
     section,
     settings_table,
     side_by_side,
+    table,
     tiles,
     versions,
     write_page,
@@ -40,6 +41,8 @@ PRCurves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 # Of more classes than this, only the best and the worst have a named precision-recall curve.
 MAX_NAMED_CURVES = 10
+FEW_CLASSES = 12
+"""Whose table stands beside the curves."""
 
 BATCH_SIDE = 900
 """Pixels of a picture of a training batch."""
@@ -99,7 +102,7 @@ def write_report(
         parameters: of the model.
         seconds: the run took.
 
-    Its size is bounded, whatever is evaluated: 5 MB with 300 classes and the pictures that `report_samples` picks.
+    The page stays below 10 MB, whatever is evaluated, with the pictures that `report_samples` picks and two batches.
     """
     found = [] if analysis is None else [score_section(analysis), error_section(analysis), confusion_section(analysis)]
     parts = [] if analysis is None else [parts_section(analysis)]
@@ -241,6 +244,8 @@ def _classes(evaluation: Row, pr_curves: PRCurves, analysis: Analysis | None) ->
             k = number[row[0]]
             row += [_figure(f1[k, best[k]]), f"{analysis.thresholds[k]:.2f}", str(analysis.curves.objects[k])]
     shares = [float(np.nan_to_num(_ap(row.get("AP")))) for row in per_class.values()]
+    if len(rows) <= FEW_CLASSES:
+        return section("Classes", grid(chart, figure("Figures of each class", table(head, rows, shares))))
     return section("Classes", grid(chart), long_table(head, rows, shares))
 
 
