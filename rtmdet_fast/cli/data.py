@@ -147,7 +147,10 @@ def _write(config: DataConfig, splits: Splits, task: str, formats: set[str]) -> 
 
     assert config.out is not None
     format = config.convert or (next(iter(formats)) if len(formats) == 1 else "coco")
-    datasets = _opened(splits, task, config.skip_bad) if config.split is None else _divided(config, splits, task)
+    if config.split is not None:
+        datasets, read = _divided(config, splits, task)
+    else:
+        datasets = read = _opened(splits, task, config.skip_bad)
     changed = write_dataset(datasets, format, config.out, overwrite=config.overwrite, progress=True)
     lines: list[str] = []
     counts_of: dict[str, dict[str, int]] = {}
@@ -162,7 +165,7 @@ def _write(config: DataConfig, splits: Splits, task: str, formats: set[str]) -> 
             per_class.setdefault(class_name, {})[name] = counts[0], counts[1]
     lines += ["", *_class_table(per_class, list(datasets)), ""]
     skipped: Counter[str] = Counter()
-    for dataset in datasets.values():
+    for dataset in read.values():
         skipped.update({reason: len(what) for reason, what in dataset.skipped.items()})
     lines += skipped_lines(dict(skipped), {reason: len(what) for reason, what in changed.items()})
     found = {"out": str(config.out), "format": format, "task": task, "splits": counts_of, "per_class": per_class}
@@ -184,8 +187,8 @@ def _opened(splits: Splits, task: str, skip_bad: bool) -> dict[str, CocoDataset]
     }
 
 
-def _divided(config: DataConfig, splits: Splits, task: str) -> dict[str, CocoDataset]:
-    """Train and val of all images but those of a test split, which stays."""
+def _divided(config: DataConfig, splits: Splits, task: str) -> tuple[dict[str, CocoDataset], dict[str, CocoDataset]]:
+    """Train and val of all images but those of a test split, which stays; and the data sets that they were taken of."""
     import numpy as np
 
     from rtmdet_fast.data.inspection import same_pixels, scan_images
@@ -199,7 +202,7 @@ def _divided(config: DataConfig, splits: Splits, task: str) -> dict[str, CocoDat
         )
     together = {"all": pooled, **({"test": splits["test"]} if "test" in splits else {})}
     datasets = _opened(together, task, config.skip_bad)
-    pool = datasets.pop("all")
+    pool = datasets["all"]
     scan = scan_images([pool], progress=True)[0]
     if scan.faults and not config.skip_bad:
         raise UserError(f"{next(iter(scan.faults.values()))}; replace it, or leave such images out with --skip-bad")
@@ -209,4 +212,5 @@ def _divided(config: DataConfig, splits: Splits, task: str) -> dict[str, CocoDat
     held = [np.unique(labels[starts[i] : starts[i + 1]]).tolist() for i in kept]
     to_train = partition(held, same_pixels([scan])[kept], config.split, config.seed)
     train, val = ([i for i, chosen in zip(kept, to_train, strict=True) if chosen == side] for side in (True, False))
-    return {"train": pool.subset(train), "val": pool.subset(val), **datasets}
+    divided = {"train": pool.subset(train), "val": pool.subset(val)}
+    return divided | {name: dataset for name, dataset in datasets.items() if name == "test"}, datasets

@@ -178,34 +178,36 @@ class CocoDataset:
 
     def subset(self, indices: Sequence[int]) -> CocoDataset:
         """A data set of some of the images, in that order; not of a training=True dataset."""
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to take a part of")
         part = copy.copy(self)
         part._skipped, part.noticed = {}, {}
         part._take(indices)
         return part
 
     def _take(self, indices: Sequence[int]) -> None:
-        assert self._content is not None
-        by_id = {entry["id"]: entry for entry in self._content["images"]}
+        by_id = {entry["id"]: entry for entry in self.content["images"]}
         images = {self.image_ids[i]: by_id[self.image_ids[i]] for i in indices}
-        annotations = [a for a in self._content["annotations"] if a["image_id"] in images]
+        annotations = [a for a in self.content["annotations"] if a["image_id"] in images]
         segmentations = None
         if self.has_masks:
             annotations, segmentations = self._read_masks(annotations, images)
         self._index(images, annotations, 0, True, segmentations)
-        self._content = {**self._content, "images": list(images.values()), "annotations": annotations}
+        self._content = {**self.content, "images": list(images.values()), "annotations": annotations}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The checked images, annotations and categories in COCO's form; not of a training=True dataset."""
+        if self._content is None:
+            raise RuntimeError("made with training=True: make one without it to evaluate or write")
+        return self._content
 
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools import mask
         from pycocotools.coco import COCO
 
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         labels = {category for category in self.category_ids if category >= 0}
         annotations: list[dict[str, Any]] = []
-        for a in self._content["annotations"]:
+        for a in self.content["annotations"]:
             if a["category_id"] in labels:
                 area = a["area"] if is_number(a.get("area")) else None
                 if area is None and not self.has_masks:
@@ -213,7 +215,7 @@ class CocoDataset:
                 # ids from 1: pycocotools takes a match with annotation 0 for no match
                 ids = {"id": len(annotations) + 1, "iscrowd": int(a["iscrowd"] or a["difficult"] > 0)}
                 annotations.append({**a, **ids, "area": area})
-        images = self._content["images"]
+        images = self.content["images"]
         if self.has_masks:
             # masks are compared in pixels of the images as they are
             real = {
@@ -230,7 +232,7 @@ class CocoDataset:
             "info": {},
             "images": images,
             "annotations": annotations,
-            "categories": [c for c in self._content["categories"] if c["id"] in labels],
+            "categories": [c for c in self.content["categories"] if c["id"] in labels],
         }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
