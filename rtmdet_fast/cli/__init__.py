@@ -1,4 +1,4 @@
-"""The command line: rtmdet-fast data | train | eval | predict | export | benchmark | split | demo | info."""
+"""The command line: rtmdet-fast data | train | eval | compare | predict | export | benchmark | split | demo | info."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tyro
 
 from rtmdet_fast import __version__
 from rtmdet_fast.cli.benchmark import BenchmarkConfig, run_benchmark
+from rtmdet_fast.cli.compare import CompareConfig, run_compare
 from rtmdet_fast.cli.data import DataConfig, run_data
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         DataConfig: run_data,
         TrainCommand: run_train,
         EvalConfig: run_eval,
+        CompareConfig: run_compare,
         PredictConfig: run_predict,
         ExportConfig: run_export,
         BenchmarkConfig: run_benchmark,
@@ -65,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         Annotated[DataConfig, subcommand("data")]
         | Annotated[TrainCommand, subcommand("train")]
         | Annotated[EvalConfig, subcommand("eval")]
+        | Annotated[CompareConfig, subcommand("compare")]
         | Annotated[PredictConfig, subcommand("predict")]
         | Annotated[ExportConfig, subcommand("export")]
         | Annotated[BenchmarkConfig, subcommand("benchmark")]

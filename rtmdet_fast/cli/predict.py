@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from rtmdet_fast.cli.output import Outcome
+from rtmdet_fast.cli.output import Outcome, thresholds_told
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_json
 
@@ -25,8 +25,9 @@ class PredictConfig:
     """Weights file, a published name such as rtmdet-tiny, or an exported .onnx or .xml file."""
     out: Path = Path("runs/predict")
     """Folder for pictures and predictions.json."""
-    score_threshold: float = 0.3
-    """Least score of a detection."""
+    score_threshold: float | None = None
+    """Least score of a detection. Where not given, that of each class which the training found to be the best and kept
+    with the weights; 0.3 where there is none."""
     image_size: int | None = None
     """Side of the network input in pixels; the model's own where not given."""
     device: str = "auto"
@@ -152,6 +153,8 @@ def run_predict(config: PredictConfig) -> Outcome:
         f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}",
         f"pictures in {config.out}, boxes in {predictions}",
     ]
+    if config.score_threshold is None and predictor.detector.score_thresholds is not None:
+        lines.append(thresholds_told(names, predictor.detector.score_thresholds))
     summary = {
         "images": len(images),
         "detections": len(annotations),

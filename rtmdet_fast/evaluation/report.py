@@ -5,26 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from rtmdet_fast.class_names import class_name
-from rtmdet_fast.data.masks import Outlines
-from rtmdet_fast.inference.drawing import draw_detections
-from rtmdet_fast.inference.results import Results
+from rtmdet_fast.evaluation.analysis import Analysis
+from rtmdet_fast.evaluation.findings import (
+    confusion_section,
+    error_section,
+    histogram,
+    parts_section,
+    score_section,
+)
+from rtmdet_fast.evaluation.pictures import ReportSample
 from rtmdet_fast.pages.charts import INK, LINE_COLORS, Curve, line_chart, thinned
 from rtmdet_fast.pages.page import (
-    PICTURE_SIDE,
+    figure,
     grid,
     long_table,
     picture,
-    pictures,
     resized,
     section,
     settings_table,
     side_by_side,
+    table,
     tiles,
     versions,
     write_page,
@@ -35,6 +41,17 @@ PRCurves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 # Of more classes than this, only the best and the worst have a named precision-recall curve.
 MAX_NAMED_CURVES = 10
+FEW_CLASSES = 12
+"""Whose table stands beside the curves."""
+
+BATCH_SIDE = 900
+"""Pixels of a picture of a training batch."""
+WORST_NOTE = (
+    "Those with the most errors above the best thresholds: left the truth, right what was found; green is found and "
+    "right, red missed or wrong, grey does not count."
+)
+SAMPLES_NOTE = "Left the truth, right what was found above the best thresholds."
+BATCHES_NOTE = "What the network saw: augmented images, of both stages where there are two."
 
 FIGURES = {
     "AP": "AP, IoU .50 to .95",
@@ -49,49 +66,76 @@ FIGURES = {
 }
 
 
-class ReportSample(NamedTuple):
-    """A validation image: `result` with its image kept, and its truth.
-
-    gt_boxes [m, 4] xyxy or [m, 5] rotated, gt_labels [m], gt_masks where the task has them.
-    """
-
-    result: Results
-    gt_boxes: np.ndarray
-    gt_labels: np.ndarray
-    gt_masks: Outlines | None = None
-
-
 def write_report(
     path: str | Path,
     *,
     title: str,
-    history: Sequence[Row],
     evaluation: Row,
     pr_curves: PRCurves,
-    samples: Sequence[ReportSample],
     settings: Row,
+    class_names: Sequence[str] = (),
+    history: Sequence[Row] = (),
+    analysis: Analysis | None = None,
+    worst: Sequence[ReportSample] = (),
+    samples: Sequence[ReportSample] = (),
+    batches: Sequence[tuple[str, np.ndarray]] = (),
+    train_objects: np.ndarray | None = None,
     parameters: int | None = None,
     seconds: float | None = None,
-    score_threshold: float = 0.3,
 ) -> Path:
     """Writes the page and returns its path.
 
-    history: rows of metrics.csv (epoch, iteration, loss, loss_cls, loss_bbox, lr, images_per_second, data_wait as
-        a share of the time, and AP, AP50 where validated); any may be missing, and numbers may be text
-    evaluation: AP, AP50, ... and per_class: {name: {"AP": ..., "AP50": ...}}; -1 or NaN without ground truth
-    pr_curves: by class name, recall [k] and precision [k] at IoU .50
-    samples: validation images; their detections from `score_threshold` on are drawn
-    settings: of the run, mappings and dataclasses may be nested
-    parameters: of the model; seconds: the run took
+    Args:
+        path: of the file.
+        title: text.
+        evaluation: AP, AP50, ... and per_class: {name: {"AP": ..., "AP50": ...}}; -1 or NaN without ground truth.
+        pr_curves: by class name, recall [k] and precision [k] at IoU .50.
+        settings: of the run, mappings and dataclasses may be nested.
+        class_names: of the K labels of `samples` and `train_objects`.
+        history: rows of metrics.csv (epoch, iteration, loss, loss_cls, loss_bbox, lr, images_per_second, data_wait as
+            a share of the time, and AP, AP50 where validated); any may be missing, and numbers may be text.
+        analysis: of the evaluation.
+        worst: images with the most errors, the worst first.
+        samples: other images.
+        batches: of the training, each drawn as one picture [H, W, 3] uint8 BGR, and what it is.
+        train_objects: [K], how many of each class there are to train on.
+        parameters: of the model.
+        seconds: the run took.
+
+    The page stays below 10 MB, whatever is evaluated, with the pictures that `report_samples` picks and two batches.
     """
-    sections = (
-        _headline(history, evaluation, parameters, seconds),
-        _training(history),
-        _classes(evaluation, pr_curves),
-        _pictures(samples, score_threshold),
-        _settings(settings),
+    found = [] if analysis is None else [score_section(analysis), error_section(analysis), confusion_section(analysis)]
+    parts = [] if analysis is None else [parts_section(analysis)]
+    return write_page(
+        path,
+        title,
+        [
+            _headline(history, evaluation, parameters, seconds),
+            _training(history),
+            _classes(evaluation, pr_curves, analysis),
+            *found,
+            section("The worst images", grid(*(sample.html(class_names) for sample in worst)), note=WORST_NOTE),
+            *parts,
+            section("Images", grid(*(sample.html(class_names) for sample in samples)), note=SAMPLES_NOTE),
+            _histograms(class_names, analysis, train_objects),
+            section("Training batches", grid(*(_batch(*batch) for batch in batches)), note=BATCHES_NOTE),
+            _settings(settings),
+        ],
     )
-    return write_page(path, title, sections)
+
+
+def _batch(title: str, image: np.ndarray) -> str:
+    scale = min(BATCH_SIDE / max(image.shape[:2]), 1.0)
+    return figure(title, picture(resized(image, scale) if scale < 1 else image, "", quality=80))
+
+
+def _histograms(class_names: Sequence[str], analysis: Analysis | None, train_objects: np.ndarray | None) -> str:
+    charts = []
+    if train_objects is not None:
+        charts.append(histogram("Objects of training", class_names, train_objects))
+    if analysis is not None:
+        charts.append(histogram("Objects of validation", analysis.class_names, analysis.curves.objects))
+    return section("How often each class occurs", grid(*charts))
 
 
 def _number(value: Any) -> float:
@@ -186,15 +230,23 @@ def _training(history: Sequence[Row]) -> str:
     return section("Training", grid(*charts))
 
 
-def _classes(evaluation: Row, pr_curves: PRCurves) -> str:
+def _classes(evaluation: Row, pr_curves: PRCurves, analysis: Analysis | None) -> str:
     per_class: Mapping[str, Row] = evaluation.get("per_class") or {}
     chart = _precision_recall(per_class, pr_curves)
-    if not per_class and not chart:
-        return ""
     keys = [key for key in FIGURES if any(key in row for row in per_class.values())]
+    head = ["class", *keys]
     rows = [[name, *(_figure(row.get(key)) for key in keys)] for name, row in per_class.items()]
-    shares = [np.nan_to_num(_ap(row.get("AP"))) for row in per_class.values()]
-    return section("Classes", grid(chart), long_table(["class", *keys], rows, shares))
+    if analysis is not None:
+        head += ["best F1", "at score", "objects"]
+        number = {name: k for k, name in enumerate(analysis.class_names)}
+        f1, best = analysis.curves.f1, analysis.curves.best
+        for row in rows:
+            k = number[row[0]]
+            row += [_figure(f1[k, best[k]]), f"{analysis.thresholds[k]:.2f}", str(analysis.curves.objects[k])]
+    shares = [float(np.nan_to_num(_ap(row.get("AP")))) for row in per_class.values()]
+    if len(rows) <= FEW_CLASSES:
+        return section("Classes", grid(chart, figure("Figures of each class", table(head, rows, shares))))
+    return section("Classes", grid(chart), long_table(head, rows, shares))
 
 
 def _precision_recall(per_class: Mapping[str, Row], pr_curves: PRCurves) -> str:
@@ -224,45 +276,6 @@ def _precision_recall(per_class: Mapping[str, Row], pr_curves: PRCurves) -> str:
     if len(named) < len(ranked):
         title += f": best {half - 1} and worst {half} classes"
     return line_chart(title, "recall", lines, top=1.02, left=0, right=1, ylabel="precision")
-
-
-def _pictures(samples: Sequence[ReportSample], score_threshold: float) -> str:
-    if not samples:
-        return ""
-    cells = []
-    for number, sample in enumerate(samples, 1):
-        result = sample.result
-        if result.image is None:
-            continue
-        kept = result.scores >= score_threshold
-        scale = PICTURE_SIDE / max(result.shape)
-        image = resized(result.image, scale)
-        size = image.shape[0], image.shape[1]
-        gt_masks = sample.gt_masks and sample.gt_masks.resized((scale, scale)).seen_through((0, 0, size[1], size[0]))
-        truth = draw_detections(
-            image, _scaled(sample.gt_boxes, scale), sample.gt_labels, None, result.names, masks=gt_masks
-        )
-        masks = result.predicted_masks
-        found = draw_detections(
-            image,
-            _scaled(result.boxes[kept].numpy(), scale),
-            result.labels[kept],
-            result.scores[kept],
-            result.names,
-            masks=masks and masks[kept].resized(scale, size),
-        )
-        name = Path(result.path).name if result.path else f"image {number}"
-        truth_told, found_told = f"truth: {len(sample.gt_labels)}", f"prediction: {int(kept.sum())}"
-        cells.append(pictures(name, picture(truth, truth_told), picture(found, found_told)))
-    note = f"Left the truth, right the detections that score {score_threshold:g} or more."
-    return section("Validation images", grid(*cells), note=note)
-
-
-def _scaled(boxes: np.ndarray, scale: float) -> np.ndarray:
-    """Boxes [n, 4], or rotated ones [n, 5], in a picture resized by `scale`."""
-    scaled = np.array(boxes, np.float32)
-    scaled[..., :4] *= scale
-    return scaled
 
 
 def _settings(settings: Row) -> str:

@@ -97,9 +97,12 @@ def column_chart(
         for i, (_, values, color) in enumerate(columns):
             axes.bar(np.arange(len(labels)) - 0.4 + (i + 0.5) * width, np.nan_to_num(values), width, color=color)
         # more labels than there is room for would lie on each other
-        step = max(int(np.ceil(len(labels) / max(60 // max(map(len, labels)), 1))), 1)
+        step = max(
+            int(np.ceil(len(labels) / max(60 // max(len(line) for label in labels for line in label.split("\n")), 1))),
+            1,
+        )
         at = range(0, len(labels), step)
-        axes.set_xticks(list(at), [class_name(labels[i]) for i in at])
+        axes.set_xticks(list(at), ["\n".join(map(class_name, labels[i].split("\n"))) for i in at])
         axes.set(xlabel=class_name(xlabel), ylabel=class_name(ylabel), ylim=(0, top))
     return figure(title, svg() + (legend([c[::2] for c in columns]) if len(columns) > 1 else ""), note)
 

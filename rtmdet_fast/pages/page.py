@@ -213,7 +213,7 @@ svg text { font-family: inherit !important }
 .tables > * { max-width: 100% }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .7rem .2rem .4rem; border-bottom: 1px solid var(--line);
+td, th { padding: .2rem .5rem .2rem .25rem; border-bottom: 1px solid var(--line);
          text-align: right; font-weight: 400 }
 th { color: var(--soft) }
 td:first-child, th:first-child, .settings td { text-align: left; overflow-wrap: anywhere }
@@ -223,7 +223,8 @@ td:first-child, th:first-child, .settings td { text-align: left; overflow-wrap: 
        min-width: 9rem }
 .bars { width: 100% }
 .bars td, .bars th { border: 0; padding: .15rem .4rem .15rem 0; white-space: nowrap }
-.bars th { color: inherit; width: 1%; max-width: 11rem; white-space: normal; overflow-wrap: break-word }
+.bars th { color: inherit; width: 1%; max-width: 13rem; min-width: 5.5rem; white-space: normal;
+           overflow-wrap: break-word }
 .bars td:last-child { color: var(--soft); width: 1%; text-align: left }
 .bars td:nth-child(2) { min-width: 5rem }
 .bars i { display: block; height: .85rem; min-width: 1px; border-radius: .15rem; background: var(--bar-ink) }
@@ -245,7 +246,10 @@ img { width: 100%; height: auto; display: block; border-radius: .25rem }
   body { padding: 1rem }
   .tiles { grid-template-columns: 1fr 1fr }
   .tiles b { font-size: 1.3rem }
-  .tiles div { padding: .5rem .7rem } }
+  .tiles div { padding: .5rem .7rem }
+  td, th { padding: .2rem .35rem .2rem .2rem }
+  .bar { min-width: 6rem }
+  .pair > div { flex-direction: column } }
 @media print {
   :root { color-scheme: light; --ink: #000; --page: #fff; --soft: #444;
           --line: #ccc; --tile: #f5f6f8; --bar: #3d7eff2e }

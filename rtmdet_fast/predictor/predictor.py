@@ -45,7 +45,7 @@ class Predictor:
             the others make a temporary file first, which takes up to a minute.
         device: cpu, cuda, cuda:1, …; auto is where a model is, and for a file the first GPU where there is one.
         threads: of another runtime on a CPU; as many as it likes where not given (torch: torch.set_num_threads).
-        score_threshold: least score of a detection.
+        score_threshold: least score of a detection; the model's own of each class, or 0.3, where not given.
         iou_threshold: of NMS; the published one of the task where not given.
         max_detections: of an image; the published number where not given.
     """
@@ -61,7 +61,7 @@ class Predictor:
         engine: str = "auto",
         device: str | torch.device = "auto",
         threads: int | None = None,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
     ):
@@ -124,7 +124,10 @@ class Predictor:
         suffix = next(suffix for suffix, name in RUNTIMES.items() if name == runtime)
         path = Path(folder) / f"model{suffix}"
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
-        export(model, path, **{name: self._settings[name] for name in names})
+        options = {name: self._settings[name] for name in names}
+        if options["score_threshold"] is None:
+            options["score_threshold"] = max(model.least_score, model.test_settings.score_threshold)
+        export(model, path, **options)
         return self._opened(path)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rtmdet_fast.data.augment import Batch, collate, init_worker
+from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.masks import MASK_STRIDE
 from rtmdet_fast.data.plan import PlanSampler, SamplePlan
 from rtmdet_fast.geometry.masks import Region
@@ -52,26 +53,51 @@ def write_previews(config: TrainConfig) -> list[Preview]:
         training=True,
         keep_empty=recipe.empty_images,
     )
+    made = []
+    for drawn in draw_batches(settings, dataset, BATCHES):
+        path = settings.out / "preview" / f"stage{drawn.stage}_{drawn.number}.jpg"
+        write_image(path, drawn.picture)
+        made.append(Preview(path, drawn.stage, drawn.images, drawn.objects, drawn.side))
+    return made
+
+
+class DrawnBatch(NamedTuple):
+    """A batch as one picture [H, W, 3] uint8 BGR; `number` from 1, of its stage. See `Preview`."""
+
+    picture: np.ndarray
+    stage: int
+    number: int
+    images: int
+    objects: int
+    side: int
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        stage = "the first stage" if self.stage == 1 else "the last stage, without strong augmentation"
+        return f"{min(self.images, IMAGES)} of {self.images} images of {self.side} px, in {stage}"
+
+
+def draw_batches(settings: Settings, dataset: CocoDataset, batches: int) -> Iterator[DrawnBatch]:
+    """So many batches of each stage of a run, as far as it has both, of its training data."""
+    recipe = settings.recipe
     stages = [stage2 for stage2 in (False, True) if (settings.stage2_epochs if stage2 else _has_first(settings))]
-    plans = {stage2: _plans(len(dataset), settings, stage2) for stage2 in stages}
+    plans = {stage2: _plans(len(dataset), settings, stage2, batches) for stage2 in stages}
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
         batch_sampler=[plan for of in plans.values() for plan in of],  # type: ignore[arg-type]  # plans for indices
         collate_fn=collate,
-        num_workers=min(settings.num_workers, BATCHES * len(stages)),
+        num_workers=min(settings.num_workers, batches * len(stages)),
         worker_init_fn=init_worker,
     )
     numbers = [(stage2, number) for stage2, of in plans.items() for number in range(len(of))]
-    made = []
     bar = tqdm(loader, desc="preview", total=len(numbers), disable=not settings.progress, leave=False)
     for (stage2, number), batch in zip(numbers, bar, strict=True):
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         batch = batch.resized(random_side(sides, settings.seed, number, 0))
-        path = settings.out / "preview" / f"stage{1 + stage2}_{number + 1}.jpg"
-        write_image(path, sheet(draw_batch(batch, dataset.class_names, IMAGES)))
-        side = batch.images.shape[-1]
-        made.append(Preview(path, 1 + stage2, len(batch.images), int(batch.gt_counts.sum()), side))
-    return made
+        picture = sheet(draw_batch(batch, dataset.class_names, IMAGES))
+        count, side = len(batch.images), batch.images.shape[-1]
+        yield DrawnBatch(picture, 1 + stage2, number + 1, count, int(batch.gt_counts.sum()), side)
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str], most: int = IMAGES) -> list[np.ndarray]:
@@ -112,13 +138,13 @@ def _has_first(settings: Settings) -> bool:
     return settings.stage2_epochs < settings.epochs
 
 
-def _plans(images: int, settings: Settings, stage2: bool) -> list[list[SamplePlan]]:
+def _plans(images: int, settings: Settings, stage2: bool, batches: int) -> list[list[SamplePlan]]:
     """Of batches in the middle of a stage, when the caches of mosaic and mixup are full."""
     caches = settings.recipe.caches
     sampler = PlanSampler(images, settings.batch_size, caches, settings.seed, num_workers=0)
     sampler.set_stage2(stage2)
     before = math.ceil(caches.mosaic_cache / settings.batch_size) if caches is not None and not stage2 else 0
     plans: list[list[SamplePlan]] = []
-    while len(plans) < before + BATCHES:
+    while len(plans) < before + batches:
         plans += sampler  # an epoch
-    return plans[before : before + BATCHES]
+    return plans[before : before + batches]

@@ -23,8 +23,10 @@ from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
-from rtmdet_fast.evaluation.report import ReportSample, write_report
+from rtmdet_fast.evaluation.pictures import report_samples
+from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Detector, Targets
@@ -32,6 +34,7 @@ from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import gather, join_processes
+from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -212,6 +215,7 @@ def train(config: TrainConfig) -> TrainResult:
             )
             validating += time.perf_counter() - validation_started
             log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
+            ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
             told |= {name: evaluation.metrics[name] for name in SHOWN if name in evaluation.metrics}
             if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
                 best_epoch, best_metrics = epoch + 1, evaluation.metrics
@@ -333,25 +337,30 @@ def report_run(
     model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
-    samples = []
+    analysis, worst, samples = None, [], []
     if val_dataset is not None:
         evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
+        analysis = analyse(evaluation, val_dataset.class_names)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
+        if analysis is not None:
+            metrics["analysis"] = analysis.as_json()
         curves = evaluation.pr_curves
         write_json(settings.out / "metrics.json", metrics)
         write_json(settings.out / "detections.json", evaluation.detections, indent=None)
-        for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
-            sample = val_dataset.load(int(index))
-            result = replace(model.predict(sample.image), path=sample.path)
-            samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
+        worst, samples = report_samples(val_dataset, evaluation, analysis)
     return write_report(
         settings.out / "report.html",
         title=f"{model.title} on {dataset.annotation_path.name}",
-        history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,
-        samples=samples,
         settings={**settings.as_json(), "training images": len(dataset), "seconds per iteration": round(pace, 4)},
+        class_names=dataset.class_names,
+        history=read_metrics(settings.out / "metrics.csv"),
+        analysis=analysis,
+        worst=worst,
+        samples=samples,
+        batches=[(drawn.told, drawn.picture) for drawn in draw_batches(settings, dataset, 1)],
+        train_objects=np.bincount(dataset.objects()[2], minlength=len(dataset.class_names)),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
     )
