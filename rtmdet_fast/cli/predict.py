@@ -154,7 +154,8 @@ def run_predict(config: PredictConfig) -> Outcome:
         f"pictures in {config.out}, boxes in {predictions}",
     ]
     if config.score_threshold is None and predictor.detector.score_thresholds is not None:
-        lines.append(thresholds_told(names, predictor.detector.score_thresholds))
+        told = thresholds_told(names, predictor.detector.score_thresholds)
+        lines.append(f"score thresholds of the weights: {told} (--score-threshold sets one for all)")
     summary = {
         "images": len(images),
         "detections": len(annotations),
