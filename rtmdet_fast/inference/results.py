@@ -158,7 +158,7 @@ class Results:
         """COCO result entries with plain numbers; `bbox` is [x, y, width, height], `segmentation` an RLE.
 
         Of rotated boxes that is the upright box around them; they themselves are `rbox`, and their corners the
-        `segmentation`.
+        `segmentation`. What was tracked has its `track_id`.
 
         Args:
             image_id: of each entry.
@@ -182,6 +182,10 @@ class Results:
         if self.boxes.shape[1] == 5:
             for entry, rbox, quad in zip(entries, self.boxes.tolist(), corners, strict=True):
                 entry |= {"rbox": rbox, "segmentation": [quad.ravel().tolist()], "area": rbox[2] * rbox[3]}
+        if self.track_ids is not None:
+            for entry, track_id in zip(entries, self.track_ids.tolist(), strict=True):
+                if track_id >= 0:
+                    entry["track_id"] = track_id
         return entries
 
     def to_dict(self) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class Frame:
     is_video: bool
     fps: float = 0.0
 
+    @property
+    def video(self) -> str | None:
+        """Of a video's frame the name that all its frames have, without suffix; None for images."""
+        return self.name.rsplit("_", 1)[0] if self.is_video else None
+
 
 class Source:
     """Iterates over the frames of files, or of one camera or stream; `iter_sources` makes it.

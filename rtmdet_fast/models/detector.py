@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
 from rtmdet_fast.models.fold import folded_copy
 
+Color = Literal["bgr", "rgb"]
 MAX_IMAGE_SIZE = 16384
 MAX_CANDIDATES = 1000
 """Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
@@ -277,6 +278,7 @@ class Detector(nn.Module):
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> list[Results]: ...
 
     @overload
@@ -290,6 +292,7 @@ class Detector(nn.Module):
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> Results: ...
 
     def predict(
@@ -302,10 +305,12 @@ class Detector(nn.Module):
         image_size: int | None = None,
         patch_size: int | None = None,
         batch_size: int = 8,
+        color: Color = "bgr",
     ) -> Results | list[Results]:
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
 
-        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
+        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image. The results' own
+        images are BGR in any case.
 
         Args:
             images: an image, or a list of them.
@@ -317,6 +322,7 @@ class Detector(nn.Module):
                 overlaps, and what is found in them is merged; the model's own (rotated boxes only) where not given, 0
                 for never.
             batch_size: images, or windows, in a pass.
+            color: of arrays: bgr, as OpenCV reads them, or rgb, as most others do. Paths and PIL images need none.
         """
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
@@ -335,6 +341,8 @@ class Detector(nn.Module):
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         if max_detections is not None and max_detections < 0:
             raise UserError(f"max_detections is {max_detections}; it must be at least 0")
+        if color not in get_args(Color):
+            raise UserError(f"color {color!r} is unknown; choose one of {', '.join(get_args(Color))}")
         if patch_size and patch_size < 32:
             raise UserError(f"patch_size is {patch_size}; windows have 32 pixels or more, 0 is for none")
         size = check_image_size(self.image_size if image_size is None else image_size)
@@ -343,7 +351,7 @@ class Detector(nn.Module):
         results: list[Results] = []
         for start in range(0, len(sources), batch_size):
             chunk = sources[start : start + batch_size]
-            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s) for s in chunk]
+            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s, color) for s in chunk]
             found = self.detect_images(arrays, size, patch_size, settings=settings, batch_size=batch_size)
             for source, array, detections in zip(chunk, arrays, found, strict=True):
                 results.append(
