@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from rtmdet_fast.data.source import Source
     from rtmdet_fast.training.recipe import Recipe
 
 BOUNDS = {
@@ -31,16 +32,17 @@ BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a detector on a COCO-format data set."""
+    """Train a detector on a data set of COCO's, YOLO's, Pascal VOC's or DOTA's format."""
 
-    data: Path | None = None
-    """Folder laid out like COCO (rotated: or DOTA), in place of the four paths below."""
+    data: tuple[Path, ...] = ()
+    """Folder of a data set, of whatever format, or a data.yaml, in place of the four paths below; several are trained
+    on together, their classes merged by name."""
     train: Path | None = None
-    """Annotation file of the training images (COCO JSON; rotated: or a folder of DOTA text files)."""
+    """Annotations of the training images: COCO JSON, or a folder of YOLO, VOC or DOTA label files."""
     train_images: Path | None = None
     """Folder of the training images."""
     val: Path | None = None
-    """Annotation file of the validation images; without it there is no validation."""
+    """Annotations of the validation images; without them there is no validation."""
     val_images: Path | None = None
     """Folder of the validation images."""
     out: Path = Path("runs/train")
@@ -110,8 +112,10 @@ class TrainConfig:
 class Settings(TrainConfig):
     """A config with every default worked out that does not hang on the data."""
 
-    train: Path
-    train_images: Path
+    train_sources: tuple[Source, ...]
+    """What --data or --train and --train-images lead to."""
+    val_sources: tuple[Source, ...]
+    """Likewise; none without validation."""
     size: str
     epochs: int
     stage2_epochs: int
@@ -130,8 +134,12 @@ class Settings(TrainConfig):
         return RECIPES[self.model](self.size, self.version, self.task, self.queries)
 
     def as_json(self) -> dict[str, Any]:
-        """What config.json and the state in last.pth hold."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""
+        told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        for split, sources in (("train", told.pop("train_sources")), ("val", told.pop("val_sources"))):
+            for key, part in ((split, "annotations"), (f"{split}_images", "images")):
+                told[key] = " ".join(str(source[part]) for source in sources) or None
+        return {**told, "data": None}
 
 
 @dataclass(frozen=True)
@@ -175,19 +183,10 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
+    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries)
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
-    train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
-    if config.data is not None:
-        if train or train_images or val or val_images:
-            raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
-        train, train_images = task.find_split(config.data, "train")
-        val, val_images = task.find_split(config.data, "val")
-    if train is None or train_images is None:
-        raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
-    if (val is None) != (val_images is None):
-        raise UserError("--val and --val-images go together")
+    train, val = _sources(config)
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
     device = pick_device(config.device)
@@ -214,11 +213,8 @@ def resolve(config: TrainConfig) -> Settings:
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
     resolved = {
-        "data": None,
-        "train": train,
-        "train_images": train_images,
-        "val": val,
-        "val_images": val_images,
+        "train_sources": train,
+        "val_sources": val,
         "device": str(device),
         "amp": amp,
         "size": recipe.size,
@@ -233,3 +229,21 @@ def resolve(config: TrainConfig) -> Settings:
         "num_workers": workers,
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)
+
+
+def _sources(config: TrainConfig) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """What to train on, and what to validate on, if anything."""
+    from rtmdet_fast.data.layout import find_sources, source_of
+
+    train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
+    if config.data:
+        if train or train_images or val or val_images:
+            raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
+        return find_sources(config.data, "train"), find_sources(config.data, "val")
+    if train is None or train_images is None:
+        raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
+    if val is None and val_images is None:
+        return (source_of(train, train_images),), ()
+    if val is None or val_images is None:
+        raise UserError("--val and --val-images go together")
+    return (source_of(train, train_images),), (source_of(val, val_images),)

@@ -60,17 +60,15 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(settings.seed)
 
     dataset = task.open_dataset(
-        settings.train,
-        settings.train_images,
+        settings.train_sources,
         skip_bad=settings.skip_bad,
         training=True,
         keep_empty=recipe.empty_images,
     )
     val_dataset = None
-    if settings.val is not None and settings.val_images is not None:
+    if settings.val_sources:
         val_dataset = task.open_dataset(
-            settings.val,
-            settings.val_images,
+            settings.val_sources,
             skip_bad=settings.skip_bad,
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
