@@ -425,6 +425,85 @@ class Detector(nn.Module):
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
 
+    def fit(self, data: Any = None, **options: Any) -> Any:
+        """Train this model from the weights that it has; afterwards it holds the best ones, in eval mode.
+
+        The best are those of best.pth: averaged, of the epoch with the best AP (with masks, mask AP; of rotated boxes,
+        AP50), without validation data of the last one. The model's tensors are new ones then: an optimiser or a
+        predictor made before has the old.
+
+        Classes are those of the training data: `class_names` becomes theirs. Where they are as many as before, all
+        weights are kept, in the order of the classes (with a warning where names differ); otherwise the layers that
+        tell classes apart begin anew, and a warning names them.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast train --data`.
+            callbacks: of `rtmdet_fast.training.callbacks.Callback`, told of steps, epochs and the end; each can end the
+                run.
+            options: settings of `rtmdet-fast train`, as `rtmdet_fast.training.config.TrainConfig` has them (`--lr 1e-3`
+                is lr=1e-3), but for those that the model has itself: model, size, version, queries, task and init.
+                image_size is the model's own where not given, and device is where the model is, or, for one on the
+                CPU, the first GPU.
+
+        Returns:
+            The run's `TrainResult`. Raises UserError for bad input; the model is then as it was.
+        """
+        from rtmdet_fast.training.fit import fit  # which stands above
+
+        if data is not None:
+            options["data"] = data
+        return fit(self, **options)
+
+    def evaluate(
+        self,
+        data: Any = None,
+        *,
+        ann: str | Path | None = None,
+        images: str | Path | None = None,
+        split: str = "val",
+        image_size: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        match_by_position: bool = False,
+        skip_bad: bool = False,
+        progress: bool = True,
+    ) -> Any:
+        """Detect on every image of a data set with the task's published test settings, and compare with the truth.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast eval --data`.
+            ann: in its place the annotations, and with `images` the folder of the images.
+            images: see `ann`.
+            split: of `data`.
+            image_size: side in pixels of the square network input; the model's own where not given.
+            batch_size: images in a pass.
+            num_workers: processes that load images; 0 for none beside this one.
+            match_by_position: takes classes none of whose names is the model's for the same ones in the same order.
+            skip_bad: goes on over unreadable images and invalid annotations, and counts them.
+            progress: shows a bar.
+
+        Returns:
+            An `Evaluation`: `metrics` as the command prints them, `per_class`, `pr_curves`, `detections`. Raises
+            UserError where the data cannot be read or has other classes.
+        """
+        from rtmdet_fast.data.layout import find_sources, source_of
+        from rtmdet_fast.evaluation.evaluate import evaluate
+        from rtmdet_fast.tasks import TASKS
+
+        if (data is None) == (ann is None) or (ann is None) != (images is None):
+            raise UserError("give the folder of a data set, or both ann and images")
+        if split not in (splits := ("train", "val", "test")):
+            raise UserError(f"split {split!r} is unknown; choose one of {', '.join(splits)}")
+        dataset = TASKS[self.task].open_dataset(
+            (source_of(Path(ann), Path(images)),) if ann and images else find_sources(data, split),
+            skip_bad=skip_bad,
+            class_names=self.class_names,
+            match_by_position=match_by_position,
+        )
+        return evaluate(
+            self, dataset, image_size=image_size, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
+
     def export(self, path: str | Path, **options: Any) -> Any:
         """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
 
