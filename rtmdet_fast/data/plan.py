@@ -74,6 +74,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         self._rng = np.random.default_rng((seed, 1, rank))
         self._streams = [_Stream() for _ in range(max(num_workers, 1))]
         self._stage2 = False
+        self._skip = 0
 
     def __len__(self) -> int:
         # All processes take the same number of steps, or the last would wait for the others.
@@ -84,11 +85,14 @@ class PlanSampler(Sampler[list[SamplePlan]]):
     def __iter__(self) -> Iterator[list[SamplePlan]]:
         order = self._order.permutation(self.dataset_length)
         order = np.roll(order, -self.rank)[:: self.world_size]
+        skip, self._skip = self._skip, 0
         for b in range(len(self)):
             stream = self._streams[b % len(self._streams)]
             indices = order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
             seeds = self._rng.integers(2**63, size=len(indices)).tolist()
-            yield [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
+            plans = [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
+            if b >= skip:
+                yield plans
 
     def set_stage2(self, enabled: bool) -> None:
         """From the next epoch on: with True no strong augmentation; either way the caches start empty."""
@@ -107,8 +111,11 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             "mixup": [[[p.index, p.seed, list(p.mosaic_cache)] for p in s.mixup] for s in self._streams],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. UserError where the dataset or the number of workers differs."""
+    def load_state_dict(self, state: dict[str, Any], skip: int = 0) -> None:
+        """Continues where `state` was taken, without the first `skip` batches of the next epoch.
+
+        UserError where the dataset or the number of workers differs.
+        """
         if state["dataset_length"] != self.dataset_length:
             raise UserError(
                 f"cannot resume: the run was on {state['dataset_length']} training images, now there are "
@@ -126,6 +133,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             _Stream(list(mosaic), [SamplePlan(index, seed, tuple(cache)) for index, seed, cache in mixup])
             for mosaic, mixup in zip(state["mosaic"], state["mixup"], strict=True)
         ]
+        self._skip = skip
 
     def _plan(self, stream: _Stream, index: int, seed: int) -> SamplePlan:
         if self._stage2:

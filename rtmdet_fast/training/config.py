@@ -157,6 +157,8 @@ class TrainResult:
     """Images and annotations left out of training, and of validation, by reason."""
     noticed: dict[str, int]
     """Those that are odd and were used all the same."""
+    cancelled: bool = False
+    """Whether a callback ended it; `resume` goes on where it stopped."""
 
 
 def check_bounds(config: Any) -> None:

@@ -21,7 +21,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "optimizer": Mapping,
     "scaler": Mapping,
     "samplers": list,
-    "torch_rng": torch.Tensor,
+    "random_states": list,
     "epoch": int,
     "iteration": int,
     "best_epoch": (int, type(None)),
@@ -42,6 +42,8 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         state = load_archive(last).get("training")
         if state is None:
             raise UserError(f"{last} holds weights but no training state to resume from")
+        if "torch_rng" in state:  # of a run of before there was one of each process
+            state["random_states"] = [[state["torch_rng"]]] * len(state.get("samplers", ()))
         for name, kind in STATE.items():
             if not isinstance(state.get(name), kind):
                 raise UserError(f"{last} is damaged: its training state lacks {name!r}, or holds something else there")
@@ -54,7 +56,10 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         before = state["config"].get(key, getattr(TrainConfig, key))  # of a run older than the setting
         if key not in RESUMABLE and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
-    if not (0 < state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
+    # the step of an epoch that was broken off; at the end of one, as runs of before had it always, 0
+    step = state.setdefault("step", 0)
+    known = type(step) is int and 0 <= step <= state["iteration"] and (step or state["epoch"])
+    if not (known and 0 <= state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
         raise UserError(f"{last} is damaged: it tells of epoch {state['epoch']}, step {state['iteration']}"[:400])
     processes = process_count()
     if len(state["samplers"]) != processes:

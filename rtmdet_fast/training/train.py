@@ -7,9 +7,10 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,21 @@ from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.files import write_json
-from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Detector, Targets
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.callbacks import (
+    Callback,
+    Callbacks,
+    Progress,
+    random_numbers_kept,
+    random_states,
+    set_random_states,
+)
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import gather, join_processes
+from rtmdet_fast.training.distributed import any_process, gather, join_processes
+from rtmdet_fast.training.loggers import TensorBoard
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -41,8 +51,14 @@ SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 """Of the figures of a validation, those that an epoch's line shows."""
 
 
-def train(config: TrainConfig) -> TrainResult:
-    """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
+def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input.
+
+    Args:
+        config: the settings, in which `model`, `size` and `task` are those of the model given.
+        model: to start from in place of `init`; it stays as it is. Layers of other classes start fresh.
+        callbacks: told of the run while it goes.
+    """
     settings = resolve(config)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
@@ -99,7 +115,7 @@ def train(config: TrainConfig) -> TrainResult:
         warmup = min(recipe.warmup, total // 10)
 
     torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
-    model = make_model(settings, dataset)
+    model = make_model(settings, dataset, model)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,8 +136,9 @@ def train(config: TrainConfig) -> TrainResult:
 
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
-    iteration = start_epoch = 0
+    iteration = epoch = first_step = 0
     best_epoch, best_metrics = None, {}
+    epoch_loss = torch.zeros((), device=device)
     if settings.resume:
         state = read_training_state(last, settings)
         with damage_told(last):
@@ -129,10 +146,15 @@ def train(config: TrainConfig) -> TrainResult:
             ema.model.load_state_dict(state["ema"])
             load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            sampler.load_state_dict(state["samplers"][rank])
-            torch.set_rng_state(state["torch_rng"])
+            first_step = state["step"]
+            if first_step >= steps_per_epoch:
+                raise ValueError(f"step {first_step} of {steps_per_epoch}")
+            sampler.load_state_dict(state["samplers"][rank], skip=first_step * settings.accumulate)
+            random_numbers = state["random_states"][rank]
+            set_random_states(random_numbers)
+            epoch_loss += state.get("epoch_loss", 0.0)
         ema.step = iteration = state["iteration"]
-        start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+        epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
         remove_run(out)
     log = RunLog(out, iteration) if rank == 0 else None
@@ -143,19 +165,27 @@ def train(config: TrainConfig) -> TrainResult:
         with damage_told(last):
             meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
+    listeners = Callbacks([TensorBoard(), *callbacks] if rank == 0 else ())
+    listeners.tell("on_start", settings, iteration)
     started, first_iteration = time.perf_counter(), iteration
     validating = 0.0
+    stopped = False
 
-    for epoch in range(start_epoch, settings.epochs):
+    while epoch < settings.epochs and not stopped:
         stage2 = epoch >= settings.epochs - settings.stage2_epochs
         sampler.set_stage2(stage2)
+        sampler_state = sampler.state_dict()
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
-        epoch_loss = torch.zeros((), device=device)
         batches = timed(iter(loader), meter)
+        if first_step:  # what the loader's start has drawn, it drew before
+            set_random_states(random_numbers)
         name = f"epoch {epoch + 1}/{settings.epochs}"
-        bar = tqdm(range(steps_per_epoch), desc=name, disable=not settings.progress, leave=False)
-        for step in bar:
+        progress = partial(
+            Progress, epoch=epoch + 1, epochs=settings.epochs, iterations=total, model=ema.model, stop=listeners.stop
+        )
+        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
+        for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
@@ -186,93 +216,119 @@ def train(config: TrainConfig) -> TrainResult:
             ema.update(model)
             iteration += 1
             meter.step()
+            bar.update()
+            metrics: dict[str, float] = {}
             if iteration % LOG_EVERY == 0 or iteration == total:
-                row = {"epoch": epoch + 1, "iteration": iteration, "lr": lr, **meter.read()}
+                metrics = {"lr": lr, **meter.read()}
                 if log is not None:
-                    log.write(row)
+                    log.write({"epoch": epoch + 1, "iteration": iteration, **metrics})
                 bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, lr {lr:.1e}, {row['images_per_second']:.0f} img/s, "
-                    f"data {row['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
+                    f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
+                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
                 )
+            detached = {key: value.detach() for key, value in losses.items()}
+            listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+            # Several processes ask each other now and then: to do so is to wait for the device.
+            if world_size == 1 or iteration % LOG_EVERY == 0:
+                stopped = any_process(listeners.stopped, device)
+            if stopped:
+                break
+        bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
+        step = step + 1
+        if step == steps_per_epoch:
+            epoch, step, sampler_state = epoch + 1, 0, sampler.state_dict()
 
-        samplers = gather(sampler.state_dict(), world_size)
-        if log is None:  # the first process alone validates and writes
-            continue
-        told = {"loss": epoch_loss.item()}
-        if val_dataset is not None and due(epoch + 1, settings):
-            validation_started = time.perf_counter()
-            evaluation = evaluate(
-                ema.model,
-                val_dataset,
-                batch_size=settings.batch_size,
-                num_workers=settings.num_workers,
-                progress=settings.progress,
+        samplers, random_numbers = zip(*gather((sampler_state, random_states()), world_size), strict=True)
+        if log is not None:  # the first process alone validates and writes
+            metrics = {"loss": epoch_loss.item()}
+            if val_dataset is not None and step == 0 and due(epoch, settings):
+                validation_started = time.perf_counter()
+                with random_numbers_kept():  # how often it is validated changes nothing
+                    evaluation = evaluate(
+                        ema.model,
+                        val_dataset,
+                        batch_size=settings.batch_size,
+                        num_workers=settings.num_workers,
+                        progress=settings.progress,
+                    )
+                validating += time.perf_counter() - validation_started
+                log.write({"epoch": epoch, "iteration": iteration, **evaluation.metrics})
+                metrics |= evaluation.metrics
+                if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
+                    best_epoch, best_metrics = epoch, evaluation.metrics
+                    ema.model.save(best)
+                meter.restart()
+            if settings.progress and step == 0:
+                shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
+                figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
+                tqdm.write(f"{name}: {figures}")
+            ema.model.save(
+                last,
+                training={
+                    "config": settings.as_json(),
+                    "model": model.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "samplers": list(samplers),
+                    "random_states": list(random_numbers),
+                    "epoch": epoch,
+                    "step": step,
+                    "iteration": iteration,
+                    "best_epoch": best_epoch,
+                    "best_metrics": best_metrics,
+                    "epoch_loss": epoch_loss.item() if step else 0.0,
+                    "meter": meter.state_dict(),
+                },
             )
-            validating += time.perf_counter() - validation_started
-            log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
-            told |= {name: evaluation.metrics[name] for name in SHOWN if name in evaluation.metrics}
-            if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
-                best_epoch, best_metrics = epoch + 1, evaluation.metrics
+            if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
-            meter.restart()
-        if settings.progress:
-            figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in told.items())
-            tqdm.write(f"{name}: {figures}")
-        ema.model.save(
-            last,
-            training={
-                "config": settings.as_json(),
-                "model": model.state_dict(),
-                "ema": ema.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "samplers": samplers,
-                "torch_rng": torch.get_rng_state(),
-                "epoch": epoch + 1,
-                "iteration": iteration,
-                "best_epoch": best_epoch,
-                "best_metrics": best_metrics,
-                "meter": meter.state_dict(),
-            },
-        )
-        if val_dataset is None:
-            ema.model.save(best)
-        if check is not None:
-            check.report()
+            if check is not None:
+                check.report()
+            if step == 0:
+                listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+        stopped = any_process(listeners.stopped, device)
+        first_step = 0
+        epoch_loss.zero_()
 
-    if log is not None:
-        log.close()
     seconds = time.perf_counter() - started
     pace = (seconds - validating) / max(iteration - first_iteration, 1)
     report = None
-    if settings.report:
+    cancelled = epoch < settings.epochs
+    if settings.report and not cancelled:
         report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
     skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
         noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
     counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts)
+    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, cancelled)
+    listeners.tell("on_end", result)
+    return result
 
 
-def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
-    """The model to train on `dataset`, with the weights that it starts from."""
+def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
+    """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    model = recipe.build(class_names=dataset.class_names)
-    if recipe.needs_init and settings.init is None and not settings.resume:
+    options = {} if start is None else start.saved_options()
+    model = recipe.build(class_names=dataset.class_names, **options)
+    if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
             f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
             stacklevel=2,
         )
-    if settings.init is not None:
-        checkpoint = read_checkpoint(resolve_weights(settings.init))
+    if settings.init is not None or start is not None:
+        if start is None:
+            checkpoint = read_checkpoint(resolve_weights(settings.init))
+        else:
+            checkpoint = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, {})
         model.load_weights(checkpoint)
         before = checkpoint.class_names
         if before and before != model.class_names and len(before) == len(model.class_names):
             warnings.warn(
-                f"{settings.init}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
+                f"{checkpoint.path}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
                 f"({', '.join(model.class_names[:8])}, …) in that order",
                 stacklevel=2,
             )
