@@ -126,3 +126,22 @@ def test_rgb_arrays_are_said_to_be_so(model, image):
 def test_rgb_files_stay_what_they_are(model, image, tmp_path):
     cv2.imwrite(str(tmp_path / "x.png"), image)
     assert np.array_equal(model.predict(tmp_path / "x.png", color="rgb", image_size=64).image, image)
+
+
+def test_predict_sees_every_write_to_the_weights(model, image):
+    """Those too that PyTorch's version counters do not see."""
+    weight = model.bbox_head.rtm_reg[0].weight
+    writes = (
+        lambda: weight.data.add_(0.5),
+        lambda: np.add(weight.detach().numpy(), 0.5, out=weight.detach().numpy()),
+        lambda: torch.nn.init.constant_(weight, 0.2),
+    )
+    seen = [model.predict(image, score_threshold=0.0, image_size=64).boxes]
+    before = weight.detach().clone()
+    try:
+        for write in writes:
+            write()
+            seen.append(model.predict(image, score_threshold=0.0, image_size=64).boxes)
+            assert seen[-1].shape != seen[-2].shape or not torch.allclose(seen[-1], seen[-2])
+    finally:
+        weight.data.copy_(before)
