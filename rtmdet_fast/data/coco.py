@@ -162,16 +162,21 @@ class CocoDataset:
         """Of all images, in pixels, as far as the annotations or `training` told their sizes."""
         return int(self._sizes.max(initial=0))
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """The checked images, annotations and categories in COCO's form; not of a training=True dataset."""
+        if self._content is None:
+            raise RuntimeError("made with training=True: make one without it to evaluate")
+        return self._content
+
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools import mask
         from pycocotools.coco import COCO
 
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         labels = {category for category in self.category_ids if category >= 0}
         annotations: list[dict[str, Any]] = []
-        for a in self._content["annotations"]:
+        for a in self.content["annotations"]:
             if a["category_id"] in labels:
                 area = a["area"] if is_number(a.get("area")) else None
                 if area is None and not self.has_masks:
@@ -179,7 +184,7 @@ class CocoDataset:
                 # ids from 1: pycocotools takes a match with annotation 0 for no match
                 ids = {"id": len(annotations) + 1, "iscrowd": int(a["iscrowd"] or a["difficult"] > 0)}
                 annotations.append({**a, **ids, "area": area})
-        images = self._content["images"]
+        images = self.content["images"]
         if self.has_masks:
             # masks are compared in pixels of the images as they are
             real = {
@@ -196,7 +201,7 @@ class CocoDataset:
             "info": {},
             "images": images,
             "annotations": annotations,
-            "categories": [c for c in self._content["categories"] if c["id"] in labels],
+            "categories": [c for c in self.content["categories"] if c["id"] in labels],
         }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()

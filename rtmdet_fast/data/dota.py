@@ -89,11 +89,9 @@ class DotaDataset(CocoDataset):
 
     @cached_property
     def _truth(self) -> list[GroundTruth]:
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
         rows: dict[int, list[tuple[list[float], int, bool]]] = {ident: [] for ident in self.image_ids}
-        for a in self._content["annotations"]:
+        for a in self.content["annotations"]:
             if a["category_id"] in label_of and _has_area(a["rbox"]):
                 rows[a["image_id"]].append((a["rbox"], label_of[a["category_id"]], self._is_apart(a)))
         return [
@@ -135,7 +133,7 @@ class DotaDataset(CocoDataset):
             self.crossing_count += int(edges_cross(quads).sum())
         for i, shape in enumerate(shapes):
             if len(shape) not in (5, 8):
-                boxes[i] = _polygon_box(shape)
+                boxes[i] = polygon_box(shape)
         quads = boxes_to_quads(boxes)
         low, high = quads.reshape(-1, 4, 2).min(1), quads.reshape(-1, 4, 2).max(1)
         around = np.concatenate([low, high - low], 1)
@@ -205,7 +203,7 @@ def _shape_of(entry: dict[str, Any]) -> list[float] | None:
     return None
 
 
-def _polygon_box(polygon: list[float]) -> np.ndarray:
+def polygon_box(polygon: list[float]) -> np.ndarray:
     """The smallest rotated box [5] around a polygon of any length."""
     import cv2
 

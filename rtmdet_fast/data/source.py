@@ -58,5 +58,40 @@ class Notes:
     """Class names that the caller will ask for, whose order readers of formats without a list of classes take."""
 
 
+class Shape(NamedTuple):
+    """An object as the formats write it; one of polygon, quad and rbox, or none of them.
+
+    label: index of its class
+    bbox: x, y, w, h in pixels
+    polygon: x, y, x, y, … of its mask, whose parts are joined by lines there and back
+    segmentation: the mask as COCO has it
+    quad: the eight coordinates of an oriented box
+    rbox: cx, cy, w, h, radians of one
+    difficult: 0, 1, or 2 where it is no object to train on
+    """
+
+    label: int
+    bbox: list[float]
+    polygon: list[float] | None
+    segmentation: Any
+    quad: list[float] | None
+    rbox: list[float] | None
+    difficult: int
+    flags: dict[str, Any]
+    """As the annotation has them: iscrowd, ignore, difficult, truncated, area."""
+
+
+class Picture(NamedTuple):
+    """An image to write: its new name, (width, height), its objects."""
+
+    name: str
+    size: tuple[int, int]
+    shapes: list[Shape]
+
+
+Lose = Callable[[str, str], None]
+"""What is left out or changed by writing, and the reason."""
+
+
 Splits = Mapping[str, tuple[Source, ...]]
 """By "train", "val", "test", or "all" where the data set is not divided."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rtmdet_fast.data.annotation_file import read_json
-from rtmdet_fast.data.source import Content, Notes, Source
+from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Source
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.files import write_json
 
 LOOKED_FOR = "COCO: annotations/instances_{0}*.json or {0}*.json with images in {0}, or {0}/_annotations.coco.json"
 BESIDE = ("_annotations.coco.json", "annotations.json", "labels.json")
@@ -15,6 +18,9 @@ BESIDE = ("_annotations.coco.json", "annotations.json", "labels.json")
 WHOLE = ("annotations/instances_default.json", "_annotations.coco.json", "annotations.json", "instances.json")
 WHOLE += ("labels.json", "result.json")
 """Of a data set that is not divided; the first is CVAT's, the last Label Studio's."""
+
+IMAGES, IMAGES_WHOLE = "{0}", "images"
+"""Where the writer puts the images of a split, and those of a data set that is not divided."""
 
 
 def find(folder: Path, split: str) -> list[Source]:
@@ -65,3 +71,32 @@ def read(source: Source, notes: Notes) -> Content:
         if "\0" not in first and not (image_dir / first).is_file() and (source.root / first).is_file():
             image_dir = source.root
     return Content(image_dir, content["images"], content.get("annotations") or [], content["categories"])
+
+
+def write(folder: Path, split: str, names: Sequence[str], pictures: Iterable[Picture], lose: Lose) -> None:
+    """Writes the annotation file of a split, or of all ("all"). Nothing is lost."""
+    images, annotations = [], []
+    for picture in pictures:
+        width, height = picture.size
+        images.append({"id": len(images) + 1, "file_name": picture.name, "width": width, "height": height})
+        for shape in picture.shapes:
+            a: dict[str, Any] = {"id": len(annotations) + 1, "image_id": len(images), "category_id": shape.label + 1}
+            a |= {"bbox": shape.bbox, **shape.flags}
+            a.setdefault("area", shape.bbox[2] * shape.bbox[3])
+            if shape.segmentation is not None:
+                a["segmentation"] = shape.segmentation
+            elif shape.quad is not None:
+                a["segmentation"] = [shape.quad]
+            if shape.rbox is not None:
+                a["rbox"] = shape.rbox
+            annotations.append(a)
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+    }
+    write_json(folder / (WHOLE[2] if split == "all" else f"annotations/instances_{split}.json"), content, indent=None)
+
+
+def finish(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
+    """Writes what all splits share: nothing."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rtmdet_fast.class_names import DOTA_CLASSES, class_name
 from rtmdet_fast.data.annotation_file import FARTHEST
-from rtmdet_fast.data.formats.files import box_around, find_images, find_names, in_order, read_names, read_text
-from rtmdet_fast.data.source import Content, Notes, Source
+from rtmdet_fast.data.formats.files import (
+    box_around,
+    corners_of,
+    find_images,
+    find_names,
+    in_order,
+    numbers,
+    read_names,
+    read_text,
+)
+from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Source
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.images import read_size
 
@@ -30,6 +39,8 @@ LOOKED_FOR = "DOTA: {0}/images beside {0}/labelTxt, or images/{0} beside labelTx
 DEEPER = ("/labelTxt", "")  # an archive may hold a folder of its own
 FOLDERS = ("labelTxt", "annfiles", *(f"labelTxt-v{v}{deeper}" for v in ("1.0", "1.5") for deeper in DEEPER))
 """Of label files, as DOTA, mmrotate's tool and `rtmdet-fast split` name them."""
+IMAGES, IMAGES_WHOLE = "{0}/images", "images"
+"""Where the writer puts the images of a split, and those of a data set that is not divided."""
 
 
 def find(folder: Path, split: str) -> list[Source]:
@@ -132,3 +143,39 @@ def read_labels(path: Path, bad: Report | None = None) -> list[Label]:
             raise UserError(f"{shown(str(path))}, line {number}: malformed line ({detail})")
         bad(f"{path.name}, line {number}", "malformed line", detail)
     return labels
+
+
+def write(folder: Path, split: str, names: Sequence[str], pictures: Iterable[Picture], lose: Lose) -> None:
+    """Writes the label files of a split, or of all ("all"); a box is its four corners.
+
+    Masks are lost, but for the oriented box around each. White space in a name of a class becomes "-". Crowd regions
+    and what is to be ignored become difficult 2, which is read as such here; to other tools that is difficult.
+    """
+    told = _without_spaces(names)
+    for name, new in zip(names, told, strict=True):
+        if name != new:
+            lose(name, f"white space in the name of a class, written as {new}")
+    labels = folder / ("labelTxt" if split == "all" else f"{split}/labelTxt")
+    labels.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        lines = []
+        for shape in picture.shapes:
+            if shape.polygon is not None:
+                lose(picture.name, "mask, of which DOTA has the oriented box around it")
+            quad = shape.quad or corners_of(shape.bbox)
+            lines.append(f"{numbers(quad)} {told[shape.label]} {shape.difficult}\n")
+        (labels / picture.name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+
+
+def finish(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
+    """Writes what all splits share: the order of the classes."""
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in _without_spaces(names)), encoding="utf-8")
+
+
+def _without_spaces(names: Sequence[str]) -> list[str]:
+    """Raises UserError where two become the same."""
+    told = ["-".join(name.split()) for name in names]
+    for name in told:
+        if told.count(name) > 1:
+            raise UserError(f"two classes would be named {name!r} in DOTA's files, which have no spaces in names")
+    return told

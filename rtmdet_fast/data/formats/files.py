@@ -87,6 +87,12 @@ def box_around(polygon: Sequence[float]) -> list[float]:
     return box_of(min(xs), min(ys), max(xs), max(ys))
 
 
+def corners_of(bbox: Sequence[float]) -> list[float]:
+    """The eight coordinates of the corners of x, y, width, height."""
+    x, y, w, h = bbox
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
 def _side(start: float, end: float) -> float:
     side = end - start
     for _ in range(2):

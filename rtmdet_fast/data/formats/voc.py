@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
+from xml.etree.ElementTree import Element, SubElement, TreeBuilder, indent, tostring
 from xml.parsers import expat
 
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, read_flag
-from rtmdet_fast.data.formats.files import box_around, box_of, find_names, in_order, read_names, read_text
-from rtmdet_fast.data.source import Content, Notes, Source
+from rtmdet_fast.data.formats.files import box_around, box_of, find_names, in_order, number, read_names, read_text
+from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Shape, Source
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
 
 LOOKED_FOR = "Pascal VOC: Annotations, JPEGImages and ImageSets/Main/{0}.txt, or {0}/*.xml beside images"
+IMAGES = IMAGES_WHOLE = "JPEGImages"
+"""Where the writer puts the images, of whatever split."""
 DEEPEST = 32  # elements in each other
 
 
@@ -104,12 +106,12 @@ def read(source: Source, notes: Notes) -> Content:
         ident = len(images) + 1
         images.append({"id": ident, "file_name": name, "width": width, "height": height})
         one_based = (root.findtext("source/database") or "").strip().startswith("The VOC")
-        for number, element in enumerate(root.iter("object"), start=1):
+        for at, element in enumerate(root.iter("object"), start=1):
             a = _annotation(element, one_based)
             if isinstance(a, str):
-                notes.bad(f"{path.name}, object {number}", "malformed object", a)
+                notes.bad(f"{path.name}, object {at}", "malformed object", a)
             else:
-                annotations.append({"id": f"{path.name}:{number}", "image_id": ident, **a})
+                annotations.append({"id": f"{path.name}:{at}", "image_id": ident, **a})
     if source.listing is None:
         for name in unused:
             notes.skip(name, "image without a label file")
@@ -167,13 +169,13 @@ def _xml_files(source: Source, notes: Notes) -> list[Path]:
             raise UserError(f"{source.annotations}: holds no label files (*.xml)")
         return found
     found = []
-    for number, line in enumerate(read_text(source.listing).split("\n"), start=1):
+    for at, line in enumerate(read_text(source.listing).split("\n"), start=1):
         fields = line.split()  # lists of one class have 1, 0 or -1 behind the name
         name = line.strip() if len(fields) != 2 or fields[1] not in ("1", "0", "-1") else fields[0]
         if not name:
             continue
         if "/" in name or "\\" in name or "\0" in name:
-            notes.bad(f"{source.listing.name}, line {number}", "malformed, it is no name of an image", name)
+            notes.bad(f"{source.listing.name}, line {at}", "malformed, it is no name of an image", name)
             continue
         path = source.annotations / f"{name}.xml"
         if not path.is_file() and Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -181,7 +183,7 @@ def _xml_files(source: Source, notes: Notes) -> list[Path]:
         if path.is_file():
             found.append(path)
         else:
-            notes.bad(f"{source.listing.name}, line {number}", "missing label file", f"{path} does not exist")
+            notes.bad(f"{source.listing.name}, line {at}", "missing label file", f"{path} does not exist")
     if not found:
         raise UserError(f"{source.listing}: names no label file")
     return found
@@ -234,3 +236,56 @@ def _number(element: Element, tag: str) -> float:
     if not abs(value) <= FARTHEST or "_" in text:
         raise ValueError(f"{tag} of its {element.tag} is not finite, beyond 10,000,000 pixels or oddly written")
     return value
+
+
+def write(folder: Path, split: str, names: Sequence[str], pictures: Iterable[Picture], lose: Lose) -> None:
+    """Writes the XML files and the list of a split, or the files of all ("all"), with all digits of the numbers.
+
+    Crowd regions and what is to be ignored are left out. Coordinates are those of LabelImg, CVAT and Roboflow, pixels
+    from the image's corner on. A mask is a `polygon`, an oriented box a `polygon` or a `robndbox`, beside the `bndbox`
+    around it.
+    """
+    (folder / "Annotations").mkdir(exist_ok=True)
+    listed = []
+    for picture in pictures:
+        listed.append(f"{Path(picture.name).stem}\n")
+        root = Element("annotation")
+        SubElement(root, "filename").text = picture.name
+        size = SubElement(root, "size")
+        for tag, value in zip(("width", "height", "depth"), (*picture.size, 3), strict=True):
+            SubElement(size, tag).text = str(value)
+        for shape in picture.shapes:
+            if shape.difficult > 1:
+                lose(picture.name, "crowd region or object to be ignored")
+            else:
+                _add(SubElement(root, "object"), shape, names[shape.label])
+        indent(root)
+        path = (folder / "Annotations" / picture.name).with_suffix(".xml")
+        path.write_bytes(tostring(root, encoding="utf-8") + b"\n")
+    if split != "all":
+        lists = folder / "ImageSets" / "Main"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text("".join(listed), encoding="utf-8")
+
+
+def finish(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
+    """Writes what all splits share: the order of the classes."""
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def _add(element: Element, shape: Shape, name: str) -> None:
+    SubElement(element, "name").text = name
+    for flag in ("truncated", "difficult"):
+        SubElement(element, flag).text = str(int(shape.flags.get(flag) or 0))
+    x, y, w, h = shape.bbox
+    box = SubElement(element, "bndbox")
+    for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), (x, y, x + w, y + h), strict=True):
+        SubElement(box, tag).text = number(value)
+    if shape.rbox is not None:
+        rotated = SubElement(element, "robndbox")
+        for tag, value in zip(("cx", "cy", "w", "h", "angle"), shape.rbox, strict=True):
+            SubElement(rotated, tag).text = number(value)
+    elif points := shape.polygon or shape.quad:
+        polygon = SubElement(element, "polygon")
+        for i, value in enumerate(points):
+            SubElement(polygon, f"{'xy'[i % 2]}{i // 2 + 1}").text = number(value)

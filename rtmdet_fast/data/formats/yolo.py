@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from rtmdet_fast.data.formats.files import (
     box_around,
     find_images_below,
     find_names,
+    numbers,
     read_names,
     read_text,
     settled,
 )
-from rtmdet_fast.data.source import Content, Notes, Source
+from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Shape, Source
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
 
@@ -25,6 +28,8 @@ LOOKED_FOR = "YOLO: data.yaml, images/{0} beside labels/{0}, {0}/images beside {
 SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
 KEYS = ("path", "names", "nc", "kpt_shape", *SPLIT_KEYS)
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+IMAGES, IMAGES_WHOLE = "images/{0}", "images"
+"""Where the writer puts the images of a split, and those of a data set that is not divided."""
 LEAST, MOST = -1.0, 2.0  # of what is a share of a side: what lies farther out was written in pixels
 
 
@@ -269,3 +274,58 @@ def _first_line(path: Path) -> str:
 
 def _is_labels(path: Path) -> bool:
     return path.name not in NAMES_FILES and not isinstance(_row(_first_line(path).split()), str)
+
+
+def write(folder: Path, split: str, names: Sequence[str], pictures: Iterable[Picture], lose: Lose) -> None:
+    """Writes the label files of a split, or of all ("all"), with all digits of the numbers.
+
+    Crowd regions and what is to be ignored are left out, and so are boxes outside the image or without area, and images
+    of unknown size; boxes are cut at the image's edges. That an object is difficult or truncated is lost. Images whose
+    order is not that of their names get a list, which keeps it.
+    """
+    labels = folder / ("labels" if split == "all" else f"labels/{split}")
+    labels.mkdir(parents=True, exist_ok=True)
+    order = []
+    for picture in pictures:
+        order.append(picture.name)
+        lines = []
+        for shape in picture.shapes:
+            if shape.difficult > 1:
+                lose(picture.name, "crowd region or object to be ignored")
+                continue
+            if shape.difficult:
+                lose(picture.name, "that an object is difficult")
+            shares = _shares(shape, *picture.size)
+            if shares is None:
+                lose(picture.name, "box outside the image or without area")
+            else:
+                lines.append(f"{shape.label} {numbers(shares)}\n")
+        (labels / picture.name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+    if order != sorted(order) and split != "all":
+        listed = "".join(f"./images/{split}/{name}\n" for name in order)
+        (folder / f"{split}.txt").write_text(listed, encoding="utf-8")
+
+
+def finish(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
+    """Writes what all splits share: data.yaml."""
+    places = {split: f"{split}.txt" if (folder / f"{split}.txt").is_file() else f"images/{split}" for split in splits}
+    lines = [f"{split}: {place}" for split, place in places.items() if split != "all"]
+    lines += [f"nc: {len(names)}", "names:"]
+    # JSON's text in quotation marks is YAML's
+    lines += [f"  {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(names)]
+    (folder / "data.yaml").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _shares(shape: Shape, width: int, height: int) -> list[float] | None:
+    """The numbers of an object's line: those of its polygon or corners, or else of its box, where it has any."""
+    points = shape.polygon or shape.quad
+    if points is not None:
+        return [v / side for v, side in zip(points, (width, height) * (len(points) // 2), strict=True)]
+    x, y, w, h = shape.bbox
+    if x < 0 or y < 0 or x + w > width or y + h > height:
+        x1, y1 = min(x + w, width), min(y + h, height)
+        x, y = max(x, 0), max(y, 0)
+        w, h = x1 - x, y1 - y
+    if w <= 0 or h <= 0:
+        return None
+    return [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
