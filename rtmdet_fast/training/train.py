@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,8 @@ from tqdm import tqdm
 from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.image_cache import ImageCache, room_for_images
+from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
@@ -31,6 +31,7 @@ from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoi
 from rtmdet_fast.models.detector import Detector, Targets
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.batch_size import find_batch_size
 from rtmdet_fast.training.callbacks import (
     Callback,
     Callbacks,
@@ -40,8 +41,9 @@ from rtmdet_fast.training.callbacks import (
     set_random_states,
 )
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import any_process, gather, join_processes
-from rtmdet_fast.training.loggers import TensorBoard
+from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
+from rtmdet_fast.training.horizon import Horizon, clock
+from rtmdet_fast.training.loggers import LOGGERS
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -59,6 +61,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         model: to start from in place of `init`; it stays as it is. Layers of other classes start fresh.
         callbacks: told of the run while it goes.
     """
+    started = clock()
     settings = resolve(config)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
@@ -89,6 +92,15 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
         )
+    if config.batch_size == "auto":
+        batch_size = find_batch_size(settings, dataset)
+        lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * world_size)
+        settings = replace(settings, batch_size=batch_size, lr=lr)
+    if settings.cache is not None:
+        dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
+    repeats = None
+    if settings.repeat_threshold is not None:
+        repeats = repeat_factors(dataset.labels_by_image, settings.repeat_threshold)
     check = ImageCheck(dataset, *([val_dataset] if val_dataset is not None else [])) if rank == 0 else None
     sampler = PlanSampler(
         len(dataset),
@@ -98,6 +110,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         settings.num_workers,
         rank=rank,
         world_size=world_size,
+        repeats=repeats,
     )
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
@@ -109,13 +122,14 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         persistent_workers=settings.num_workers > 0,
     )
     steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
-    total = steps_per_epoch * settings.epochs
-    warmup = settings.warmup_iterations
-    if warmup is None:
-        warmup = min(recipe.warmup, total // 10)
+    horizon = Horizon(settings.epochs, settings.stage2_epochs)
+    total = horizon.epochs * steps_per_epoch
 
     torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
     model = make_model(settings, dataset, model)
+    frozen = [model.backbone] if settings.freeze == "backbone" else []
+    for part in frozen:
+        part.requires_grad_(False)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -134,10 +148,13 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     if settings.compile:
         step_model = torch.compile(step_model)
 
+    if settings.progress:
+        tell_settings(config, settings, sampler)
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
     iteration = epoch = first_step = 0
     best_epoch, best_metrics = None, {}
+    seconds_before = validation_seconds = 0.0  # of the last validation
     epoch_loss = torch.zeros((), device=device)
     if settings.resume:
         state = read_training_state(last, settings)
@@ -153,6 +170,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             random_numbers = state["random_states"][rank]
             set_random_states(random_numbers)
             epoch_loss += state.get("epoch_loss", 0.0)
+            seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
+            horizon = Horizon(*state["horizon"])
         ema.step = iteration = state["iteration"]
         epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
@@ -165,25 +184,34 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         with damage_told(last):
             meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
-    listeners = Callbacks([TensorBoard(), *callbacks] if rank == 0 else ())
+    listeners = Callbacks([*(LOGGERS[name][0]() for name in settings.loggers), *callbacks] if rank == 0 else ())
     listeners.tell("on_start", settings, iteration)
-    started, first_iteration = time.perf_counter(), iteration
-    validating = 0.0
+    deadline = math.inf if settings.time is None else started - seconds_before + settings.time
+    begun, first_iteration = clock(), iteration
+    training_seconds = 0.0
     stopped = False
 
-    while epoch < settings.epochs and not stopped:
-        stage2 = epoch >= settings.epochs - settings.stage2_epochs
+    while epoch < horizon.epochs and not stopped:
+        total = horizon.epochs * steps_per_epoch
+        warmup = settings.warmup_iterations
+        if warmup is None:
+            warmup = min(recipe.warmup, total // 10)
+        stage2 = epoch >= horizon.stage2_begin
         sampler.set_stage2(stage2)
         sampler_state = sampler.state_dict()
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
+        for part in frozen:
+            part.eval()
         batches = timed(iter(loader), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
-        name = f"epoch {epoch + 1}/{settings.epochs}"
+        number = epoch + 1
+        name = f"epoch {number}/{horizon.epochs}"
         progress = partial(
-            Progress, epoch=epoch + 1, epochs=settings.epochs, iterations=total, model=ema.model, stop=listeners.stop
+            Progress, epoch=number, epochs=horizon.epochs, iterations=total, model=ema.model, stop=listeners.stop
         )
+        epoch_begun = clock()
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
         for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
@@ -221,7 +249,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             if iteration % LOG_EVERY == 0 or iteration == total:
                 metrics = {"lr": lr, **meter.read()}
                 if log is not None:
-                    log.write({"epoch": epoch + 1, "iteration": iteration, **metrics})
+                    log.write({"epoch": number, "iteration": iteration, **metrics})
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
                     f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
@@ -230,21 +258,30 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
             # Several processes ask each other now and then: to do so is to wait for the device.
             if world_size == 1 or iteration % LOG_EVERY == 0:
-                stopped = any_process(listeners.stopped, device)
+                out_of_time = clock() > deadline - validation_seconds
+                stopped = any_process(listeners.stopped or (rank == 0 and out_of_time), device)
             if stopped:
                 break
         bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
-        step = step + 1
-        if step == steps_per_epoch:
-            epoch, step, sampler_state = epoch + 1, 0, sampler.state_dict()
+        epoch_seconds = (clock() - epoch_begun) / (step + 1 - first_step) * steps_per_epoch
+        training_seconds += clock() - epoch_begun
+        step = (step + 1) % steps_per_epoch  # 0: the epoch is over
+        if step == 0:
+            epoch, sampler_state = epoch + 1, sampler.state_dict()
 
         samplers, random_numbers = zip(*gather((sampler_state, random_states()), world_size), strict=True)
-        if log is not None:  # the first process alone validates and writes
+        if log is not None:  # the first process alone validates, decides and writes
             metrics = {"loss": epoch_loss.item()}
-            if val_dataset is not None and step == 0 and due(epoch, settings):
-                validation_started = time.perf_counter()
+            if stopped and not listeners.stopped and epoch < horizon.epochs:
+                horizon = Horizon(epoch, 0, "time")
+            elif step == 0 and settings.time is not None:
+                expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
+                horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
+            ended = step == 0 or horizon.epochs == epoch
+            if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
+                validation_begun = clock()
                 with random_numbers_kept():  # how often it is validated changes nothing
                     evaluation = evaluate(
                         ema.model,
@@ -253,14 +290,22 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                         num_workers=settings.num_workers,
                         progress=settings.progress,
                     )
-                validating += time.perf_counter() - validation_started
-                log.write({"epoch": epoch, "iteration": iteration, **evaluation.metrics})
+                validation_seconds = clock() - validation_begun
+                log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
                 if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
-                    best_epoch, best_metrics = epoch, evaluation.metrics
+                    best_epoch, best_metrics = number, evaluation.metrics
                     ema.model.save(best)
+                if settings.patience is not None:
+                    planned, horizon = horizon, horizon.out_of_patience(epoch, best_epoch, settings.patience)
+                    if settings.progress and horizon != planned:
+                        left = horizon.epochs - epoch
+                        tqdm.write(
+                            f"no better {task.criterion} for {settings.patience} epochs: "
+                            + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
+                        )
                 meter.restart()
-            if settings.progress and step == 0:
+            if settings.progress and ended:
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
                 tqdm.write(f"{name}: {figures}")
@@ -277,6 +322,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                     "epoch": epoch,
                     "step": step,
                     "iteration": iteration,
+                    "horizon": list(astuple(horizon)),
+                    "seconds": [clock() - started + seconds_before, validation_seconds],
                     "best_epoch": best_epoch,
                     "best_metrics": best_metrics,
                     "epoch_loss": epoch_loss.item() if step else 0.0,
@@ -287,24 +334,25 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 ema.model.save(best)
             if check is not None:
                 check.report()
-            if step == 0:
+            if ended:
                 listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
         stopped = any_process(listeners.stopped, device)
+        horizon = gather(horizon, world_size)[0]
         first_step = 0
         epoch_loss.zero_()
 
-    seconds = time.perf_counter() - started
-    pace = (seconds - validating) / max(iteration - first_iteration, 1)
+    seconds = clock() - begun
+    pace = training_seconds / max(iteration - first_iteration, 1)
     report = None
-    cancelled = epoch < settings.epochs
-    if settings.report and not cancelled:
+    ended_by = "callback" if epoch < horizon.epochs else horizon.reason
+    if settings.report and ended_by != "callback":
         report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
     skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
         noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
     counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, cancelled)
+    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, ended_by)
     listeners.tell("on_end", result)
     return result
 
@@ -312,18 +360,21 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    options = {} if start is None else start.saved_options()
+    given, options = None, {}
+    if start is not None:
+        meta = {"rtmdet_fast": start.saved_options()}
+        given = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, meta)
+        options = {name: value for name, value in start.inspect(given).options.items() if value is not None}
     model = recipe.build(class_names=dataset.class_names, **options)
     if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
             f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
             stacklevel=2,
         )
-    if settings.init is not None or start is not None:
-        if start is None:
-            checkpoint = read_checkpoint(resolve_weights(settings.init))
-        else:
-            checkpoint = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, {})
+    if settings.freeze and settings.init is None and start is None and not settings.resume:
+        raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
+    checkpoint = given if settings.init is None else read_checkpoint(resolve_weights(settings.init))
+    if checkpoint is not None:
         model.load_weights(checkpoint)
         before = checkpoint.class_names
         if before and before != model.class_names and len(before) == len(model.class_names):
@@ -338,13 +389,35 @@ def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None)
     return model
 
 
-def due(epoch: int, settings: Settings) -> bool:
-    """Whether the epoch, counted from 1, ends with a validation."""
-    if epoch == settings.epochs:
-        return True
-    if settings.val_interval is not None:
-        return epoch % settings.val_interval == 0
-    return epoch % max(settings.epochs // 30, 1) == 0 or epoch > settings.epochs - settings.stage2_epochs
+def image_cache(amount: str, dataset: CocoDataset, *, told: bool) -> ImageCache | None:
+    """Of the size that the images need or that there is room for; None, with a warning, where there is none."""
+    needed, processes = dataset.decoded_bytes, process_count()
+    room = room_for_images(amount, processes)
+    try:
+        cache = ImageCache(len(dataset), min(needed, room))
+    except MemoryError as error:
+        warnings.warn(f"--cache {amount}: {error}; images are decoded each time", stacklevel=2)
+        return None
+    if told:
+        share = f"all {len(dataset)}" if room >= needed else f"{room / needed:.0%} of {len(dataset)}"
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        tqdm.write(f"cache: {min(needed, room) / 1e9:.2f} GB of memory, shared by loaders{each}, for {share} images")
+    return cache
+
+
+def tell_settings(config: TrainConfig, settings: Settings, sampler: PlanSampler) -> None:
+    """Says what was worked out for the run and decides much."""
+    recipe, images = settings.recipe, settings.batch_size * settings.accumulate * process_count()
+    if config.lr is None:
+        rate = f"learning rate {settings.lr:.3g}: {recipe.lr:g} at {recipe.lr_batch} images a step, here {images}"
+        tqdm.write(f"batch size {settings.batch_size}{' (auto)' if config.batch_size == 'auto' else ''}, {rate}")
+    elif config.batch_size == "auto":
+        tqdm.write(f"batch size {settings.batch_size} (auto)")
+    if sampler.repeats is not None:
+        more = int((sampler.repeats > 1).sum())
+        tqdm.write(
+            f"an epoch shows {sampler.epoch_length} images: of {sampler.dataset_length} there are {more} repeated"
+        )
 
 
 def on_its_way(value: torch.Tensor) -> Callable[[], float]:

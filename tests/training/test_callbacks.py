@@ -6,88 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from told import Told, assert_same_run, state
 
 from rtmdet_fast import RTMDet, UserError
-from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.training.callbacks import Callback, Logger
-from rtmdet_fast.training.config import TrainConfig
 from rtmdet_fast.training.run_log import read_metrics
 from rtmdet_fast.training.train import train
 
 STEPS = 18 // 4
 """Of an epoch."""
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("shapes"), num_train=18, num_val=4, image_size=96)
-
-
-@pytest.fixture
-def config(shapes, tmp_path):
-    return TrainConfig(
-        train=shapes.train_ann,
-        train_images=shapes.train_images,
-        val=shapes.val_ann,
-        val_images=shapes.val_images,
-        out=tmp_path / "run",
-        size="nano",
-        epochs=3,
-        stage2_epochs=1,
-        batch_size=4,
-        image_size=64,
-        num_workers=0,
-        device="cpu",
-        val_interval=1,
-        progress=False,
-        report=False,
-    )
-
-
-class Told(Callback):
-    """Keeps what it is told, and ends the run after a step or an epoch."""
-
-    def __init__(self, step=None, epoch=None):
-        self.events, self.steps, self.epochs, self.step, self.epoch = [], [], [], step, epoch
-
-    def on_start(self, settings, iteration):
-        self.events.append(("start", iteration))
-
-    def on_step(self, progress):
-        self.events.append(("step", progress.iteration))
-        self.steps.append((progress.epoch, progress.iteration, progress.iterations, dict(progress.metrics)))
-        assert sum(progress.losses.values()).isfinite() and not progress.model.training
-        if progress.iteration == self.step:
-            progress.stop()
-
-    def on_epoch(self, progress):
-        self.events.append(("epoch", progress.epoch))
-        self.epochs.append((progress.epoch, progress.epochs, progress.iteration, dict(progress.metrics)))
-        if progress.epoch == self.epoch:
-            progress.stop()
-
-    def on_end(self, result):
-        self.events.append(("end", result))
-
-
-def state(result):
-    return torch.load(result.last, weights_only=True)["training"]
-
-
-def assert_same_run(one, other):
-    a, b = state(one), state(other)
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
-    moments = a["optimizer"]["state"], b["optimizer"]["state"]
-    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
-    assert one.metrics == other.metrics and one.best_epoch == other.best_epoch
-    assert a["iteration"] == b["iteration"] and a["epoch_loss"] == b["epoch_loss"]
-    drop = {"images_per_second", "data_wait"}
-    rows = [
-        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(result.last.with_name("metrics.csv"))]
-        for result in (one, other)
-    ]
-    assert rows[0] == rows[1]
 
 
 def test_a_callback_is_told_every_step_every_epoch_and_the_end(config):
@@ -103,7 +30,7 @@ def test_a_callback_is_told_every_step_every_epoch_and_the_end(config):
     assert [f"{step[3]['loss']:.6g}" for step in logged] == [row["loss"] for row in rows if row["loss"]]
     assert [f"{epoch[3]['AP']:.6g}" for epoch in told.epochs] == [row["AP"] for row in rows if row["AP"]]
     assert all(epoch[3]["loss"] > 0 for epoch in told.epochs)
-    assert not result.cancelled
+    assert result.ended_by is None
 
 
 class Broken(Logger):
@@ -146,11 +73,11 @@ def test_a_run_that_a_callback_ended_goes_on_to_the_bit(config, tmp_path, step, 
     broken = replace(config, out=tmp_path / "broken")
     told = Told(step=step)
     stopped = train(broken, callbacks=[told])
-    assert stopped.cancelled and told.steps[-1][1] == step and state(stopped)["iteration"] == step
+    assert stopped.ended_by == "callback" and told.steps[-1][1] == step and state(stopped)["iteration"] == step
     assert stopped.best.exists() and stopped.report is None
     again = Told()
     resumed = train(replace(broken, resume=True), callbacks=[again])
-    assert again.events[0] == ("start", step) and not resumed.cancelled
+    assert again.events[0] == ("start", step) and resumed.ended_by is None
     assert_same_run(whole, resumed)
 
 
@@ -180,8 +107,8 @@ def test_random_numbers_drawn_by_a_callback_change_none_of_the_runs(config, tmp_
 
 def test_a_run_ended_after_an_epoch_was_validated(config):
     result = train(config, callbacks=[Told(epoch=2)])
-    assert result.cancelled and state(result)["epoch"] == 2 and result.metrics
-    assert not train(replace(config, out=config.out / "b"), callbacks=[Told(epoch=3)]).cancelled
+    assert result.ended_by == "callback" and state(result)["epoch"] == 2 and result.metrics
+    assert train(replace(config, out=config.out / "b"), callbacks=[Told(epoch=3)]).ended_by is None
 
 
 def test_a_run_starts_from_a_model_in_memory(config):

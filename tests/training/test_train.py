@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from rtmdet_fast import RTMDet, UserError
-from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.kernels import nms as nms_kernels
 from rtmdet_fast.models.detector import Targets
@@ -26,32 +25,6 @@ from rtmdet_fast.training.run_log import RunLog, read_metrics
 from rtmdet_fast.training.schedule import parameter_groups
 from rtmdet_fast.training.state import STATE, remove_run
 from rtmdet_fast.training.train import train
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("shapes"), num_train=18, num_val=4, image_size=96)
-
-
-@pytest.fixture
-def config(shapes, tmp_path):
-    return TrainConfig(
-        train=shapes.train_ann,
-        train_images=shapes.train_images,
-        val=shapes.val_ann,
-        val_images=shapes.val_images,
-        out=tmp_path / "run",
-        size="nano",
-        epochs=3,
-        stage2_epochs=1,
-        batch_size=4,
-        image_size=64,
-        num_workers=0,
-        device="cpu",
-        val_interval=1,
-        progress=False,
-        report=False,
-    )
 
 
 def weights(path, *keys):
