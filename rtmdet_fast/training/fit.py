@@ -55,13 +55,12 @@ def config_for(model: Detector, options: dict[str, Any]) -> TrainConfig:
         "image_size": model.image_size,
         "device": "auto" if place.type == "cpu" else str(place),
     }
-    return TrainConfig(**own | {name: _as_paths(value, known[name]) for name, value in options.items()})
+    return TrainConfig(**own | {name: _as_typed(value, known[name]) for name, value in options.items()})
 
 
-def _as_paths(value: Any, kind: str) -> Any:
+def _as_typed(value: Any, kind: str) -> Any:
     """A setting as the command line hands it on: paths from text, several from one."""
-    if not kind.startswith(("Path", "tuple[Path")) or value is None:
-        return value
-    if kind.startswith("Path"):
-        return Path(value)
-    return tuple(map(Path, [value] if isinstance(value, (str, Path)) else value))
+    if kind.startswith("tuple"):
+        value = [value] if isinstance(value, (str, Path)) else value
+        return tuple(map(Path, value) if "Path" in kind else value)
+    return Path(value) if kind.startswith("Path") and value is not None else value
