@@ -148,7 +148,7 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
     return Recipe(
         size=size,
         version=version,
-        build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries),
+        build=partial(RTDETR, size, version=version, num_queries=300 if queries is None else queries),
         needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
