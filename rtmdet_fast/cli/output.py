@@ -32,10 +32,10 @@ def skipped_lines(skipped: dict[str, int], noticed: dict[str, int]) -> list[str]
 
 
 def thresholds_told(class_names: Sequence[str], thresholds: Sequence[float], most: int = 8) -> str:
-    """Which score each class was asked for."""
+    """The score threshold of each class, in words."""
     told = [f"{name} {threshold:.2f}" for name, threshold in zip(class_names, thresholds, strict=True)]
     more = f" and {len(told) - most} more" if len(told) > most else ""
-    return f"score thresholds of the weights: {', '.join(told[:most])}{more} (--score-threshold sets one for all)"
+    return f"{', '.join(told[:most])}{more}"
 
 
 def figure(value: float) -> str:

@@ -19,6 +19,7 @@ import torch
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, image_size, is_id, is_number, is_numbers, read_flag
 from rtmdet_fast.data.formats import FORMATS
+from rtmdet_fast.data.image_cache import ImageCache
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
 from rtmdet_fast.data.source import Notes, Source
 from rtmdet_fast.errors import UserError, shown
@@ -68,6 +69,8 @@ class CocoDataset:
     """
 
     box_dim = 4
+    cache: ImageCache | None = None
+    """Keeps decoded images for `load`, where one was set before loader processes begin."""
 
     def __init__(
         self,
@@ -200,6 +203,16 @@ class CocoDataset:
             raise RuntimeError("made with training=True: make one without it to evaluate or write")
         return self._content
 
+    @property
+    def decoded_bytes(self) -> int:
+        """What all images take in memory, as far as their sizes are known (see `longest_side`)."""
+        return int(3 * self._sizes.prod(1).sum())
+
+    @property
+    def labels_by_image(self) -> list[np.ndarray]:
+        """The labels of each image's objects, without crowd regions."""
+        return np.split(self._labels, self._starts[1:-1])
+
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools import mask
@@ -245,11 +258,15 @@ class CocoDataset:
     def _load(self, index: int) -> Sample:
         path = self.image_dir / self.files[index]
         width, height = self._sizes[index].tolist()
-        try:
-            image = read_image(path, (width, height) if width else None)
-        except UserError as error:
-            how = "replace it, or leave such images out with --skip-bad"
-            raise UserError(f"{error} (listed in {self.annotation_path}); {how}") from None
+        image = None if self.cache is None else self.cache.get(index)
+        if image is None:
+            try:
+                image = read_image(path, (width, height) if width else None)
+            except UserError as error:
+                how = "replace it, or leave such images out with --skip-bad"
+                raise UserError(f"{error} (listed in {self.annotation_path}); {how}") from None
+            if self.cache is not None:
+                self.cache.put(index, image)
         h, w = image.shape[:2]
         if width and (w, h) != (width, height):
             if not self._real_sizes.any():

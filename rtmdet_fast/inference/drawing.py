@@ -47,6 +47,7 @@ def draw_detections(
     line_width: int | None = None,
     masks: Masks | None = None,
     colors: Sequence[tuple[int, int, int]] | None = None,
+    track_ids: Array | None = None,
 ) -> np.ndarray:
     """A copy of `image` with its masks, boxes, names and scores.
 
@@ -55,6 +56,7 @@ def draw_detections(
     line_width: in pixels, by default by the size of the image
     masks: in pixels of `image`; each is filled so that the image shows through, within a solid contour
     colors: BGR of each box; those of the classes where not given
+    track_ids: [n], behind the name where they are not negative
     Boxes that are not finite are left out. A name with letters that the font lacks is drawn as "#" and its label, of
     which a warning tells.
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
@@ -67,10 +69,12 @@ def draw_detections(
     boxes_np = _array(boxes, np.float32)
     labels_np = _array(labels, np.int64)
     scores_np = None if scores is None else _array(scores, np.float32)
+    ids = np.full(len(labels_np), -1) if track_ids is None else _array(track_ids, np.int64)
     finite = np.flatnonzero(np.isfinite(boxes_np).all(-1))
     boxes_np, labels_np = boxes_np[finite], labels_np[finite]
     inks = [class_color(label) for label in labels_np.tolist()] if colors is None else [colors[i] for i in finite]
     scores_np = None if scores_np is None else scores_np[finite]
+    ids = ids[finite]
     if not len(boxes_np):
         return canvas
     height, width = canvas.shape[:2]
@@ -102,6 +106,8 @@ def draw_detections(
     left = height * width / 4
     for i in order:
         text = drawable_name(str(names[labels_np[i]]), int(labels_np[i]))
+        if ids[i] >= 0:
+            text += f" #{ids[i]}"
         if scores_np is not None:
             text += f" {scores_np[i]:.2f}"
         glyphs = _text(text, font_size)

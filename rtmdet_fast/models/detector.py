@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from rtmdet_fast.models.checkpoint import (
 )
 from rtmdet_fast.models.fold import folded_copy
 
+Color = Literal["bgr", "rgb"]
 MAX_IMAGE_SIZE = 16384
 SCORE_THRESHOLD = 0.3
 """Of `predict`, for models without `score_thresholds` of their own."""
@@ -294,6 +295,7 @@ class Detector(nn.Module):
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> list[Results]: ...
 
     @overload
@@ -307,6 +309,7 @@ class Detector(nn.Module):
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> Results: ...
 
     def predict(
@@ -319,10 +322,12 @@ class Detector(nn.Module):
         image_size: int | None = None,
         patch_size: int | None = None,
         batch_size: int = 8,
+        color: Color = "bgr",
     ) -> Results | list[Results]:
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
 
-        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
+        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image. The results' own
+        images are BGR in any case.
 
         Args:
             images: an image, or a list of them.
@@ -335,6 +340,7 @@ class Detector(nn.Module):
                 overlaps, and what is found in them is merged; the model's own (rotated boxes only) where not given, 0
                 for never.
             batch_size: images, or windows, in a pass.
+            color: of arrays: bgr, as OpenCV reads them, or rgb, as most others do. Paths and PIL images need none.
         """
         published = self.test_settings
         thresholds = None
@@ -357,6 +363,8 @@ class Detector(nn.Module):
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         if max_detections is not None and max_detections < 0:
             raise UserError(f"max_detections is {max_detections}; it must be at least 0")
+        if color not in get_args(Color):
+            raise UserError(f"color {color!r} is unknown; choose one of {', '.join(get_args(Color))}")
         if patch_size and patch_size < 32:
             raise UserError(f"patch_size is {patch_size}; windows have 32 pixels or more, 0 is for none")
         size = check_image_size(self.image_size if image_size is None else image_size)
@@ -365,7 +373,7 @@ class Detector(nn.Module):
         results: list[Results] = []
         for start in range(0, len(sources), batch_size):
             chunk = sources[start : start + batch_size]
-            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s) for s in chunk]
+            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s, color) for s in chunk]
             found = self.detect_images(arrays, size, patch_size, settings=settings, batch_size=batch_size)
             for source, array, detections in zip(chunk, arrays, found, strict=True):
                 if thresholds is not None:
@@ -440,6 +448,85 @@ class Detector(nn.Module):
             device=next((parameter.device for parameter in self.parameters()), None),
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
+
+    def fit(self, data: Any = None, **options: Any) -> Any:
+        """Train this model from the weights that it has; afterwards it holds the best ones, in eval mode.
+
+        The best are those of best.pth: averaged, of the epoch with the best AP (with masks, mask AP; of rotated boxes,
+        AP50), without validation data of the last one. The model's tensors are new ones then: an optimiser or a
+        predictor made before has the old.
+
+        Classes are those of the training data: `class_names` becomes theirs. Where they are as many as before, all
+        weights are kept, in the order of the classes (with a warning where names differ); otherwise the layers that
+        tell classes apart begin anew, and a warning names them.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast train --data`.
+            callbacks: of `rtmdet_fast.training.callbacks.Callback`, told of steps, epochs and the end; each can end the
+                run.
+            options: settings of `rtmdet-fast train`, as `rtmdet_fast.training.config.TrainConfig` has them (`--lr 1e-3`
+                is lr=1e-3), but for those that the model has itself: model, size, version, queries, task and init.
+                image_size is the model's own where not given, and device is where the model is, or, for one on the
+                CPU, the first GPU.
+
+        Returns:
+            The run's `TrainResult`. Raises UserError for bad input; the model is then as it was.
+        """
+        from rtmdet_fast.training.fit import fit  # which stands above
+
+        if data is not None:
+            options["data"] = data
+        return fit(self, **options)
+
+    def evaluate(
+        self,
+        data: Any = None,
+        *,
+        ann: str | Path | None = None,
+        images: str | Path | None = None,
+        split: str = "val",
+        image_size: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        match_by_position: bool = False,
+        skip_bad: bool = False,
+        progress: bool = True,
+    ) -> Any:
+        """Detect on every image of a data set with the task's published test settings, and compare with the truth.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast eval --data`.
+            ann: in its place the annotations, and with `images` the folder of the images.
+            images: see `ann`.
+            split: of `data`.
+            image_size: side in pixels of the square network input; the model's own where not given.
+            batch_size: images in a pass.
+            num_workers: processes that load images; 0 for none beside this one.
+            match_by_position: takes classes none of whose names is the model's for the same ones in the same order.
+            skip_bad: goes on over unreadable images and invalid annotations, and counts them.
+            progress: shows a bar.
+
+        Returns:
+            An `Evaluation`: `metrics` as the command prints them, `per_class`, `pr_curves`, `detections`. Raises
+            UserError where the data cannot be read or has other classes.
+        """
+        from rtmdet_fast.data.layout import find_sources, source_of
+        from rtmdet_fast.evaluation.evaluate import evaluate
+        from rtmdet_fast.tasks import TASKS
+
+        if (data is None) == (ann is None) or (ann is None) != (images is None):
+            raise UserError("give the folder of a data set, or both ann and images")
+        if split not in (splits := ("train", "val", "test")):
+            raise UserError(f"split {split!r} is unknown; choose one of {', '.join(splits)}")
+        dataset = TASKS[self.task].open_dataset(
+            (source_of(Path(ann), Path(images)),) if ann and images else find_sources(data, split),
+            skip_bad=skip_bad,
+            class_names=self.class_names,
+            match_by_position=match_by_position,
+        )
+        return evaluate(
+            self, dataset, image_size=image_size, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
 
     def export(self, path: str | Path, **options: Any) -> Any:
         """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
@@ -524,8 +611,8 @@ class Detector(nn.Module):
         model.load_weights(checkpoint)
         for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
             setattr(model, name, size_in_pixels)
-        if model.class_names == checkpoint.class_names:
-            model.score_thresholds = trained_thresholds(checkpoint, len(model.class_names))
+        same = model.class_names == checkpoint.class_names
+        model.score_thresholds = trained_thresholds(checkpoint, len(model.class_names)) if same else None
         return model.eval()
 
 

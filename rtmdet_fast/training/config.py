@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtmdet_fast.errors import UserError
 
@@ -26,6 +27,8 @@ BOUNDS = {
     "seed": (0, 2**32 - 1),
     "weight_decay": (0, 1e9),
     "ema_momentum": (0, 1),
+    "patience": (1, 10**6),
+    "repeat_threshold": (0, 1),
 }
 """The least and the greatest value of a setting."""
 
@@ -67,8 +70,9 @@ class TrainConfig:
     """Last epochs without strong augmentation: mosaic and mixup (which rotated never has), of rtdetr distortion,
     zoom-out, crop and change of image size; 20 of 300 in proportion where not given, of rtdetr 0 or, version 2, 1 to 3
     of its published epochs in proportion."""
-    batch_size: int | None = None
-    """Images per step and process; 32 (rotated: 8, rtdetr: 16) where not given."""
+    batch_size: int | Literal["auto"] | None = None
+    """Images per step and process; 32 (rotated: 8, rtdetr: 16) where not given. auto: what the GPU's memory has room
+    for, or 8 on a CPU, but no more than the published number a step, nor than a 16th of the training images."""
     accumulate: int = 1
     """Batches whose gradients are added up before the optimiser steps."""
     image_size: int | None = None
@@ -82,8 +86,18 @@ class TrainConfig:
     """Steps of linear warm-up; 1000 (rtdetr: 2000, in version 1 none), but at most a tenth of the run, where not
     given."""
     ema_momentum: float | None = None
-    """Share of the new weights in the moving average, after its own warm-up; 2e-4, of rtdetr 1e-4 or, if that is more,
-    20 over the steps of the run, where not given."""
+    """Share of the new weights in the moving average, after its own warm-up. Where not given 2e-4 (rtdetr: 1e-4) in a
+    run as long as the published one, and more the shorter it is: rtmdet 27 over its steps (rotated: 8), rtdetr 20."""
+    freeze: Literal["backbone"] | None = None
+    """Part of the model that stays as --init has it, batch norms' statistics too: backbone."""
+    repeat_threshold: float | None = None
+    """Show images of rare classes more often: for a class in a share f of the images, t being this threshold,
+    sqrt(t / f) times an epoch (LVIS has 0.001). Each is shown once where not given."""
+    cache: str | None = None
+    """Keep decoded images in memory, for all loader processes together: ram, which takes up to half of what is free,
+    or an amount such as 8GB. The first epoch fills it."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where figures go besides metrics.csv: any of tensorboard, wandb, mlflow."""
     amp: str = "auto"
     """Mixed precision: none, bf16 or fp16; auto is bf16 on a GPU that has it and none elsewhere."""
     device: str = "auto"
@@ -94,6 +108,12 @@ class TrainConfig:
     """Seed of weights, order and augmentation."""
     val_interval: int | None = None
     """Epochs between validations; a thirtieth of the run, and every one of stage 2, where not given."""
+    patience: int | None = None
+    """Epochs without a better validation after which the run goes over to its last, --stage2-epochs, or, in these,
+    ends; never where not given."""
+    time: str | float | None = None
+    """Time for the run, such as 2h, 90m or 1h30m: as many of its epochs, stage 2 and last validation included, as it
+    has room for."""
     skip_bad: bool = False
     """Go on over unreadable images and invalid annotations, and count them."""
     resume: bool = False
@@ -125,6 +145,8 @@ class Settings(TrainConfig):
     """Of the first step after warm-up."""
     weight_decay: float
     num_workers: int
+    time: float | None
+    """In seconds."""
 
     @property
     def recipe(self) -> Recipe:
@@ -157,14 +179,27 @@ class TrainResult:
     """Images and annotations left out of training, and of validation, by reason."""
     noticed: dict[str, int]
     """Those that are odd and were used all the same."""
+    ended_by: str | None = None
+    """What ended it before the epochs asked for: "patience", "time", or "callback", after which `resume` goes on."""
 
 
 def check_bounds(config: Any) -> None:
     """Raises UserError where a setting of a command lies outside its BOUNDS."""
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name, None)
-        if value is not None and not least <= value <= most:
+        if value is not None and value != "auto" and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+
+
+def seconds_of(time: str | float) -> float:
+    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError where it is none of these."""
+    number = r"(\d+(?:\.\d+)?)"
+    parts = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(time).strip())
+    hours, minutes, rest = map(float, parts.groups("0")) if parts else (0.0, 0.0, 0.0)
+    seconds = 3600 * hours + 60 * minutes + rest
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--time {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
+    return seconds
 
 
 def resolve(config: TrainConfig) -> Settings:
@@ -172,10 +207,12 @@ def resolve(config: TrainConfig) -> Settings:
     # here: `rtmdet-fast --help` shows the settings, and has no need of PyTorch
     import torch
 
+    from rtmdet_fast.data.image_cache import bytes_of
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.models.detector import check_image_size
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.distributed import process_count
+    from rtmdet_fast.training.loggers import check_loggers
     from rtmdet_fast.training.recipe import RECIPES
 
     if config.task not in TASKS:
@@ -204,11 +241,18 @@ def resolve(config: TrainConfig) -> Settings:
     if not 0 <= stage2 <= epochs:
         raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {epochs}")
     image_size = recipe.image_size if config.image_size is None else config.image_size
-    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
+    # that of auto is found out once there is a model to try
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else recipe.batch_size
     lr = config.lr
     if lr is None:
-        images_per_step = batch_size * config.accumulate * process_count()
-        lr = recipe.lr * math.sqrt(images_per_step / recipe.lr_batch)
+        lr = recipe.lr_of(batch_size * config.accumulate * process_count())
+    if config.freeze not in (None, "backbone"):
+        raise UserError(f"--freeze {config.freeze!r} is unknown; choose backbone")
+    if config.cache is not None:
+        bytes_of(config.cache)
+    check_loggers(config.loggers)
+    if config.patience is not None and val is None:
+        raise UserError("--patience needs validation images: --val and --val-images, or --data with a part for it")
     workers = config.num_workers
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
@@ -225,8 +269,8 @@ def resolve(config: TrainConfig) -> Settings:
         "image_size": check_image_size(image_size),
         "lr": lr,
         "weight_decay": recipe.weight_decay if config.weight_decay is None else config.weight_decay,
-        "ema_momentum": recipe.ema_momentum if config.ema_momentum is None else config.ema_momentum,
         "num_workers": workers,
+        "time": None if config.time is None else seconds_of(config.time),
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)
 

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_coco import made_dataset, made_detections
-from test_errors import overlaps
+from made_detections import made_dataset, made_detections, overlaps
 
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds, greatest_overlaps
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections

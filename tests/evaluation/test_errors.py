@@ -5,30 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools import mask
+from made_detections import overlaps
 
 from rtmdet_fast.evaluation.errors import KINDS, PASSED, RIGHT, find_errors, gains
-from rtmdet_fast.evaluation.overlaps import LEAST_IOU, Overlaps, rotated_overlaps
+from rtmdet_fast.evaluation.overlaps import rotated_overlaps
 
 SHORT = dict(zip(("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), KINDS, strict=True))
-
-
-def overlaps(objects, detections, ignored=(), images=None, limit=100):
-    """Of rows image, label, x, y, w, h and image, label, score, x, y, w, h."""
-    objects = np.array(objects, float).reshape(-1, 6)
-    detections = np.array(detections, float).reshape(-1, 7)
-    detections = detections[np.lexsort((-detections[:, 2], detections[:, 0]))]
-    crowd = np.isin(np.arange(len(objects)), list(ignored))
-    iou = np.zeros((len(detections), len(objects)))
-    if iou.size:
-        iou = mask.iou(detections[:, 3:], objects[:, 2:], crowd.astype(int).tolist())
-    iou = iou * (detections[:, :1] == objects[:, 0])
-    dets, gts = np.nonzero(iou >= LEAST_IOU)
-    boxes = np.concatenate([objects[:, 2:4], objects[:, 2:4] + objects[:, 4:]], 1)
-    of_dets = detections[:, 0].astype(int), detections[:, 2], detections[:, 1].astype(int), detections[:, 5:].prod(1)
-    of_gts = objects[:, 0].astype(int), objects[:, 1].astype(int), objects[:, 4:].prod(1), boxes
-    most = int(max([*detections[:, 0], *objects[:, 0]], default=-1)) + 1 if images is None else images
-    return Overlaps(most, *of_dets, *of_gts, crowd, dets, gts, iou[dets, gts], limit)
 
 
 @pytest.mark.parametrize("case", range(3))

@@ -1,10 +1,10 @@
 import re
-from html.parser import HTMLParser
 
 import cv2
 import numpy as np
 import pytest
-from test_coco import made_dataset, made_detections
+from html_page import NASTY, Page
+from made_detections import made_dataset, made_detections
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation import report as module
@@ -15,7 +15,6 @@ from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.geometry.masks import Region, encode
 
 RECALL = np.linspace(0, 1, 101)
-NASTY = '<script>alert("x")</script> & $\\frac{1}{2}$'
 
 
 def sample(**changes):
@@ -30,31 +29,6 @@ def report(tmp_path, **changes):
     arguments |= {"pr_curves": {}, "settings": {}, "class_names": ("person",)}
     path = write_report(tmp_path / "runs" / "report.html", **arguments | changes)
     return path.read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Tags that may stay open, and every address a browser would load."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.addresses, self.tags, self.words = [], [], set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 def full(tmp_path, names, epochs=12):

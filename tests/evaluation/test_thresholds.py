@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_errors import overlaps
+from made_detections import overlaps
 
 from rtmdet_fast.evaluation.thresholds import GRID, confusion_matrix, score_curves
 

@@ -146,7 +146,7 @@ def test_runs_side_by_side(shapes, tmp_path, capsys):
     told = {name: row["threshold"] for name, row in analysis["score_thresholds"].items()}
     own = dict(zip(model.class_names, model.score_thresholds, strict=True))
     assert told and told.items() <= own.items()
-    capsys.readouterr()
+    assert "best score thresholds, which predict takes: " in capsys.readouterr().out
     out = tmp_path / "c/compare.html"
     assert run("compare", tmp_path / "a", tmp_path / "b", "--out", out, "--json", tmp_path / "c.json") == 0
     printed = capsys.readouterr().out
