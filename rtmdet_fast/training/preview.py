@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.masks import MASK_STRIDE
-from rtmdet_fast.data.plan import PlanSampler, SamplePlan
+from rtmdet_fast.data.plan import PlanSampler, SamplePlan, repeat_factors
 from rtmdet_fast.geometry.masks import Region
 from rtmdet_fast.images import write_image
 from rtmdet_fast.inference.drawing import draw_detections
@@ -82,7 +82,7 @@ def draw_batches(settings: Settings, dataset: CocoDataset, batches: int) -> Iter
     """So many batches of each stage of a run, as far as it has both, of its training data."""
     recipe = settings.recipe
     stages = [stage2 for stage2 in (False, True) if (settings.stage2_epochs if stage2 else _has_first(settings))]
-    plans = {stage2: _plans(len(dataset), settings, stage2, batches) for stage2 in stages}
+    plans = {stage2: _plans(dataset, settings, stage2, batches) for stage2 in stages}
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
         batch_sampler=[plan for of in plans.values() for plan in of],  # type: ignore[arg-type]  # plans for indices
@@ -138,10 +138,13 @@ def _has_first(settings: Settings) -> bool:
     return settings.stage2_epochs < settings.epochs
 
 
-def _plans(images: int, settings: Settings, stage2: bool, batches: int) -> list[list[SamplePlan]]:
+def _plans(dataset: CocoDataset, settings: Settings, stage2: bool, batches: int) -> list[list[SamplePlan]]:
     """Of batches in the middle of a stage, when the caches of mosaic and mixup are full."""
     caches = settings.recipe.caches
-    sampler = PlanSampler(images, settings.batch_size, caches, settings.seed, num_workers=0)
+    repeats = None
+    if settings.repeat_threshold is not None:
+        repeats = repeat_factors(dataset.labels_by_image, settings.repeat_threshold)
+    sampler = PlanSampler(len(dataset), settings.batch_size, caches, settings.seed, num_workers=0, repeats=repeats)
     sampler.set_stage2(stage2)
     before = math.ceil(caches.mosaic_cache / settings.batch_size) if caches is not None and not stage2 else 0
     plans: list[list[SamplePlan]] = []
