@@ -360,8 +360,11 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    # the version is the recipe's own
-    options = {name: value for name, value in start.saved_options().items() if name != "version"} if start else {}
+    given, options = None, {}
+    if start is not None:
+        meta = {"rtmdet_fast": start.saved_options()}
+        given = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, meta)
+        options = {name: value for name, value in start.inspect(given).options.items() if value is not None}
     model = recipe.build(class_names=dataset.class_names, **options)
     if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
@@ -370,11 +373,8 @@ def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None)
         )
     if settings.freeze and settings.init is None and start is None and not settings.resume:
         raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
-    if settings.init is not None or start is not None:
-        if start is None:
-            checkpoint = read_checkpoint(resolve_weights(settings.init))
-        else:
-            checkpoint = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, {})
+    checkpoint = given if settings.init is None else read_checkpoint(resolve_weights(settings.init))
+    if checkpoint is not None:
         model.load_weights(checkpoint)
         before = checkpoint.class_names
         if before and before != model.class_names and len(before) == len(model.class_names):
