@@ -45,7 +45,7 @@ from rtmdet_fast.training.callbacks import (
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
-from rtmdet_fast.training.loggers import LOGGERS
+from rtmdet_fast.training.loggers import LOGGERS, check_loggers
 from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
@@ -66,6 +66,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     """
     started = clock()
     settings = resolve(config)
+    check_loggers(settings.loggers)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
         settings = replace(settings, progress=False, report=False)
