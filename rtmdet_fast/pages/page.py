@@ -256,6 +256,6 @@ img { width: 100%; height: auto; display: block; border-radius: .25rem }
   body { max-width: none; padding: 0; font-size: 12px }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   figure, tr, .tiles div { break-inside: avoid }
-  h2, h3, figcaption { break-after: avoid }
+  h2, h3, figcaption, h2 + .note { break-after: avoid }
   .wide { overflow: visible } }
 """
