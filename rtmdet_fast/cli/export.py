@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rtmdet_fast.cli.output import Outcome
+from rtmdet_fast.cli.output import Outcome, figure
 from rtmdet_fast.errors import UserError
 
 
@@ -97,8 +97,11 @@ def run_export(config: ExportConfig) -> Outcome:
     )
     lines = [line]
     if config.data:
-        metrics.append(evaluate(load_engine(config.out), dataset).metrics)
-        lines += [f"{name:10} {before:.3f} -> {metrics[1][name]:.3f}" for name, before in metrics[0].items()]
+        engine = load_engine(config.out)
+        metrics.append(evaluate(engine, dataset).metrics)
+        lines += [f"{name:10} {figure(before)} -> {figure(metrics[1][name])}" for name, before in metrics[0].items()]
+        if engine.test_settings != replace(model.test_settings, nms_pre=engine.test_settings.nms_pre):
+            lines.append("before: by the published test settings; after: by those of the file")
     found = {"out": str(config.out), **agreement._asdict()}
     if metrics:
         found |= {"before": metrics[0], "after": metrics[1]}

@@ -60,6 +60,9 @@ class TrainConfig:
     queries: int | None = None
     """Of rtdetr: boxes that are predicted for an image; 300 where not given. Fewer are faster; objects beyond their
     number are not learnt."""
+    sampling: str | None = None
+    """Of rtdetr, version 2: bilinear, or discrete, whole cells, for runtimes without grid_sample, which goes on from
+    weights of bilinear sampling; bilinear where not given."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -153,7 +156,7 @@ class Settings(TrainConfig):
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task, self.queries)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""
@@ -220,7 +223,11 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries)
+    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
+    if config.sampling == "discrete" and config.init is None and not config.resume:
+        raise UserError(
+            "--sampling discrete leaves as it is where heads look: give bilinear weights to go on from, --init"
+        )
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
     train, val = _sources(config)

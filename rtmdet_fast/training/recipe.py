@@ -22,6 +22,7 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.recipes import AugmentRecipe, DetrRecipe, multi_scale_sizes, recipe_for, rotated_recipe
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.rtdetr.decoder import Sampling
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtdetr.recipe import LR, training_recipe
 from rtmdet_fast.models.rtmdet.model import RTMDet, default_image_size
@@ -74,10 +75,12 @@ class Recipe:
         return self.lr * math.sqrt(images / self.lr_batch)
 
 
-def rtmdet_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
+def rtmdet_recipe(
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None
+) -> Recipe:
     """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
     size = "tiny" if size is None else size
-    for name, value in (("version", version), ("queries", queries)):
+    for name, value in (("version", version), ("queries", queries), ("sampling", sampling)):
         if value is not None:
             raise UserError(f"--{name} {value} is for --model rtdetr: rtmdet has no such thing")
     image_size = default_image_size(size, task)
@@ -137,18 +140,25 @@ def _rtmdet_share(published: int, step: int, total: int, momentum: float | None)
     return ema_share(step, min(2e-4 * shorter, 1.0), 2000 / shorter)
 
 
-def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
-    """Of RT-DETR; r18 and version 1 (h: 2) where not given. UserError where there is no such model."""
+def rtdetr_recipe(
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None
+) -> Recipe:
+    """Of RT-DETR; r18, version 1 (h: 2) and bilinear where not given. UserError where there is no such model."""
     size = "r18" if size is None else size
     if version is None:
         version = 2 if size == "h" else 1
     if task != "det":
         raise UserError(f"--task {task} is for --model rtmdet: rtdetr finds boxes, det, alone")
-    published = training_recipe(size, version)
+    if sampling not in (None, "bilinear", "discrete"):
+        raise UserError(f"--sampling {sampling!r} is unknown; choose bilinear or discrete")
+    if sampling == "discrete" and version == 1:
+        raise UserError("--sampling discrete is for --version 2")
+    method: Sampling = "discrete" if sampling == "discrete" else "bilinear"
+    published = training_recipe(size, version, method)
     return Recipe(
         size=size,
         version=version,
-        build=partial(RTDETR, size, version=version, num_queries=300 if queries is None else queries),
+        build=partial(RTDETR, size, version=version, num_queries=300 if queries is None else queries, sampling=method),
         needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
@@ -179,8 +189,8 @@ def _rtdetr_share(step: int, total: int, momentum: float | None) -> float:
     return ema_share(step, momentum, min(2000, total / 100))
 
 
-RECIPES: dict[str, Callable[[str | None, int | None, str, int | None], Recipe]] = {
+RECIPES: dict[str, Callable[[str | None, int | None, str, int | None, str | None], Recipe]] = {
     "rtmdet": rtmdet_recipe,
     "rtdetr": rtdetr_recipe,
 }
-"""By the names that a user gives the families: size, version, task, queries → recipe; None for what was not given."""
+"""By the names that a user gives the families: size, version, task, queries, sampling → recipe; None: not given."""

@@ -100,11 +100,11 @@ def test_yolo_keypoints_are_no_polygon(folder):
 )
 def test_yolo_faults(folder, line, reason):
     folder.yolo(a=f"0 0.5 0.5 0.25 0.2\n\n{line}\n")
-    with pytest.raises(UserError, match=rf"data\.yaml: a\.txt, line 3: .*{reason}.*--skip-bad"):
+    with pytest.raises(UserError, match=rf"data\.yaml: train/labels/a\.txt, line 3: .*{reason}.*--skip-bad"):
         folder.dataset()
     dataset = folder.dataset(skip_bad=True)
     assert boxes(dataset) == ([[15, 12, 25, 18]], ["cat"])
-    assert list(dataset.skipped.values()) == [["a.txt, line 3"]]
+    assert list(dataset.skipped.values()) == [["train/labels/a.txt, line 3"]]
 
 
 def test_yolo_files_that_do_not_fit(folder):
@@ -128,6 +128,12 @@ def test_yolo_without_any_label_file(folder):
     folder.yolo(a=None, b=None)
     with pytest.raises(UserError, match=r"none of its 2 images has a label file, such as .*train/labels/a\.txt"):
         folder.dataset()
+
+
+def test_yolo_names_of_label_files_may_occur_in_several_folders(folder):
+    folder.yolo(a=None, **{"x/a": "0 0.5 0.5 0.25 0.2", "y/a": "1 0.5 0.5 0.25 0.2"})
+    dataset = folder.dataset()
+    assert dataset.files == ("a.png", "x/a.png", "y/a.png") and boxes(dataset, 2)[1] == ["dog"]
 
 
 def test_yolo_class_names(folder):
@@ -178,6 +184,12 @@ def test_yolo_list_of_images(folder):
     dataset = folder.dataset()
     assert [path.rsplit("/", 1)[-1] for path in dataset.files] == ["c.png", "b.png"]  # its order
     assert boxes(dataset, 1)[1] == ["dog"] and dataset.load(0).path == str(folder.path / "train/images/c.png")
+    folder.file("list.txt", "train/images/c.png\ntrain/images/b.png\n./train/images/c.png\n")
+    dataset = folder.dataset()
+    assert len(dataset) == 2 and dataset.skipped == {"image listed twice": ["list.txt, line 3"]}
+    folder.file("list.txt", f"train/images/{'a' * 300}.png\ntrain/images/c.png\n")
+    with pytest.raises(UserError, match="missing image"):
+        folder.dataset()
     folder.file("list.txt", "train/images/c.png\ntrain/images/gone.png\nREADME\n")
     with pytest.raises(UserError, match=r"list\.txt, line 3: malformed"):
         folder.dataset()
@@ -214,7 +226,8 @@ def test_voc_of_the_challenge_counts_pixels_from_one(folder):
 
 
 def test_voc_shapes(folder):
-    corners = "<polygon><x1>10</x1><y1>5</y1><x2>30</x2><y2>5</y2><x3>30</x3><y3>15</y3><x4>10</x4><y4>15</y4></polygon>"
+    values = zip(("x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4"), (10, 5, 30, 5, 30, 15, 10, 15), strict=True)
+    corners = f"<polygon>{''.join(f'<{tag}>{value}</{tag}>' for tag, value in values)}</polygon>"
     rotated = "<robndbox><cx>20</cx><cy>10</cy><w>20</w><h>10</h><angle>0</angle></robndbox>"
     folder.voc(a=voc_object(box=corners) + voc_object(box=rotated))
     assert boxes(folder.dataset())[0] == [[10, 5, 30, 15]] * 2
@@ -288,6 +301,8 @@ def test_lists_of_voc(folder):
     dataset = folder.dataset()
     assert dataset.files == ("c.jpg", "a.jpg") and dataset.skipped == {}
     assert folder.dataset(split="val").files == ("b.jpg",)
+    folder.file("ImageSets/Main/train.txt", "c\na\nc\n")
+    assert folder.dataset().skipped == {"image listed twice": ["train.txt, line 3"]}
     folder.file("ImageSets/Main/train.txt", "c\ngone\n../a\n")
     with pytest.raises(UserError, match=r"train\.txt, line 2: missing label file"):
         folder.dataset()

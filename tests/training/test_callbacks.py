@@ -65,7 +65,7 @@ def test_a_callback_that_fails_ends_the_run(config):
         train(replace(config, out=config.out / "b"), callbacks=[print])
 
 
-@pytest.mark.parametrize(("step", "workers", "accumulate"), [(1, 0, 2), (STEPS + 2, 2, 1), (2 * STEPS, 0, 1)])
+@pytest.mark.parametrize(("step", "workers", "accumulate"), [(1, 0, 2), (STEPS + 2, 1, 1), (2 * STEPS, 0, 1)])
 def test_a_run_that_a_callback_ended_goes_on_to_the_bit(config, tmp_path, step, workers, accumulate):
     """In the middle of the first epoch, of a later one, and at the end of one; mosaic and mixup included."""
     config = replace(config, num_workers=workers, accumulate=accumulate)

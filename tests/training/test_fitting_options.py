@@ -60,8 +60,8 @@ OPTIONS = {
     "patience": dict(patience=1, epochs=9, stage2_epochs=2),
     "time": dict(time=f"{5 * STEPS}s", epochs=60, stage2_epochs=20),
     "freeze": dict(freeze="backbone"),
-    "repeats": dict(repeat_threshold=0.9, num_workers=2),
-    "cache": dict(cache="400KB", num_workers=2),
+    "repeats": dict(repeat_threshold=0.9, num_workers=1),
+    "cache": dict(cache="400KB", num_workers=1),
     "batch size": dict(batch_size="auto"),
 }
 
@@ -191,7 +191,7 @@ def test_loaders_fill_one_cache_and_say_its_size(config, capsys, monkeypatch):
     kept = []
     make = train_module.ImageCache
     monkeypatch.setattr(train_module, "ImageCache", lambda *args: kept.append(make(*args)) or kept[-1])
-    train(replace(config, epochs=1, stage2_epochs=0, cache="ram", num_workers=2, progress=True))
+    train(replace(config, epochs=1, stage2_epochs=0, cache="ram", num_workers=1, progress=True))
     # an epoch leaves out what is no whole batch
     assert len(kept) == 1 and len(kept[0]) >= STEPS * 4
     assert "cache: 0.00 GB of memory, shared by loaders, for all 18 images" in capsys.readouterr().out
@@ -215,7 +215,6 @@ from pathlib import Path
 from rtmdet_fast.training.callbacks import Callback
 from rtmdet_fast.training.config import TrainConfig
 from rtmdet_fast.training.train import train
-from told import Told, assert_same_run, state
 
 
 class Stop(Callback):

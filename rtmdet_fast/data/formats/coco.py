@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def read(source: Source, notes: Notes) -> Content:
         # some tools write file names from the data set's folder on
         entries = (e for e in content["images"] if isinstance(e, dict) and isinstance(e.get("file_name"), str))
         first = next(entries, {"file_name": ""})["file_name"]
-        if "\0" not in first and not (image_dir / first).is_file() and (source.root / first).is_file():
+        if "\0" not in first and not os.path.isfile(image_dir / first) and os.path.isfile(source.root / first):
             image_dir = source.root
     return Content(image_dir, content["images"], content.get("annotations") or [], content["categories"])
 

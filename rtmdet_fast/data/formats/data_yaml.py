@@ -51,12 +51,12 @@ def read_yaml(path: Path, keys: Collection[str]) -> dict[str, Value]:
 def _add_entries(text: str, entries: list[tuple[str, str, list[str], int]]) -> None:
     """Key, what follows it on its line, the lines that belong to it, and the line's number, of every top-level key."""
     for number, line in enumerate(text.splitlines(), start=1):
-        bare = line.rstrip()
+        bare = line.rstrip(" ")
         if number == 1 and bare == "---":
             continue
         if entries and _is_open(entries[-1]):
             entries[-1][2].append(bare)
-        elif not bare or bare.lstrip().startswith("#"):
+        elif not bare or bare.lstrip(" ").startswith("#"):
             if entries:
                 entries[-1][2].append("")
         elif bare[0] in " \t" or bare.startswith("- ") or bare == "-":
@@ -64,7 +64,7 @@ def _add_entries(text: str, entries: list[tuple[str, str, list[str], int]]) -> N
                 raise _Refused("a line that belongs to no key", number)
             entries[-1][2].append(bare)
         elif match := _KEY.match(bare):
-            entries.append((_scalar(match[1].strip()) or "", bare[match.end() :].strip(), [], number))
+            entries.append((_scalar(match[1].strip()) or "", bare[match.end() :].strip(" "), [], number))
         else:
             raise _Refused(f"no `key: value` ({shown(bare[:60])})", number)
 
@@ -79,15 +79,18 @@ def _is_open(entry: tuple[str, str, list[str], int]) -> bool:
 
 
 def _value(rest: str, body: list[str]) -> Value:
+    if any("\t" in line for line in (rest, *body)):
+        raise _Refused("a tab, where YAML has spaces")
     rest = _uncommented(rest).strip()
     lines = [line for line in map(_uncommented, body) if line.strip()]
     if rest[:1] in tuple("&*!|>%@`"):
         raise _Refused(f"a value that begins with {rest[0]}")
     if rest:
-        joined = " ".join([rest, *(line.strip() for line in lines)])
-        if joined[0] in "[{":
-            return _flow(joined)
-        return _scalar(joined)
+        if rest[0] in "[{":
+            return _flow("\n".join([rest, *(line.strip() for line in lines)]))
+        if lines:
+            raise _Refused("a value of several lines")
+        return _scalar(rest)
     if not lines:
         return None
     indent = len(lines[0]) - len(lines[0].lstrip(" "))
@@ -136,7 +139,7 @@ def _add(pairs: dict[str, str], key: str, value: str) -> None:
 def _item(text: str) -> str:
     """A value of a list or map."""
     value = _scalar(text.strip())
-    if value is None or text.strip()[:1] in tuple("[{"):
+    if value is None or "\n" in value or text.strip()[:1] in tuple("[{"):
         raise _Refused("a list or map of more than plain values, or an empty one")
     return value
 
@@ -153,7 +156,7 @@ def _scalar(text: str) -> str | None:
             return json.loads(text)
         except ValueError:
             raise _Refused("an escape that is not JSON's") from None
-    if text[0] in "&*!|>%@`,[]{}#" or re.match(r"[-?:]( |$)", text) or re.search(r":( |$)", text) or "\t" in text:
+    if text[0] in "&*!|>%@`,[]{}#" or re.match(r"[-?:]( |$)", text) or re.search(r":( |$)", text):
         raise _Refused(f"not a plain value ({shown(text[:60])})")
     return text
 
@@ -171,7 +174,7 @@ def _bare(line: str) -> str:
             bare.append("_")
             if letter == quote and not (quote == '"' and (i - len(line[:i].rstrip("\\"))) % 2):  # not escaped
                 quote = ""
-        elif letter == "#" and (i == 0 or line[i - 1] in " \t"):
+        elif letter == "#" and (i == 0 or line[i - 1] == " "):
             break
         elif letter in "\"'" and (i == 0 or line[i - 1] in " \t[{,:"):
             quote = letter

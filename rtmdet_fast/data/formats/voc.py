@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def _xml_files(source: Source, notes: Notes) -> list[Path]:
             raise UserError(f"{source.annotations}: holds no label files (*.xml)")
         return found
     found = []
+    seen: set[Path] = set()
     for at, line in enumerate(read_text(source.listing).split("\n"), start=1):
         fields = line.split()  # lists of one class have 1, 0 or -1 behind the name
         name = line.strip() if len(fields) != 2 or fields[1] not in ("1", "0", "-1") else fields[0]
@@ -178,12 +180,15 @@ def _xml_files(source: Source, notes: Notes) -> list[Path]:
             notes.bad(f"{source.listing.name}, line {at}", "malformed, it is no name of an image", name)
             continue
         path = source.annotations / f"{name}.xml"
-        if not path.is_file() and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+        if not os.path.isfile(path) and Path(name).suffix.lower() in IMAGE_SUFFIXES:
             path = source.annotations / f"{Path(name).stem}.xml"
-        if path.is_file():
+        if path in seen:
+            notes.skip(f"{source.listing.name}, line {at}", "image listed twice")
+        elif os.path.isfile(path):
             found.append(path)
         else:
             notes.bad(f"{source.listing.name}, line {at}", "missing label file", f"{path} does not exist")
+        seen.add(path)
     if not found:
         raise UserError(f"{source.listing}: names no label file")
     return found

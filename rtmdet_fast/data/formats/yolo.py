@@ -77,30 +77,31 @@ def read(source: Source, notes: Notes) -> Content:
         image_dir = Path(os.path.commonpath([os.path.abspath(path.parent) for path in found]))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    top = source.annotations if source.annotations.is_dir() else source.annotations.parent
     used: set[Path] = set()
     for path in found:
         name = os.path.relpath(os.path.abspath(path), os.path.abspath(image_dir))
         labels = _label_file(source, path)
         used.add(labels)
         rows: list[tuple[int, int, list[float]]] = []
-        if not labels.is_file():
+        if not os.path.isfile(labels):
             notes.notice(name, "image without a label file, taken for one without objects")
         else:
             try:
-                rows = _read_rows(labels, names, keypoints, notes)
+                rows = _read_rows(labels, os.path.relpath(labels, top), names, keypoints, notes)
             except UserError as error:
                 if not notes.skip_bad:
                     raise
                 notes.bad(name, "unreadable label file", str(error))
                 continue
         width, height = read_size(path)
-        if not width and path.is_file():
+        if not width and os.path.isfile(path):
             notes.bad(name, "unreadable image", "its header tells no size, which its labels are shares of")
             continue
         ident = len(images) + 1
         images.append({"id": ident, "file_name": name, "width": width, "height": height})
         for line, category, values in rows:
-            a: dict[str, Any] = {"id": f"{labels.name}:{line}", "image_id": ident, "category_id": category}
+            a: dict[str, Any] = {"id": f"{name}:{line}", "image_id": ident, "category_id": category}
             if len(values) == 4:
                 x, y, w, h = (v * side for v, side in zip(values, (width, height) * 2, strict=True))
                 a["bbox"] = [settled(v) for v in (x - w / 2, y - h / 2, w, h)]
@@ -109,7 +110,7 @@ def read(source: Source, notes: Notes) -> Content:
                 points = [settled(v * side) for v, side in zip(values, sides, strict=True)]
                 a |= {"bbox": box_around(points), "segmentation": [points]}
             annotations.append(a)
-    there = {path for path in used if path.is_file()}
+    there = {path for path in used if os.path.isfile(path)}
     if not there:
         example = shown(str(_label_file(source, found[0])))
         raise UserError(f"{source.annotations}: none of its {len(found)} images has a label file, such as {example}")
@@ -160,7 +161,7 @@ def _places(path: Path, settings: dict[str, Value], split: str) -> list[Path]:
     for place in [value] if isinstance(value, str) else value:
         # Roboflow writes ../train/images for what lies beside the file
         tried = [base / name for base in bases for name in (place, place.removeprefix("../"))]
-        there = next((candidate for candidate in tried if candidate.exists()), None)
+        there = next((candidate for candidate in tried if os.path.exists(candidate)), None)
         if there is None:
             raise UserError(f"{path}: {split} is {shown(place)}, which is not there (looked for {tried[0]})")
         places.append(there)
@@ -200,13 +201,18 @@ def _images(source: Source, notes: Notes) -> list[Path]:
         found = find_images_below(source.images)
     else:
         found = []
+        seen: set[Path] = set()
         lines = [line.strip() for line in read_text(source.images).split("\n")]
         bases = [base for base in (source.images.parent, source.root) if base is not None]
         for number, line in enumerate(lines, start=1):
             if line and Path(line).suffix.lower() in IMAGE_SUFFIXES and "\0" not in line:
-                base = next((base for base in bases if (base / line).is_file()), bases[0])
+                base = next((base for base in bases if os.path.isfile(base / line)), bases[0])
                 bases = [base, *(other for other in bases if other != base)]
-                found.append(base / line)
+                if base / line in seen:
+                    notes.skip(f"{source.images.name}, line {number}", "image listed twice")
+                else:
+                    found.append(base / line)
+                seen.add(base / line)
             elif line:
                 notes.bad(f"{source.images.name}, line {number}", "malformed, it is no name of an image", line)
     if not found:
@@ -223,10 +229,12 @@ def _label_file(source: Source, image: Path) -> Path:
             parts[i] = "labels"
             break
     labels, beside = Path(*parts), image.with_suffix(".txt")
-    return beside if beside.is_file() and not labels.is_file() else labels
+    return beside if os.path.isfile(beside) and not os.path.isfile(labels) else labels
 
 
-def _read_rows(path: Path, names: dict[int, str], keypoints: int, notes: Notes) -> list[tuple[int, int, list[float]]]:
+def _read_rows(
+    path: Path, told: str, names: dict[int, str], keypoints: int, notes: Notes
+) -> list[tuple[int, int, list[float]]]:
     """Line, class number and 4 (box) or 2 k (polygon) shares of the image's sides, of each proper line."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -237,9 +245,9 @@ def _read_rows(path: Path, names: dict[int, str], keypoints: int, notes: Notes) 
             fields = fields[:5]
         row = _row(fields)
         if isinstance(row, str):
-            notes.bad(f"{path.name}, line {number}", "malformed line", f"{row}: {line.strip()[:80]!r}")
+            notes.bad(f"{told}, line {number}", "malformed line", f"{row}: {line.strip()[:80]!r}")
         elif names and row[0] not in names:
-            notes.bad(f"{path.name}, line {number}", "class number without a name", row[0])
+            notes.bad(f"{told}, line {number}", "class number without a name", row[0])
         else:
             rows.append((number, *row))
     return rows
