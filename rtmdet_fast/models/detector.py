@@ -465,9 +465,9 @@ class Detector(nn.Module):
             callbacks: of `rtmdet_fast.training.callbacks.Callback`, told of steps, epochs and the end; each can end the
                 run.
             options: settings of `rtmdet-fast train`, as `rtmdet_fast.training.config.TrainConfig` has them (`--lr 1e-3`
-                is lr=1e-3), but for those that the model has itself: model, size, version, queries, task and init.
-                image_size is the model's own where not given, and device is where the model is, or, for one on the
-                CPU, the first GPU.
+                is lr=1e-3), but for those that the model has itself: model, size, version, queries, sampling, task
+                and init. image_size is the model's own where not given, and device is where the model is, or, for one
+                on the CPU, the first GPU.
 
         Returns:
             The run's `TrainResult`. Raises UserError for bad input; the model is then as it was.

@@ -17,7 +17,7 @@ from rtmdet_fast.training.callbacks import Callback
 from rtmdet_fast.training.config import TrainConfig, TrainResult
 from rtmdet_fast.training.train import train
 
-OF_THE_MODEL = ("model", "size", "version", "queries", "task", "init")
+OF_THE_MODEL = ("model", "size", "version", "queries", "sampling", "task", "init")
 """Settings that a model has already."""
 
 

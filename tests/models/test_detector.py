@@ -130,7 +130,7 @@ def test_rgb_files_stay_what_they_are(model, image, tmp_path):
 
 def test_predict_sees_every_write_to_the_weights(model, image):
     """Those too that PyTorch's version counters do not see."""
-    weight = model.bbox_head.rtm_reg[0].weight
+    weight = model.bbox_head.rtm_reg[0].bias
     writes = (
         lambda: weight.data.add_(0.5),
         lambda: np.add(weight.detach().numpy(), 0.5, out=weight.detach().numpy()),
