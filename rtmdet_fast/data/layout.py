@@ -154,11 +154,13 @@ def _one(folder: Path, name: str, found: dict[str, list[Source]]) -> tuple[Sourc
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folder, and the one in it where that is all that an archive holds."""
+    """The folder, and the one in it where that is all that an archive holds, and no split."""
     if folder.is_file():
         return [folder]
     inside = [path for path in folder.iterdir() if path.name[0] not in "._"]
-    return [folder, *(inside if len(inside) == 1 and inside[0].is_dir() else ())]
+    splits = {*LAST_RESORT.values(), *(name for names in NAMES.values() for name in names)}
+    alone = len(inside) == 1 and inside[0].is_dir() and inside[0].name not in splits
+    return [folder, *(inside if alone else ())]
 
 
 def _missing(folder: Path, split: str) -> str:

@@ -49,7 +49,7 @@ def opened(root, task, **options):
 
 
 def batches(dataset, task):
-    recipe = rtmdet_recipe("tiny", None, task, None)
+    recipe = rtmdet_recipe("tiny", None, task, None, None)
     sampler = PlanSampler(len(dataset), 2, recipe.caches, 5, 0)
     for stage2 in (False, True):
         sampler.set_stage2(stage2)

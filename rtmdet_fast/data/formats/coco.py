@@ -16,8 +16,14 @@ from rtmdet_fast.files import write_json
 LOOKED_FOR = "COCO: annotations/instances_{0}*.json or {0}*.json with images in {0}, or {0}/_annotations.coco.json"
 BESIDE = ("_annotations.coco.json", "annotations.json", "labels.json")
 """Names of a split's file in its own folder, as Roboflow and FiftyOne have them."""
-WHOLE = ("annotations/instances_default.json", "_annotations.coco.json", "annotations.json", "instances.json")
-WHOLE += ("labels.json", "result.json")
+WHOLE = (
+    "annotations/instances_default.json",
+    "_annotations.coco.json",
+    "annotations.json",
+    "instances.json",
+    "labels.json",
+    "result.json",
+)
 """Of a data set that is not divided; the first is CVAT's, the last Label Studio's."""
 
 IMAGES, IMAGES_WHOLE = "{0}", "images"
@@ -76,7 +82,8 @@ def read(source: Source, notes: Notes) -> Content:
 
 def write(folder: Path, split: str, names: Sequence[str], pictures: Iterable[Picture], lose: Lose) -> None:
     """Writes the annotation file of a split, or of all ("all"). Nothing is lost."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for picture in pictures:
         width, height = picture.size
         images.append({"id": len(images) + 1, "file_name": picture.name, "width": width, "height": height})
