@@ -63,7 +63,7 @@ def run_benchmark(config: BenchmarkConfig) -> Outcome:
     if calibrate is not None:
         calibrate = training_images(calibrate) or calibrate
     elif config.data:
-        calibrate = training_images(config.data[0])
+        calibrate = training_images(config.data)
     with tempfile.TemporaryDirectory() as folder:
         engines, absent = benchmark(
             config.weights,

@@ -1,4 +1,4 @@
-"""Rotated detection datasets: DOTA text files or COCO-style JSON, and DOTA's Task 1 submission files."""
+"""Rotated detection datasets, from any format, and DOTA's Task 1 submission files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class GroundTruth(NamedTuple):
 
 
 class DotaDataset(CocoDataset):
-    """The images of a folder of DOTA text files in order of their names, or of a COCO-style JSON file in its order.
+    """The images of a folder of DOTA text files in order of their names, of a COCO-style JSON file in its order, or of
+    sources of any format one after the other.
 
     As CocoDataset, with boxes [n, 5] of the form le90 (see rotated.py), which are not clipped at the image's edges.
     Difficult boxes (`difficult` above 0 in the text; `difficult`, `ignore` or `iscrowd` in JSON) are no part of the
@@ -60,8 +61,9 @@ class DotaDataset(CocoDataset):
             annotations: a folder of text files, one for each image and named after it, with lines
                 `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`; the header lines (imagesource, gsd) and the last field may
                 be missing. Or a JSON file, whose annotations have one of `rbox` (cx, cy, w, h, radians), `bbox` of
-                the same 5 or of 8 numbers (corners), or a polygon as `segmentation`, looked for in this order.
-            image_dir: the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
+                the same 5 or of 8 numbers (corners), or a polygon as `segmentation`, looked for in this order. Or
+                sources of any format (`find_sources`), whose classes are merged by name.
+            image_dir: of a folder or file the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
             skip_bad: leave out, and count in `skipped`, what is otherwise an error, malformed lines for instance.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             keep_empty: in training, keep those without a box too.

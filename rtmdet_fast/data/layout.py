@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtmdet_fast.data.formats import FORMATS, dota
-from rtmdet_fast.data.formats.files import read_text
+from rtmdet_fast.data.formats.files import NAMES_FILES, read_text
 from rtmdet_fast.data.source import Source, Splits
 from rtmdet_fast.errors import UserError, shown
 
@@ -58,10 +58,10 @@ def find_dataset(data: Data) -> Splits:
     return found
 
 
-def training_images(folder: Path) -> Path | None:
-    """The folder of a data set's training images; None of what is no data set, such as a folder of images."""
+def training_images(data: Data) -> Path | None:
+    """The folder of the (first) data set's training images; None of what is none, such as a folder of images."""
     try:
-        images = find_sources(folder, "train")[0].images
+        images = find_sources(data, "train")[0].images
     except UserError:
         return None
     return images if images.is_dir() else images.parent
@@ -180,8 +180,6 @@ def _told(source: Source, folder: Path) -> str:
 
 def _class_names_near(folder: Path) -> Path | None:
     """A data.yaml or a file of class names in the folder or the two above it."""
-    from rtmdet_fast.data.formats.files import NAMES_FILES
-
     for place in (folder, *list(folder.resolve().parents)[:2]):
         for name in ("data.yaml", *NAMES_FILES):
             if (place / name).is_file():
