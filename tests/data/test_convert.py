@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from rtmdet_fast.data.augment import collate
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.convert import joined, traced, write_dataset
+from rtmdet_fast.data.formats.files import number
 from rtmdet_fast.data.layout import find_sources
 from rtmdet_fast.data.masks import MaskStore, read_segmentation
 from rtmdet_fast.data.plan import PlanSampler
@@ -205,6 +206,12 @@ def test_turned_images(tmp_path, stored):
     after = CocoDataset(find_sources(tmp_path / "out", "train"))
     assert after.load(0).image.tobytes() == before.load(0).image.tobytes()
     assert after.load(0).boxes.tobytes() == before.load(0).boxes.tobytes()
+
+
+def test_numbers_come_back_to_the_bit():
+    values = [0.0, -0.0, 1.0, -7.0, 0.1, 1 / 3, 1e-9, 123456.789, 1e16, -2.5e-300]
+    assert [number(v) for v in values[:5]] == ["0", "-0", "1", "-7", "0.1"]
+    assert np.array([float(number(v)) for v in values]).tobytes() == np.array(values).tobytes()
 
 
 def test_folders_are_not_overwritten_by_mistake(tmp_path):

@@ -117,5 +117,5 @@ def numbers(values: Iterable[float]) -> str:
 
 
 def number(value: float) -> str:
-    """One number, with all its digits and no more."""
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+    """One number, with all its digits and no more, a negative zero too."""
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e15 else repr(float(value))
