@@ -87,7 +87,7 @@ PACKAGE = Path(rtmdet_fast.__file__).parent
 FLOORS = (
     "errors",
     "files class_names devices",
-    "images",
+    "images pages",
     "kernels geometry",
     "ops inference",
     "compat",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from rtmdet_fast.class_names import find_classes
-from rtmdet_fast.cli.output import Outcome
+from rtmdet_fast.cli.output import Outcome, thresholds_told
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically, write_json, write_one_of_many
 
@@ -34,8 +34,9 @@ class PredictConfig:
     """Weights file, a published name such as rtmdet-tiny, or an exported .onnx or .xml file."""
     out: Path = Path("runs/predict")
     """Folder for pictures and predictions.json."""
-    score_threshold: float = 0.3
-    """Least score of a detection."""
+    score_threshold: float | None = None
+    """Least score of a detection. Where not given, that of each class which the training found to be the best and kept
+    with the weights; 0.3 where there is none, and with --track."""
     classes: tuple[str, ...] | None = None
     """Names of the classes to find; all where not given."""
     track: bool = False
@@ -204,6 +205,9 @@ def run_predict(config: PredictConfig) -> Outcome:
         f"{len(annotations)} detections in {len(images)} images, {seconds:.1f} s{skipped}",
         f"pictures in {config.out}, boxes in {predictions}",
     ]
+    if config.score_threshold is None and not config.track and predictor.detector.score_thresholds is not None:
+        told = thresholds_told(names, predictor.detector.score_thresholds)
+        lines.append(f"score thresholds of the weights: {told} (--score-threshold sets one for all)")
     objects = len({row[TRACK_ID] for row in tracks})
     if config.track:
         lines.append(f"{objects} objects in {config.out / 'tracks.csv'}")

@@ -19,11 +19,20 @@ from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedD
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
 from rtmdet_fast.kernels.nms import batched_nms_padded
-from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
+from rtmdet_fast.models.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    resolve_weights,
+    save_atomically,
+    trained_sizes,
+    trained_thresholds,
+)
 from rtmdet_fast.models.fold import folded_copy
 
 Color = Literal["bgr", "rgb"]
 MAX_IMAGE_SIZE = 16384
+SCORE_THRESHOLD = 0.3
+"""Of `predict`, for models without `score_thresholds` of their own."""
 MAX_CANDIDATES = 1000
 """Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
@@ -67,6 +76,8 @@ class Detector(nn.Module):
         image_size: side in pixels of the square network input
         patch_size: side in image pixels of what a training image showed; `predict` cuts larger images into windows of
             it
+        score_thresholds: of each class, with the best F1 on the validation images of its training, where it had any;
+            `predict` takes them where no other is given
     """
 
     size: str
@@ -74,6 +85,7 @@ class Detector(nn.Module):
     class_names: tuple[str, ...]
     image_size: int
     patch_size: int | None
+    score_thresholds: tuple[float, ...] | None = None
     weights_of: ClassVar[str]
     """Which models' weights the family loads, for messages."""
     has_masks = False
@@ -88,6 +100,11 @@ class Detector(nn.Module):
     def title(self) -> str:
         """The model's published name."""
         raise NotImplementedError
+
+    @property
+    def least_score(self) -> float:
+        """Of a detection of `predict`, of whatever class, where no score threshold is given."""
+        return SCORE_THRESHOLD if self.score_thresholds is None else min(self.score_thresholds)
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -272,7 +289,7 @@ class Detector(nn.Module):
         self,
         images: list[Any] | tuple[Any, ...],
         *,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
@@ -286,7 +303,7 @@ class Detector(nn.Module):
         self,
         images: Any,
         *,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
@@ -299,7 +316,7 @@ class Detector(nn.Module):
         self,
         images: Any,
         *,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         image_size: int | None = None,
@@ -314,7 +331,8 @@ class Detector(nn.Module):
 
         Args:
             images: an image, or a list of them.
-            score_threshold: least score of a detection.
+            score_threshold: least score of a detection; where not given the model's own of each class, which a training
+                found to be the best (`score_thresholds`), or 0.3.
             iou_threshold: of NMS; the published one of the task where not given.
             max_detections: of an image; the published number where not given.
             image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
@@ -324,9 +342,13 @@ class Detector(nn.Module):
             batch_size: images, or windows, in a pass.
             color: of arrays: bgr, as OpenCV reads them, or rgb, as most others do. Paths and PIL images need none.
         """
+        published = self.test_settings
+        thresholds = None
+        if score_threshold is None:
+            thresholds = self.score_thresholds
+            score_threshold = max(self.least_score, published.score_threshold)
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
-        published = self.test_settings
         settings = replace(
             published,
             score_threshold=score_threshold,
@@ -354,6 +376,8 @@ class Detector(nn.Module):
             arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s, color) for s in chunk]
             found = self.detect_images(arrays, size, patch_size, settings=settings, batch_size=batch_size)
             for source, array, detections in zip(chunk, arrays, found, strict=True):
+                if thresholds is not None:
+                    detections = detections.above(thresholds)
                 results.append(
                     Results(
                         image=array,
@@ -524,6 +548,7 @@ class Detector(nn.Module):
                 "task": self.task,
                 "image_size": self.image_size,
                 "patch_size": self.patch_size,
+                "score_thresholds": self.score_thresholds,
                 **self.saved_options(),
             },
         }
@@ -586,6 +611,8 @@ class Detector(nn.Module):
         model.load_weights(checkpoint)
         for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
             setattr(model, name, size_in_pixels)
+        same = model.class_names == checkpoint.class_names
+        model.score_thresholds = trained_thresholds(checkpoint, len(model.class_names)) if same else None
         return model.eval()
 
 

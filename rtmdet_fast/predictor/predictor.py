@@ -20,7 +20,7 @@ from rtmdet_fast.export.engine import RUNTIMES, Dtype, Engine, load_engine
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.sources import Frame, Source, iter_sources
 from rtmdet_fast.inference.tracking import LOW_SCORE, track_frames
-from rtmdet_fast.models.detector import Color, Detector
+from rtmdet_fast.models.detector import SCORE_THRESHOLD, Color, Detector
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.predictor.graphs import GraphDetector
 from rtmdet_fast.predictor.stream import Stream
@@ -47,7 +47,7 @@ class Predictor:
             the others make a temporary file first, which takes up to a minute.
         device: cpu, cuda, cuda:1, …; auto is where a model is, and for a file the first GPU where there is one.
         threads: of another runtime on a CPU; as many as it likes where not given (torch: torch.set_num_threads).
-        score_threshold: least score of a detection.
+        score_threshold: least score of a detection; the model's own of each class, or 0.3, where not given.
         iou_threshold: of NMS; the published one of the task where not given.
         max_detections: of an image; the published number where not given.
         color: of arrays [H, W, 3]: bgr, as OpenCV reads them, or rgb. Files and PIL images need none.
@@ -64,7 +64,7 @@ class Predictor:
         engine: str = "auto",
         device: str | torch.device = "auto",
         threads: int | None = None,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         color: Color = "bgr",
@@ -129,7 +129,10 @@ class Predictor:
         suffix = next(suffix for suffix, name in RUNTIMES.items() if name == runtime)
         path = Path(folder) / f"model{suffix}"
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
-        export(model, path, **{name: self._settings[name] for name in names})
+        options = {name: self._settings[name] for name in names}
+        if options["score_threshold"] is None:
+            options["score_threshold"] = max(model.least_score, model.test_settings.score_threshold)
+        export(model, path, **options)
         return self._opened(path)
 
     @property
@@ -207,7 +210,7 @@ class Predictor:
         find_classes(wanted, self.class_names)  # what is wrong with them is told now
         update = None
         if track:
-            threshold = settings["score_threshold"]
+            threshold = SCORE_THRESHOLD if settings["score_threshold"] is None else settings["score_threshold"]
             update, settings["score_threshold"] = track_frames(threshold), self._low_score(threshold)
 
         def finish(frame: Frame, results: Results) -> Results:

@@ -24,8 +24,10 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
-from rtmdet_fast.evaluation.report import ReportSample, write_report
+from rtmdet_fast.evaluation.pictures import report_samples
+from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Detector, Targets
@@ -44,6 +46,7 @@ from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, reso
 from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
 from rtmdet_fast.training.loggers import LOGGERS
+from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -172,6 +175,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             epoch_loss += state.get("epoch_loss", 0.0)
             seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
             horizon = Horizon(*state["horizon"])
+            thresholds = state.get("score_thresholds")
+            ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
         ema.step = iteration = state["iteration"]
         epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
@@ -293,6 +298,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 validation_seconds = clock() - validation_begun
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
+                ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
                 if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
                     best_epoch, best_metrics = number, evaluation.metrics
                     ema.model.save(best)
@@ -326,6 +332,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                     "seconds": [clock() - started + seconds_before, validation_seconds],
                     "best_epoch": best_epoch,
                     "best_metrics": best_metrics,
+                    "score_thresholds": ema.model.score_thresholds,
                     "epoch_loss": epoch_loss.item() if step else 0.0,
                     "meter": meter.state_dict(),
                 },
@@ -462,25 +469,30 @@ def report_run(
     model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
-    samples = []
+    analysis, worst, samples = None, [], []
     if val_dataset is not None:
         evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
+        analysis = analyse(evaluation, val_dataset.class_names)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
+        if analysis is not None:
+            metrics["analysis"] = analysis.as_json()
         curves = evaluation.pr_curves
         write_json(settings.out / "metrics.json", metrics)
         write_json(settings.out / "detections.json", evaluation.detections, indent=None)
-        for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
-            sample = val_dataset.load(int(index))
-            result = replace(model.predict(sample.image), path=sample.path)
-            samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
+        worst, samples = report_samples(val_dataset, evaluation, analysis)
     return write_report(
         settings.out / "report.html",
         title=f"{model.title} on {dataset.annotation_path.name}",
-        history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,
-        samples=samples,
         settings={**settings.as_json(), "training images": len(dataset), "seconds per iteration": round(pace, 4)},
+        class_names=dataset.class_names,
+        history=read_metrics(settings.out / "metrics.csv"),
+        analysis=analysis,
+        worst=worst,
+        samples=samples,
+        batches=[(drawn.told, drawn.picture) for drawn in draw_batches(settings, dataset, 1)],
+        train_objects=np.bincount(dataset.objects()[2], minlength=len(dataset.class_names)),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
     )

@@ -255,6 +255,9 @@ def test_another_runtime_error_stays_one(weights, shapes, tmp_path, monkeypatch)
         ["train", "--train", "ANN", "--train-images", "ODD", "--out", "OUT", "--size", "nano", "--epochs", "1"],
         ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "ODD", "--size", "nano", "--epochs", "1"],
         ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "OUT", "--init", "ODD"],
+        ["data", "ODD"],
+        ["data", "SET", "--page", "ODD", "--samples", "1"],
+        ["data", "SET", "--convert", "yolo", "--out", "ODD"],
         ["split", "--images", "ODD", "--out", "OUT"],
         ["split", "--images", "IMAGES", "--labels", "ODD", "--out", "OUT"],
         ["split", "--data", "ODD", "--out", "OUT"],
@@ -275,6 +278,7 @@ def test_an_odd_path_is_one_sentence(weights, shapes, tmp_path, monkeypatch, cap
         "WEIGHTS": weights,
         "IMAGES": shapes.val_images,
         "ANN": shapes.val_ann,
+        "SET": shapes.root,
         "OUT": tmp_path / "out",
         "ODD": odd,
     }
