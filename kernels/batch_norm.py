@@ -289,13 +289,34 @@ def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
 def save_for_backward(
     ctx: Any, tensors: tuple[Tensor | None, ...], outputs_of: tuple[Tensor, Tensor, Tensor | None], *settings: Any
 ) -> None:
-    """Keeps what an op's backward takes after dy, and the dtypes of weight, bias and residual, for `gradients`."""
+    """Keeps what an op's backward takes after dy, and the dtypes of weight, bias and residual, for `gradients`.
+
+    Of outputs only whole ones: a view of an output, saved, holds the node that holds it, and a forward pass without a
+    backward one would never be freed.
+    """
+    ctx.set_materialize_grads(False)  # of the outputs beside y: zeros of their size, in every backward pass
     ctx.save_for_backward(*tensors)
     ctx.settings, ctx.dtypes = settings, [None if x is None else x.dtype for x in outputs_of]
 
 
-def gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
-    """Gradients for x (and a convolution's weight), weight, bias and residual."""
-    *dx, sums = backward(dy, *ctx.saved_tensors, *ctx.settings)
+def gradients(
+    ctx: Any, dy: Tensor | None, saved: tuple[Tensor | None, ...], backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for x (and a convolution's weight), weight, bias and residual, and None for all other inputs.
+
+    `saved` is what `backward` takes between dy and the settings. In inference the residual follows mean and var.
+    """
+    if dy is None:  # what came after had no gradient for its input
+        return (None,) * len(ctx.needs_input_grad)
+    *dx, sums = backward(dy, *saved, *ctx.settings)
     weight, bias, residual = ctx.dtypes
-    return *dx, sums[1].to(weight), sums[0].to(bias), None if residual is None else dy.to(residual)
+    dresidual = None if residual is None else dy.to(residual)
+    statistics = () if saved[-1] is not None else (None, None)
+    found = *dx, sums[1].to(weight), sums[0].to(bias), *statistics, dresidual
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+def with_statistics(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Mean, variance and count in place of the statistics that stand last in `saved`."""
+    *tensors, stats = saved
+    return *tensors, stats[0], stats[3], stats[2]

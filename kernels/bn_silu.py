@@ -202,18 +202,17 @@ def _inference_context(ctx, inputs, output):
 
 
 def _inference_backward(ctx, dy):
-    dx, dweight, dbias, dresidual = bn.gradients(ctx, dy, _backward)
-    return dx, dweight, dbias, None, None, dresidual, None
+    return bn.gradients(ctx, dy, ctx.saved_tensors, _backward)
 
 
 def _training_context(ctx, inputs, output):
     x, weight, bias, residual, eps, group = inputs
-    stats = output[1]
-    bn.save_for_backward(ctx, (x, weight, bias, stats[0], stats[3], stats[2]), (weight, bias, residual), eps, group)
+    ctx.mark_non_differentiable(output[1])
+    bn.save_for_backward(ctx, (x, weight, bias, output[1]), (weight, bias, residual), eps, group)
 
 
 def _training_backward(ctx, dy, _):
-    return *bn.gradients(ctx, dy, _backward), None, None
+    return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 
 _inference.register_autograd(_inference_backward, setup_context=_inference_context)

@@ -520,19 +520,18 @@ def _inference_context(ctx, inputs, output):
 
 
 def _inference_backward(ctx, dy):
-    *gradients, dresidual = bn.gradients(ctx, dy, _backward)
-    return *gradients, None, None, dresidual, None, None
+    return bn.gradients(ctx, dy, ctx.saved_tensors, _backward)
 
 
 def _training_context(ctx, inputs, output):
     x, conv_weight, weight, bias, residual, *settings = inputs
     _, z, stats = output
-    tensors = x, z, conv_weight, weight, bias, stats[0], stats[3], stats[2]
-    bn.save_for_backward(ctx, tensors, (weight, bias, residual), *settings)
+    ctx.mark_non_differentiable(z, stats)
+    bn.save_for_backward(ctx, (x, z, conv_weight, weight, bias, stats), (weight, bias, residual), *settings)
 
 
 def _training_backward(ctx, dy, *_):
-    return *bn.gradients(ctx, dy, _backward), None, None, None
+    return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 
 _inference.register_autograd(_inference_backward, setup_context=_inference_context)
