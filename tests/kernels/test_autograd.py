@@ -106,3 +106,33 @@ def test_no_gradient_from_what_comes_after(name):
     y = mask_loss(torch.rand(1, 8, 8, 8, requires_grad=True), torch.rand(3, 169)) if name == "masks" else layer(name)(x)
     NoGradient.apply(y).sum().backward()
     assert x.grad is None
+
+
+def reference_and_op(name):
+    weight, bias, mean, var = torch.rand(3), torch.rand(3), torch.zeros(3), torch.ones(3)
+    if name == "bn_silu":
+        return tuple(lambda x, f=f: f(x, weight, bias, mean, var) for f in (bn_silu.bn_silu_reference, bn_silu.bn_silu))
+    kernel = torch.rand(3, 1, 5, 5)
+    functions = dwconv_bn_silu.dwconv_bn_silu_reference, dwconv_bn_silu.dwconv_bn_silu
+    return tuple(lambda x, f=f: f(x, kernel, weight, bias, mean, var) for f in functions)
+
+
+@pytest.mark.parametrize("name", ["bn_silu", "dwconv_bn_silu"])
+def test_forward_mode_and_transforms_take_the_reference(name, launches):
+    """The ops have no rule for them, and without gradients would drop the tangent in silence."""
+    reference, op = reference_and_op(name)
+    x, tangent = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    expected = torch.func.jvp(reference, (x,), (tangent,))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), fwAD.dual_level():
+            found = fwAD.unpack_dual(op(fwAD.make_dual(x, tangent)))
+        torch.testing.assert_close(found.tangent, expected[1])
+    torch.testing.assert_close(torch.func.jvp(op, (x,), (tangent,)), expected)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: op(x).sum())(x), torch.func.grad(lambda x: reference(x).sum())(x)
+    )
+    torch.testing.assert_close(torch.func.vmap(op)(x[None]), torch.func.vmap(reference)(x[None]))
+    assert not launches
+    with torch.no_grad():
+        op(x)
+    assert launches  # and nothing else does

@@ -82,7 +82,7 @@ def test_boxes(launches, box):
         else:
             rotated_iou.box_iou_rotated(boxes, gt_boxes)
             rotated_iou.box_iou_rotated(boxes.requires_grad_(), boxes, aligned=True).sum().backward()
-    trace_all(launches, 12)
+    trace_all(launches, 10)
 
 
 def test_masks(launches):
