@@ -92,7 +92,7 @@ define environment
 	$(PYTHON) -m venv $(1)/venv
 	$(1)/venv/bin/python -m pip install --quiet --upgrade pip
 	$(1)/venv/bin/python -m pip install --quiet $(2)
-	cp -r pyproject.toml tests $(1)
+	cp -r pyproject.toml benches tests $(1)
 endef
 IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto
 # Benches and pages are no part of it.

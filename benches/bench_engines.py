@@ -39,21 +39,21 @@ def cases(device: torch.device) -> list[Case]:
 def _case(size: str) -> Case:
     def forward(folded: bool) -> Callable[..., Any]:
         model = ours(size, CLASSES, CPU).eval()
-        return _inference(model.fold() if folded else model)
+        return inference(model.fold() if folded else model)
 
     def compiled() -> Callable[..., Any]:
         torch.compiler.reset()
-        return _inference(torch.compile(ours(size, CLASSES, CPU).fold(), dynamic=False))
+        return inference(torch.compile(ours(size, CLASSES, CPU).fold(), dynamic=False))
 
     def mmdet() -> Callable[..., Any]:
         model, _ = mmdet_model(size, CLASSES, CPU)
-        return _inference(model.eval(), model._forward)  # type: ignore[operator]
+        return inference(model.eval(), model._forward)  # type: ignore[operator]
 
     def engine(suffix: str, dtype: Dtype = "fp32", int8: bool = False) -> Callable[..., Any]:
         if dtype == "bf16" and "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Absent("this processor does not compute in bfloat16")
         try:
-            path = _exported(size, suffix, int8)
+            path = exported(size, suffix, int8)
             _, run = open_file(path, torch.get_num_threads(), dtype)
         except UserError as error:
             raise Absent(str(error)) from error
@@ -91,7 +91,7 @@ def _case(size: str) -> Case:
     )
 
 
-def _inference(model: nn.Module, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def inference(model: nn.Module, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
     @torch.no_grad()
     def run(images: Tensor) -> list[list[Tensor]]:
         return [list(levels) for levels in (forward or model)(images)[:2]]
@@ -118,7 +118,7 @@ def _inputs(seed: int) -> tuple[Tensor]:
 
 
 @cache
-def _exported(size: str, suffix: str, int8: bool) -> Path:
+def exported(size: str, suffix: str, int8: bool) -> Path:
     """A file of boxes and scores before NMS; unchecked, as each contender is checked before it is timed."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""RT-DETR's forward pass in inference at 640 px: images to logits and boxes, folded, beside Hugging Face's."""
+"""RT-DETR's forward pass in inference at 640 px: images to logits and boxes, folded, beside Hugging Face's; and with
+fewer of its decoder's layers (`--decoder-layers`)."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from benches.harness import Absent, Case, Contender, relative_error
 from rtmdet_fast import RTDETR
 from rtmdet_fast.kernels import _dispatch
 
-SIDE = 640
+SIDE, LAYERS = 640, 3
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(device, 1, torch.float32)]
-    return [_case(device, batch, torch.float16) for batch in (32, 1)]
+        return [_case(device, 1, torch.float32), _by_layers(device, torch.float32)]
+    return [*(_case(device, batch, torch.float16) for batch in (32, 1)), _by_layers(device, torch.float16)]
 
 
 @cache
@@ -41,7 +42,7 @@ def saved() -> Any:
         backbone_config=backbone,
         encoder_in_channels=[128, 256, 512],
         hidden_expansion=0.5,
-        decoder_layers=3,
+        decoder_layers=LAYERS,
         num_labels=80,
     )
     with torch.random.fork_rng(devices=[]):
@@ -57,8 +58,8 @@ def saved() -> Any:
     return folder
 
 
-def ours(device: torch.device, dtype: torch.dtype) -> RTDETR:
-    return RTDETR.from_pretrained(saved().name).to(device, dtype)
+def ours(device: torch.device, dtype: torch.dtype, decoder_layers: int = LAYERS) -> RTDETR:
+    return RTDETR.from_pretrained(saved().name, decoder_layers=decoder_layers).to(device, dtype)
 
 
 def _case(device: torch.device, batch: int, dtype: torch.dtype) -> Case:
@@ -85,6 +86,36 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype) -> Case:
             Contender(name="not folded", build=lambda: _inference(ours(device, dtype))),
             Contender(name="transformers", build=hugging_face),
         ],
+    )
+
+
+def _by_layers(device: torch.device, dtype: torch.dtype) -> Case:
+    first = "triton" if device.type == "cuda" else "reference"
+    names = {LAYERS: first} | {number: f"{number} of {LAYERS} layers" for number in range(LAYERS - 1, 0, -1)}
+
+    def expected(images: Tensor) -> dict[int, list[Tensor]]:
+        return {number: _inference(ours(device, torch.float64, number))(images.double()) for number in names}
+
+    def compare(result: tuple[int, list[Tensor]], expected: dict[int, list[Tensor]]) -> str:
+        number, found = result
+        return relative_error(_sorted(found), _sorted(expected[number]), TOLERANCE[dtype])
+
+    def contender(number: int, name: str) -> Contender:
+        return Contender(
+            name=name,
+            build=lambda: _inference(ours(device, dtype, number).fold()),
+            result=lambda output: (number, output),
+            graph=_dispatch.AVAILABLE,
+        )
+
+    return Case(
+        op="rtdetr",
+        name=f"RT-DETR-r18 by layers of its decoder, {str(dtype).removeprefix('torch.')}, 1 x 3 x {SIDE} x {SIDE}",
+        shapes={"images": [1, 3, SIDE, SIDE]},
+        inputs=partial(_inputs, 1, dtype, device),
+        expected=expected,
+        compare=compare,
+        contenders=[contender(number, name) for number, name in names.items()],
     )
 
 

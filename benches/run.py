@@ -39,6 +39,7 @@ OPS = (  # in order of importance
     "forward",
     "rtdetr",
     "engines",
+    "predict",
     "training",
     "postprocess",
     "matcher",

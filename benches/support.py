@@ -16,22 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from benches.confident import confident
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.export import export, noise
+from rtmdet_fast.export.export import export
 from rtmdet_fast.images import IMAGE_SUFFIXES
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import load_model
-from rtmdet_fast.models.rtdetr.model import RTDETR
-from rtmdet_fast.models.rtmdet.model import RTMDet
 
 RESULTS = Path(__file__).with_name("support.json")
 PAGE = Path(__file__).resolve().parents[1] / "docs/support.md"
 IMAGE_SIZE = 256
-CLASSES = ("a", "b", "c")
 MODELS = {
     **{f"RTMDet-{size}, det": ("det", size) for size in ("nano", "tiny", "s", "m", "l", "x")},
     **{f"RTMDet-{size}, ins": ("ins", size) for size in ("nano", "tiny", "s", "m", "l", "x")},
@@ -76,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     models: dict[str, Callable[[], Detector]] = {
-        name: partial(confident_rtdetr if task == "rtdetr" else confident, size, task)
+        name: partial(confident, task, size, IMAGE_SIZE)
         for name, (task, size) in MODELS.items()
         if name in args.models and not args.weights
     }
@@ -108,7 +104,6 @@ def measure(model: Detector, options: dict[str, Any], images: Path | None = None
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     more: dict[str, Any] = {key: value for key, value in options.items() if key != "suffix"}
     if images is None:
-        model.image_size = IMAGE_SIZE
         more |= dict(score_threshold=0.05, candidates=1000)
     else:
         more.pop("image_size", None)
@@ -164,56 +159,6 @@ def _cell(result: dict[str, Any] | None) -> str:
         f"{result['box_error']:.0e} px, {result['score_error']:.0e}{masks}; "
         f"{result['unmatched']} of {result['detections']}"
     )
-
-
-@torch.no_grad()
-def confident(size: str, task: str) -> Detector:
-    """An RTMDet of random weights that finds much of every class, of every angle, no two scores alike."""
-    torch.manual_seed(0)
-    model = RTMDet(size, task, class_names=CLASSES).eval()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):  # activations neither die out nor grow over the layers
-            nn.init.uniform_(norm.running_var, 0.02, 0.1)  # type: ignore[arg-type]
-            nn.init.uniform_(norm.bias, -0.5, 0.5)
-    head = model.bbox_head
-    sides = (0.3, 0.2) if head.exponential else (0.3, 1.2)  # in strides, or their logarithm
-    wanted = [(head.rtm_cls, 1.5, -2.0), (head.rtm_reg, *sides)]
-    wanted += [(head.rtm_ang, 1.0, 0.0)] if task == "rotated" else []
-    wanted += [(head.rtm_kernel, 1.0, 0.0)] if task == "ins" else []
-    _spread(model, wanted)
-    return model
-
-
-@torch.no_grad()
-def confident_rtdetr(size: str, task: str) -> Detector:
-    """An RT-DETR of random weights whose queries differ, and find boxes beside their anchors."""
-    torch.manual_seed(0)
-    model = RTDETR(size, class_names=CLASSES).eval()
-    decoder = model.decoder
-    _spread(model, [([decoder.enc_score_head], 1.5, -2.0)])  # which decides what the others see
-    _spread(model, [([decoder.dec_score_head[-1]], 1.5, -2.0), ([decoder.dec_bbox_head[-1].layers[-1]], 0.3, 0.0)])
-    return model
-
-
-def _spread(model: Detector, wanted: Sequence[tuple[Any, float, float]]) -> None:
-    """Random weights in layers, such that on noise each channel of their outputs has that deviation and mean."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def look(layer: nn.Module, _: Any, values: Tensor) -> None:
-        found[layer] = (values.transpose(0, 1) if values.dim() == 4 else values.movedim(-1, 0)).flatten(1)
-
-    for layers, _, _ in wanted:
-        for layer in layers:
-            nn.init.normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-            layer.register_forward_hook(look)
-    model(noise(2, IMAGE_SIZE))
-    for layers, spread, mean in wanted:
-        for layer in layers:
-            layer._forward_hooks.clear()
-            scale = spread / found[layer].std(1)
-            layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
-            layer.bias.copy_(mean - scale * found[layer].mean(1))
 
 
 if __name__ == "__main__":

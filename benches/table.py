@@ -23,23 +23,19 @@ OPS = {
     "forward": "Forward pass of the whole network",
     "rtdetr": "RT-DETR's forward pass",
     "engines": "Network by every engine of a CPU",
+    "predict": "From a JPEG to boxes, beside the network alone",
     "training": "Training step",
     "pipeline": "Input pipeline",
     "postprocess": "Post-processing",
     "matcher": "Hungarian matching",
 }
+KERNELS = (
+    *("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+    "letterbox",
+)
 PICTURES = {  # file name -> title, ops
-    "kernels": (
-        "Kernels",
-        (
-            *("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
-            "letterbox",
-        ),
-    ),
-    **{
-        op: (OPS[op], (op,))
-        for op in ("layers", "forward", "rtdetr", "engines", "training", "pipeline", "postprocess", "matcher")
-    },
+    "kernels": ("Kernels", KERNELS),
+    **{op: (title, (op,)) for op, title in OPS.items() if op not in KERNELS},
 }
 REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"}
 INTRO = """# Benches

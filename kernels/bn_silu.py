@@ -93,6 +93,11 @@ def sync_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     momentum: float, eps: float, group: str,
 ) -> Tensor:  # fmt: skip
+    """Batch norm of `x` [B, C, H, W] by the statistics of the batches of all processes of `group` (a name), in PyTorch.
+
+    Updates the running statistics [C] in place. Computes in fp32 at least; the result has the dtype of `x`. Every
+    process of the group has to take part, forward and backward.
+    """
     # the mean first and then the squared deviations from it: a large mean does not cancel the variance
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = _AllReduce.apply(wide.new_full((), x.numel() // x.shape[1]), group)

@@ -12,11 +12,11 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from busy import busy
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
@@ -231,6 +231,9 @@ def detect(task: str) -> None:
 
 def graph(task: str) -> None:
     """What is captured on a GPU, uncaptured."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # of the benches, which a script by itself does not see
+    from busy import busy
+
     model = busy(task).fold()
     pictures = [np.random.default_rng(i).integers(0, 256, (60 + 30 * i, 90, 3), np.uint8) for i in range(3)]
     settings = replace(model.test_settings, score_threshold=0.3, max_detections=20)

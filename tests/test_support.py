@@ -20,7 +20,7 @@ def test_a_cell_tells_how_near_a_file_is_or_why_there_is_none(monkeypatch, tmp_p
 
     monkeypatch.setattr(support, "RESULTS", tmp_path / "a.json")
     monkeypatch.setattr(support, "PAGE", tmp_path / "a.md")
-    monkeypatch.setattr(support, "confident", lambda size, task: type("Model", (), {})())
+    monkeypatch.setattr(support, "confident", lambda *_: type("Model", (), {})())
 
     def export(model, path, **options):
         if path.suffix == ".onnx":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtmdet_fast.cli.output import Outcome
-from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
     from rtmdet_fast.data.coco import CocoDataset
@@ -22,13 +20,14 @@ class BenchmarkConfig:
 
     weights: tuple[str, ...]
     """Weights files or published names such as rtmdet-tiny, and exported files, as many as wanted."""
-    data: Path | None = None
-    """Folder laid out like COCO (rotated: or DOTA), on whose validation images the AP is measured too."""
+    data: tuple[Path, ...] = ()
+    """Folder of a data set, of whatever format, or a data.yaml, on whose validation images the AP is measured too."""
     engines: tuple[str, ...] = ()
     """pytorch, folded, compiled, cuda-graph, onnxruntime, openvino, openvino-bf16, openvino-int8, pt2; all where not
     given."""
     calibrate: Path | None = None
-    """Folder of images for int8; the training images of --data where not given."""
+    """Images for int8: a folder of them, or a data set, whose training images are taken; those of --data where not
+    given."""
     image_size: int | None = None
     """Side of the network input in pixels; the model's own where not given."""
     batch_size: int = 1
@@ -48,30 +47,29 @@ class BenchmarkConfig:
 
 
 def run_benchmark(config: BenchmarkConfig) -> Outcome:
-    from rtmdet_fast.data.layout import find_dota_split
+    from rtmdet_fast.data.layout import find_sources, training_images
     from rtmdet_fast.evaluation.benchmark import benchmark
     from rtmdet_fast.tasks import TASKS
 
     def open_dataset(model: Detector) -> CocoDataset:
-        assert config.data is not None
-        task = TASKS[model.task]
-        return task.open_dataset(
-            *task.find_split(config.data, "val"),
+        return TASKS[model.task].open_dataset(
+            find_sources(config.data, "val"),
             skip_bad=config.skip_bad,
             class_names=model.class_names,
             match_by_position=config.match_by_position,
         )
 
     calibrate = config.calibrate
-    if calibrate is None and config.data is not None:
-        with suppress(UserError):  # without a training split
-            _, calibrate = find_dota_split(config.data, "train")
+    if calibrate is not None:
+        calibrate = training_images(calibrate) or calibrate
+    elif config.data:
+        calibrate = training_images(config.data)
     with tempfile.TemporaryDirectory() as folder:
         engines, absent = benchmark(
             config.weights,
             Path(folder),
             engines=config.engines,
-            open_dataset=None if config.data is None else open_dataset,
+            open_dataset=open_dataset if config.data else None,
             image_size=config.image_size,
             batch_size=config.batch_size,
             threads=config.threads,

@@ -13,16 +13,16 @@ from rtmdet_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate weights on a COCO-format (rotated: or DOTA) data set with the published test settings."""
+    """Evaluate weights on a data set (COCO, YOLO, Pascal VOC or DOTA) with the published test settings."""
 
     weights: str
     """Weights file, a published name such as rtmdet-tiny, or an exported .onnx, .xml or .pt2 file."""
-    data: Path | None = None
-    """Folder laid out like COCO (rotated: or DOTA), in place of --ann and --images."""
+    data: tuple[Path, ...] = ()
+    """Folder of a data set, of whatever format, or a data.yaml, whose validation images are taken; or several."""
     ann: Path | None = None
-    """Annotation file (COCO JSON; rotated: or a folder of DOTA text files)."""
+    """In place of --data: COCO JSON, or a folder of YOLO, VOC or DOTA label files."""
     images: Path | None = None
-    """Folder of the images."""
+    """Folder of the images of --ann."""
     image_size: int | None = None
     """Side of the network input in pixels; the model's own where not given."""
     batch_size: int = 8
@@ -47,26 +47,25 @@ class EvalConfig:
 
 def run_eval(config: EvalConfig) -> Outcome:
     from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
+    from rtmdet_fast.data.layout import find_sources, source_of
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.export.engine import load_detector
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.config import check_bounds
 
     check_bounds(config)
-    annotations, images = config.ann, config.images
-    if config.data is not None:
-        if annotations or images:
+    if config.data:
+        if config.ann or config.images:
             raise UserError("--data stands in place of --ann and --images")
-    elif annotations is None or images is None:
+        sources = find_sources(config.data, "val")
+    elif config.ann is None or config.images is None:
         raise UserError("give --ann FILE and --images FOLDER, or --data FOLDER")
+    else:
+        sources = (source_of(config.ann, config.images),)
     options = {} if config.decoder_layers is None else {"decoder_layers": config.decoder_layers}
     model = load_detector(config.weights, config.device, config.dtype, **options)
-    task = TASKS[model.task]
-    if config.data is not None:
-        annotations, images = task.find_split(config.data, "val")
-    dataset = task.open_dataset(
-        annotations,
-        images,
+    dataset = TASKS[model.task].open_dataset(
+        sources,
         skip_bad=config.skip_bad,
         class_names=model.class_names,
         match_by_position=config.match_by_position,

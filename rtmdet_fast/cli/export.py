@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rtmdet_fast.cli.output import Outcome
+from rtmdet_fast.cli.output import Outcome, figure
 from rtmdet_fast.errors import UserError
 
 
@@ -41,17 +41,19 @@ class ExportConfig:
     int8: bool = False
     """Compute in 8 bits (OpenVINO), in the ranges that the images of --calibrate show."""
     calibrate: Path | None = None
-    """Folder of images for --int8, of the training split, not of the one to evaluate on."""
+    """Images for --int8: a folder of them, of the training split, not of the one to evaluate on; or a data set, whose
+    training images are taken."""
     calibration_images: int = 128
     """How many of them are taken."""
-    data: Path | None = None
-    """Data set laid out like COCO (rotated: or DOTA): compare on its validation images, and tell AP before and
-    after."""
+    data: tuple[Path, ...] = ()
+    """Folder of a data set, of whatever format, or a data.yaml: compare on its validation images, and tell AP before
+    and after."""
     json: Path | None = None
     """Write what was exported, and how well it agrees, to this file."""
 
 
 def run_export(config: ExportConfig) -> Outcome:
+    from rtmdet_fast.data.layout import find_sources, training_images
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.export.engine import load_engine
     from rtmdet_fast.export.export import check_format, export
@@ -59,15 +61,15 @@ def run_export(config: ExportConfig) -> Outcome:
     from rtmdet_fast.tasks import TASKS
 
     check_format(config.out, config.format)  # before AP, which takes long
-    if config.data is not None and not config.nms:
+    if config.data and not config.nms:
         raise UserError("--data needs detections, which a file without NMS does not give: leave one of them out")
     options = {} if config.decoder_layers is None else {"decoder_layers": config.decoder_layers}
     model = load_model(config.weights, **options)
     metrics: list[dict[str, float]] = []
     images: list[Path] = []
-    if config.data is not None:
-        task = TASKS[model.task]
-        dataset = task.open_dataset(*task.find_split(config.data, "val"), class_names=model.class_names)
+    if config.data:
+        sources = find_sources(config.data, "val")
+        dataset = TASKS[model.task].open_dataset(sources, class_names=model.class_names)
         images = [dataset.image_dir / file for file in dataset.files]
         metrics.append(evaluate(model, dataset, image_size=config.image_size).metrics)
     agreement = export(
@@ -83,7 +85,7 @@ def run_export(config: ExportConfig) -> Outcome:
         candidates=config.candidates,
         nms=config.nms,
         int8=config.int8,
-        calibrate=config.calibrate,
+        calibrate=config.calibrate and (training_images(config.calibrate) or config.calibrate),
         calibration_images=config.calibration_images,
         images=images,
     )
@@ -94,9 +96,12 @@ def run_export(config: ExportConfig) -> Outcome:
         f"by {agreement.box_error:.1e} pixels and {agreement.score_error:.1e} of score at most"
     )
     lines = [line]
-    if config.data is not None:
-        metrics.append(evaluate(load_engine(config.out), dataset).metrics)
-        lines += [f"{name:10} {before:.3f} -> {metrics[1][name]:.3f}" for name, before in metrics[0].items()]
+    if config.data:
+        engine = load_engine(config.out)
+        metrics.append(evaluate(engine, dataset).metrics)
+        lines += [f"{name:10} {figure(before)} -> {figure(metrics[1][name])}" for name, before in metrics[0].items()]
+        if engine.test_settings != replace(model.test_settings, nms_pre=engine.test_settings.nms_pre):
+            lines.append("before: by the published test settings; after: by those of the file")
     found = {"out": str(config.out), **agreement._asdict()}
     if metrics:
         found |= {"before": metrics[0], "after": metrics[1]}

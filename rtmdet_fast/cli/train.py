@@ -17,6 +17,8 @@ def run_train(config: Any) -> Outcome:
     report = f", report {result.report}" if result.report else ""
     lines = [f"{name:10} {figure(value)}" for name, value in result.metrics.items()]
     lines += skipped_lines(result.skipped, result.noticed)
+    if result.ended_by is not None:
+        lines.append(f"ended by {'--' if result.ended_by != 'callback' else 'a '}{result.ended_by}")
     lines.append(f"{result.seconds:.0f} s, {result.seconds_per_iteration:.3f} s an iteration")
     lines.append(f"best weights {result.best}, last {result.last}{report}")
     return Outcome(found, lines)

@@ -1,4 +1,4 @@
-"""COCO-format detection datasets: a JSON file and a folder of images, checked before anything is trained on them."""
+"""Detection data sets in COCO's form, from any format, checked before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rtmdet_fast.class_names import class_name
-from rtmdet_fast.data.annotation_file import FARTHEST, image_size, is_id, is_number, is_numbers, read_flag, read_json
+from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, image_size, is_id, is_number, is_numbers, read_flag
+from rtmdet_fast.data.formats import FORMATS
+from rtmdet_fast.data.image_cache import ImageCache
 from rtmdet_fast.data.masks import MaskStore, Outlines, Segmentation, read_segmentation
+from rtmdet_fast.data.source import Notes, Source
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.masks import cropped_rle
 from rtmdet_fast.images import read_image
@@ -39,26 +42,38 @@ class Sample:
     """Those of the n objects, where the dataset was made with masks=True."""
 
 
+class _Part(NamedTuple):
+    """What was checked of a source: names by category, image entries by id, annotations."""
+
+    image_dir: Path
+    categories: dict[int, str]
+    images: dict[int, dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+
 FEW_CORNERS = 5  # boxes over the border, from which on they may all be corners
 
 
 class CocoDataset:
-    """The images of an annotation file, in its order.
+    """The images of an annotation file, in its order, or of several sources one after the other.
 
     class_names: of the labels 0, 1, …; the file's categories in its order, or those given
     category_ids: the file's id of each class, -1 for a given class that the file does not know
-    image_ids: of the images by index
+    image_ids: of the images by index; of several sources 1, 2, …
     files: their paths in `image_dir`
+    annotation_path: the file or folder of the annotations; of several sources the folder that holds them all
     has_masks: whether it was made with masks=True
     noticed: what is odd and was used all the same, by what it is
     """
 
     box_dim = 4
+    cache: ImageCache | None = None
+    """Keeps decoded images for `load`, where one was set before loader processes begin."""
 
     def __init__(
         self,
-        annotation_file: str | Path,
-        image_dir: str | Path,
+        annotations: str | Path | Sequence[Source],
+        image_dir: str | Path | None = None,
         *,
         skip_bad: bool = False,
         training: bool = False,
@@ -68,11 +83,11 @@ class CocoDataset:
         match_by_position: bool = False,
         masks: bool = False,
     ) -> None:
-        """Reads and checks the annotation file; images are decoded by `load`.
+        """Reads and checks the annotations; images are decoded by `load`.
 
         Args:
-            annotation_file: COCO JSON.
-            image_dir: the folder its `file_name`s are relative to.
+            annotations: COCO JSON, or sources of any format (`find_sources`), whose classes are merged by name.
+            image_dir: of a JSON file the folder that its `file_name`s are relative to.
             skip_bad: leave out, and count in `skipped`, what is otherwise an error: unreadable images, duplicate ids,
                 annotations without a proper box or of unknown images and categories.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
@@ -87,30 +102,33 @@ class CocoDataset:
 
         Raises UserError, which names the file and the entry at fault.
         """
-        self.annotation_path, self.image_dir = Path(annotation_file), Path(image_dir)
         self.skip_bad, self.training, self.has_masks = skip_bad, training, masks
         self._skipped: dict[str, list[str]] = {}
         self.noticed: dict[str, list[str]] = {}
-        if not self.image_dir.is_dir():
-            raise UserError(f"{image_dir}: no such folder of images (for {annotation_file})")
-        content = self._read_content()
-        entries = content.get("annotations") or []
-        categories = self._read_categories(content["categories"], entries)
+        if isinstance(annotations, (str, Path)):
+            if image_dir is None:
+                raise TypeError("image_dir is missing: the folder of the images")
+            annotations = [self._source(Path(annotations), Path(image_dir))]
+        notes = Notes(
+            bad=self._bad,
+            skip=self._skip,
+            notice=self._notice,
+            skip_bad=skip_bad,
+            wanted=[class_name(name) for name in class_names or ()],
+        )
+        parts = [self._read_source(source, notes) for source in annotations]
+        _, categories, images, entries = parts[0] if len(parts) == 1 else self._merge(annotations, parts)
         self._match_classes(categories, class_names, match_by_position)
-        images = self._read_images(content["images"])
-        annotations = self._read_annotations(entries, images)
-        if self.box_dim == 4:
-            self._warn_of_corners(annotations, images)
         segmentations = None
         if masks:
-            annotations, segmentations = self._read_masks(annotations, images)
-        self._index(images, annotations, min_size, keep_empty, segmentations)
+            entries, segmentations = self._read_masks(entries, images)
+        self._index(images, entries, min_size, keep_empty, segmentations)
         # kept for to_coco; a training file's polygons would only fill the memory of every loader worker
         self._content = None
         if not training:
             self._content = {
                 "images": list(images.values()),
-                "annotations": annotations,
+                "annotations": entries,
                 "categories": [{"id": ident, "name": name} for ident, name in categories.items()],
             }
 
@@ -147,23 +165,39 @@ class CocoDataset:
         """Of all images, in pixels, as far as the annotations or `training` told their sizes."""
         return int(self._sizes.max(initial=0))
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """The checked images, annotations and categories in COCO's form; not of a training=True dataset."""
+        if self._content is None:
+            raise RuntimeError("made with training=True: make one without it to evaluate")
+        return self._content
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What all images take in memory, as far as their sizes are known (see `longest_side`)."""
+        return int(3 * self._sizes.prod(1).sum())
+
+    @property
+    def labels_by_image(self) -> list[np.ndarray]:
+        """The labels of each image's objects, without crowd regions."""
+        return np.split(self._labels, self._starts[1:-1])
+
     def to_coco(self) -> Any:
         """The ground truth as a pycocotools COCO object, crowd regions included; not of a training=True dataset."""
         from pycocotools import mask
         from pycocotools.coco import COCO
 
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         labels = {category for category in self.category_ids if category >= 0}
         annotations: list[dict[str, Any]] = []
-        for a in self._content["annotations"]:
+        for a in self.content["annotations"]:
             if a["category_id"] in labels:
                 area = a["area"] if is_number(a.get("area")) else None
                 if area is None and not self.has_masks:
                     area = a["bbox"][2] * a["bbox"][3]
                 # ids from 1: pycocotools takes a match with annotation 0 for no match
-                annotations.append({**a, "id": len(annotations) + 1, "area": area})
-        images = self._content["images"]
+                ids = {"id": len(annotations) + 1, "iscrowd": int(a["iscrowd"] or a["difficult"] > 0)}
+                annotations.append({**a, **ids, "area": area})
+        images = self.content["images"]
         if self.has_masks:
             # masks are compared in pixels of the images as they are
             real = {
@@ -180,7 +214,7 @@ class CocoDataset:
             "info": {},
             "images": images,
             "annotations": annotations,
-            "categories": [c for c in self._content["categories"] if c["id"] in labels],
+            "categories": [c for c in self.content["categories"] if c["id"] in labels],
         }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
@@ -193,11 +227,15 @@ class CocoDataset:
     def _load(self, index: int) -> Sample:
         path = self.image_dir / self.files[index]
         width, height = self._sizes[index].tolist()
-        try:
-            image = read_image(path, (width, height) if width else None)
-        except UserError as error:
-            how = "replace it, or leave such images out with --skip-bad"
-            raise UserError(f"{error} (listed in {self.annotation_path}); {how}") from None
+        image = None if self.cache is None else self.cache.get(index)
+        if image is None:
+            try:
+                image = read_image(path, (width, height) if width else None)
+            except UserError as error:
+                how = "replace it, or leave such images out with --skip-bad"
+                raise UserError(f"{error} (listed in {self.annotation_path}); {how}") from None
+            if self.cache is not None:
+                self.cache.put(index, image)
         h, w = image.shape[:2]
         if width and (w, h) != (width, height):
             if not self._real_sizes.any():
@@ -212,8 +250,45 @@ class CocoDataset:
         masks = None if self._masks is None else self._masks.load(start, stop, w, h).take(kept)
         return Sample(image, boxes[kept], self._labels[start:stop][kept], self.image_ids[index], str(path), masks)
 
-    def _read_content(self) -> dict[str, Any]:
-        return read_json(self.annotation_path)
+    def _source(self, annotations: Path, image_dir: Path) -> Source:
+        return Source(format="coco", annotations=annotations, images=image_dir)
+
+    def _read_source(self, source: Source, notes: Notes) -> _Part:
+        self.annotation_path = source.annotations
+        content = FORMATS[source.format].read(source, notes)
+        self.image_dir = content.image_dir
+        categories = self._read_categories(content.categories, content.annotations)
+        images = self._read_images(content.images)
+        annotations = self._read_annotations(content.annotations, images)
+        if self.box_dim == 4:
+            self._warn_of_corners(annotations, images)
+        return _Part(content.image_dir, categories, images, annotations)
+
+    def _merge(self, sources: Sequence[Source], parts: list[_Part]) -> _Part:
+        """All parts as one, their classes by name, under new ids."""
+        self.annotation_path = _folder_of_all([source.annotations for source in sources])
+        self.image_dir = _folder_of_all([part.image_dir for part in parts])
+        ids: dict[str, int] = {}
+        images: dict[int, dict[str, Any]] = {}
+        annotations = []
+        for source, part in zip(sources, parts, strict=True):
+            for name in part.categories.values():
+                ids.setdefault(name, len(ids) + 1)
+            new_ids = {}
+            for ident, entry in part.images.items():
+                new_ids[ident] = len(images) + 1
+                name = os.path.relpath(part.image_dir / entry["file_name"], self.image_dir)
+                images[new_ids[ident]] = {**entry, "id": new_ids[ident], "file_name": name}
+            annotations += [
+                {
+                    **a,
+                    "id": f"{a.get('id')} of {source.annotations}",
+                    "image_id": new_ids[a["image_id"]],
+                    "category_id": ids[part.categories[a["category_id"]]],
+                }
+                for a in part.annotations
+            ]
+        return _Part(self.image_dir, {i: name for name, i in ids.items()}, images, annotations)
 
     def _within(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         """The boxes on an image of that size, and which of them [n] it shows."""
@@ -329,7 +404,7 @@ class CocoDataset:
         annotations: list[dict[str, Any]] = []
         seen: set[Any] = set()
         # what is not used was not checked, and may be nested a thousand deep
-        keys = ["id", "image_id", "category_id", "bbox", "area"]
+        keys = ["id", "image_id", "category_id", "bbox", "area", "truncated"]
         keys += ["segmentation"] if self.has_masks else ["rbox", "segmentation"] if self.box_dim == 5 else []
         for entry in entries:
             ids = [entry.get(k) for k in ("id", "image_id", "category_id")] if isinstance(entry, dict) else []
@@ -359,8 +434,17 @@ class CocoDataset:
         return annotations
 
     def _flags(self, entry: dict[str, Any]) -> dict[str, int]:
-        """The flags of an annotation, 0 or 1. Raises ValueError where one is neither."""
-        return {key: read_flag(entry, key) for key in ("iscrowd", "ignore")}
+        """The flags of an annotation, 0 or 1, and `difficult`, 0 to 2. Raises ValueError where one is none of them.
+
+        Difficult 1 is trained on, 2 (cut off by a split) is not; in an evaluation neither is to be found, nor wrong to
+        find.
+        """
+        flags = {key: read_flag(entry, key) for key in ("iscrowd", "ignore")}
+        return {**flags, "difficult": read_flag(entry, "difficult", LEVELS)}
+
+    def _is_apart(self, flags: dict[str, Any]) -> bool:
+        """Whether an annotation is no object to train on, or to be found."""
+        return bool(flags["iscrowd"] or flags["ignore"] or flags["difficult"] > (1 if self.training else 0))
 
     def _warn_of_corners(self, annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]]) -> None:
         """Corners x, y, x, y in place of x, y, width, height make boxes that pass their image's border."""
@@ -452,7 +536,7 @@ class CocoDataset:
         sizes = {image_id: image_size(entry) for image_id, entry in images.items()}
         for i, a in enumerate(annotations):
             what = f"annotation {a.get('id')}"
-            if a["iscrowd"] or a["ignore"]:
+            if self._is_apart(a):
                 continue
             if a["category_id"] not in label_of:
                 self._skip(what, "category that is not among the classes")
@@ -509,3 +593,7 @@ class CocoDataset:
             reasons = ", ".join(f"{reason}: {len(what)}" for reason, what in self._skipped.items())
             raise UserError(f"{self.annotation_path}: holds no box to train on ({reasons or 'it lists none'})")
         return kept
+
+
+def _folder_of_all(paths: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([os.path.abspath(path) for path in paths]))

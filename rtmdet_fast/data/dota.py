@@ -1,33 +1,19 @@
-"""Rotated detection datasets: DOTA text files or COCO-style JSON, and DOTA's Task 1 submission files."""
+"""Rotated detection datasets, from any format, and DOTA's Task 1 submission files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rtmdet_fast.class_names import DOTA_CLASSES, class_name
-from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, is_numbers, read_flag, read_json
+from rtmdet_fast.data.annotation_file import FARTHEST, is_numbers
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.errors import UserError, shown
+from rtmdet_fast.data.source import Source
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
-from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
-
-Report = Callable[[str, str, object], None]  # what, the reason it is bad, detail
-
-
-class Label(NamedTuple):
-    """A line of a DOTA text file."""
-
-    line: int
-    quad: list[float]
-    """x1 y1 … x4 y4, pixels."""
-    name: str
-    difficult: int
 
 
 class GroundTruth(NamedTuple):
@@ -40,7 +26,8 @@ class GroundTruth(NamedTuple):
 
 
 class DotaDataset(CocoDataset):
-    """The images of a folder of DOTA text files in order of their names, or of a COCO-style JSON file in its order.
+    """The images of a folder of DOTA text files in order of their names, of a COCO-style JSON file in its order, or of
+    sources of any format one after the other.
 
     As CocoDataset, with boxes [n, 5] of the form le90 (see rotated.py), which are not clipped at the image's edges.
     Difficult boxes (`difficult` above 0 in the text; `difficult`, `ignore` or `iscrowd` in JSON) are no part of the
@@ -58,8 +45,8 @@ class DotaDataset(CocoDataset):
 
     def __init__(
         self,
-        annotations: str | Path,
-        image_dir: str | Path,
+        annotations: str | Path | Sequence[Source],
+        image_dir: str | Path | None = None,
         *,
         skip_bad: bool = False,
         training: bool = False,
@@ -74,8 +61,9 @@ class DotaDataset(CocoDataset):
             annotations: a folder of text files, one for each image and named after it, with lines
                 `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`; the header lines (imagesource, gsd) and the last field may
                 be missing. Or a JSON file, whose annotations have one of `rbox` (cx, cy, w, h, radians), `bbox` of
-                the same 5 or of 8 numbers (corners), or a polygon as `segmentation`, looked for in this order.
-            image_dir: the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
+                the same 5 or of 8 numbers (corners), or a polygon as `segmentation`, looked for in this order. Or
+                sources of any format (`find_sources`), whose classes are merged by name.
+            image_dir: of a folder or file the folder of the images (png, jpg, bmp, tif, webp, ppm, pgm).
             skip_bad: leave out, and count in `skipped`, what is otherwise an error, malformed lines for instance.
             training: keep only images with at least one box, whose sides are `min_size` pixels or more.
             keep_empty: in training, keep those without a box too.
@@ -85,7 +73,6 @@ class DotaDataset(CocoDataset):
         Raises UserError, which names the file and line, or entry, at fault.
         """
         self.crossing_count = 0
-        self._wanted = [class_name(name) for name in class_names or ()]
         super().__init__(
             annotations,
             image_dir,
@@ -104,13 +91,11 @@ class DotaDataset(CocoDataset):
 
     @cached_property
     def _truth(self) -> list[GroundTruth]:
-        if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
         rows: dict[int, list[tuple[list[float], int, bool]]] = {ident: [] for ident in self.image_ids}
-        for a in self._content["annotations"]:
+        for a in self.content["annotations"]:
             if a["category_id"] in label_of and _has_area(a["rbox"]):
-                rows[a["image_id"]].append((a["rbox"], label_of[a["category_id"]], a["ignore"]))
+                rows[a["image_id"]].append((a["rbox"], label_of[a["category_id"]], self._is_apart(a)))
         return [
             GroundTruth(
                 np.array([box for box, _, _ in found], np.float32).reshape(-1, 5),
@@ -120,59 +105,9 @@ class DotaDataset(CocoDataset):
             for found in rows.values()
         ]
 
-    def _read_content(self) -> dict[str, Any]:
-        if not self.annotation_path.is_dir():
-            return read_json(self.annotation_path)
-        label_files = sorted(self.annotation_path.glob("*.txt"))
-        if not label_files:
-            raise UserError(f"{self.annotation_path}: holds no label files (*.txt)")
-        files = find_images(self.image_dir)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for path in label_files:
-            found = files.pop(path.stem, [])
-            if len(found) > 1:
-                self._bad(path.name, "several images of this name", ", ".join(f.name for f in found))
-                continue
-            try:
-                labels = read_labels(path, self._bad)
-            except UserError as error:
-                if not self.skip_bad:
-                    raise
-                self._bad(path.name, "unreadable label file", str(error))
-                continue
-            name = found[0].name if found else f"{path.stem}.png"  # which is then reported as missing
-            width, height = read_size(found[0]) if found else (0, 0)
-            ident = len(images) + 1
-            images.append({"id": ident, "file_name": name, "width": width, "height": height})
-            annotations += [
-                {
-                    "id": f"{path.name}:{label.line}",
-                    "image_id": ident,
-                    "category_id": label.name,
-                    "bbox": label.quad,
-                    "difficult": min(label.difficult, 2),
-                }
-                for label in labels
-            ]
-        for rest in files.values():
-            self._skip(rest[0].name, "image without a label file")
-        names = {a["category_id"] for a in annotations}
-        if self._wanted and (not names or names & set(self._wanted)):
-            # a small part of a data set may lack some classes: their ids are the same in all parts
-            order = [*self._wanted, *sorted(names - set(self._wanted))]
-        elif names <= set(DOTA_CLASSES):
-            order = [name for name in DOTA_CLASSES if name in names]
-        else:
-            order = sorted(names)
-        ids = {name: i for i, name in enumerate(order, start=1)}
-        for a in annotations:
-            a["category_id"] = ids[a["category_id"]]
-        return {
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": i, "name": name} for name, i in ids.items()],
-        }
+    def _source(self, annotations: Path, image_dir: Path) -> Source:
+        text = annotations.is_dir()
+        return Source(format="dota" if text else "coco", annotations=annotations, images=image_dir)
 
     def _box_fault(self, entry: dict[str, Any]) -> tuple[str, object] | None:
         numbers = _shape_of(entry)
@@ -187,12 +122,6 @@ class DotaDataset(CocoDataset):
             return "angle beyond a full turn, where radians are expected", numbers
         return None
 
-    def _flags(self, entry: dict[str, Any]) -> dict[str, int]:
-        """`difficulty` 0, 1, or 2 where it is no object to train on, and `iscrowd`. Raises ValueError, as there."""
-        flags = super()._flags(entry)
-        level = read_flag(entry, "difficult", LEVELS)
-        return {"iscrowd": flags["iscrowd"], "difficulty": 2 if any(flags.values()) else level}
-
     def _read_annotations(self, entries: list[Any], images: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         annotations = super()._read_annotations(entries, images)
         shapes = [_shape_of(a) or [] for a in annotations]
@@ -203,22 +132,25 @@ class DotaDataset(CocoDataset):
         if eight := of_length[8]:
             quads = np.array([shapes[i] for i in eight], np.float64)
             boxes[eight] = quads_to_boxes(quads)
-            self.crossing_count = int(edges_cross(quads).sum())
+            self.crossing_count += int(edges_cross(quads).sum())
         for i, shape in enumerate(shapes):
             if len(shape) not in (5, 8):
-                boxes[i] = _polygon_box(shape)
+                boxes[i] = polygon_box(shape)
         quads = boxes_to_quads(boxes)
         low, high = quads.reshape(-1, 4, 2).min(1), quads.reshape(-1, 4, 2).max(1)
         around = np.concatenate([low, high - low], 1)
         made = []
-        for a, box, bbox, quad in zip(annotations, boxes.tolist(), around.tolist(), quads.tolist(), strict=True):
-            difficult = a.pop("difficulty") > (1 if self.training else 0)
-            a = {**a, "rbox": box, "ignore": difficult, "bbox": bbox}
+        for a, shape, box, bbox, quad in zip(
+            annotations, shapes, boxes.tolist(), around.tolist(), quads.tolist(), strict=True
+        ):
+            difficult = self._is_apart(a)
+            a = {**a, "rbox": box, "bbox": bbox}
             if self.training:
                 if difficult:
                     self._skip(f"annotation {a.get('id')}", "box cut by a split, or to be ignored")
             else:  # as to_coco needs them
-                a |= {"iscrowd": int(difficult), "segmentation": [quad], "area": box[2] * box[3]}
+                crowd = int(a["iscrowd"] or a["ignore"])
+                a |= {"iscrowd": crowd, "given": shape, "segmentation": [quad], "area": box[2] * box[3]}
             made.append(a)
         return made
 
@@ -236,58 +168,6 @@ class DotaDataset(CocoDataset):
 
     def _within(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         return boxes.copy(), np.ones(len(boxes), bool)
-
-
-def find_images(folder: Path) -> dict[str, list[Path]]:
-    """The image files of a folder by name without suffix, sorted."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(path.stem, []).append(path)
-    return found
-
-
-def read_labels(path: Path, bad: Report | None = None) -> list[Label]:
-    """The lines of a DOTA text file.
-
-    Malformed lines go to `bad`, which may raise; without it they raise UserError, as a file does that is no text.
-    """
-    name = shown(str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{name}: cannot read this label file: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: this label file is not UTF-8 text") from None
-    labels = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        fields = line.split()
-        if not fields or fields[0].lower().startswith(("imagesource:", "gsd:")):
-            continue
-        fault = None
-        if len(fields) not in (9, 10):
-            fault = f"{len(fields)} fields, not x1 y1 x2 y2 x3 y3 x4 y4 class difficult"
-        else:
-            try:
-                quad = [float(field) for field in fields[:8]]
-                difficult = int(fields[9]) if len(fields) == 10 else 0
-            except ValueError as error:
-                fault = str(error)
-            else:
-                if not all(abs(value) <= FARTHEST for value in quad) or difficult < 0:
-                    fault = "a coordinate that is not finite or beyond 10,000,000 pixels, or difficult below 0"
-                elif class_name(fields[8]) != fields[8]:
-                    fault = "a control character in the name of the class"
-        if fault is None:
-            labels.append(Label(number, quad, fields[8], difficult))
-            continue
-        detail = f"{fault}: {line.strip()[:80]!r}"
-        if bad is None:
-            raise UserError(f"{name}, line {number}: malformed line ({detail})")
-        bad(f"{path.name}, line {number}", "malformed line", detail)
-    return labels
 
 
 def write_task1(
@@ -325,7 +205,7 @@ def _shape_of(entry: dict[str, Any]) -> list[float] | None:
     return None
 
 
-def _polygon_box(polygon: list[float]) -> np.ndarray:
+def polygon_box(polygon: list[float]) -> np.ndarray:
     """The smallest rotated box [5] around a polygon of any length."""
     import cv2
 

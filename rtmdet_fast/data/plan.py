@@ -7,7 +7,7 @@ workers), and a resumed run shows the very pixels the unbroken one would have sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,18 @@ class _Stream:
     mixup: list[SamplePlan] = field(default_factory=list)
 
 
+def repeat_factors(labels_by_image: Sequence[np.ndarray], threshold: float) -> np.ndarray:
+    """How often an epoch is to show each image [N] float64, by its rarest class: max(1, sqrt(threshold / f)).
+
+    f is the share of the images that the class occurs in. (LVIS: A Dataset for Large Vocabulary Instance Segmentation,
+    Gupta et al. 2019, appendix B.)
+    """
+    present = [np.unique(labels) for labels in labels_by_image]
+    shares = np.bincount(np.concatenate([np.zeros(0, np.int64), *present])) / max(len(present), 1)
+    factors = np.sqrt(threshold / np.maximum(shares, 1e-12))
+    return np.array([max(1.0, factors[labels].max(initial=0.0)) for labels in present])
+
+
 class PlanSampler(Sampler[list[SamplePlan]]):
     """A batch sampler: every iteration is one epoch in a new random order, as lists of plans.
 
@@ -59,36 +71,49 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        repeats: np.ndarray | None = None,
     ) -> None:
         """A `recipe` of None is one without mosaic and mixup: the plans have no caches in either stage.
 
         `drop_last` leaves out an incomplete batch, unless it is the only one.
 
         Each of `world_size` processes shows a part of its own of every epoch; `rank` counts them from 0.
+
+        repeats: how often an epoch shows each image, [dataset_length], 1 or more; once where not given. Of a fraction
+            an epoch shows the image once more or not, at random and as often as it says.
         """
         if dataset_length < 1 or batch_size < 1:
             raise UserError(f"an epoch needs images and a batch size of 1 or more, got {dataset_length}, {batch_size}")
         self.dataset_length, self.batch_size, self.drop_last = dataset_length, batch_size, drop_last
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self.repeats = repeats
+        self.epoch_length = dataset_length if repeats is None else int(repeats.sum())
+        """Images that an epoch shows, in all processes together."""
         self._order = np.random.default_rng((seed, 0))  # the same in every process
         self._rng = np.random.default_rng((seed, 1, rank))
         self._streams = [_Stream() for _ in range(max(num_workers, 1))]
         self._stage2 = False
+        self._skip = 0
 
     def __len__(self) -> int:
         # All processes take the same number of steps, or the last would wait for the others.
-        share = max(self.dataset_length // self.world_size, 1)
+        share = max(self.epoch_length // self.world_size, 1)
         whole, rest = divmod(share, self.batch_size)
         return whole + (rest > 0 and (not self.drop_last or whole == 0))
 
     def __iter__(self) -> Iterator[list[SamplePlan]]:
         order = self._order.permutation(self.dataset_length)
+        if self.repeats is not None:
+            order = self._repeated(order)
         order = np.roll(order, -self.rank)[:: self.world_size]
+        skip, self._skip = self._skip, 0
         for b in range(len(self)):
             stream = self._streams[b % len(self._streams)]
             indices = order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
             seeds = self._rng.integers(2**63, size=len(indices)).tolist()
-            yield [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
+            plans = [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
+            if b >= skip:
+                yield plans
 
     def set_stage2(self, enabled: bool) -> None:
         """From the next epoch on: with True no strong augmentation; either way the caches start empty."""
@@ -107,8 +132,11 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             "mixup": [[[p.index, p.seed, list(p.mosaic_cache)] for p in s.mixup] for s in self._streams],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. UserError where the dataset or the number of workers differs."""
+    def load_state_dict(self, state: dict[str, Any], skip: int = 0) -> None:
+        """Continues where `state` was taken, without the first `skip` batches of the next epoch.
+
+        UserError where the dataset or the number of workers differs.
+        """
         if state["dataset_length"] != self.dataset_length:
             raise UserError(
                 f"cannot resume: the run was on {state['dataset_length']} training images, now there are "
@@ -126,6 +154,14 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             _Stream(list(mosaic), [SamplePlan(index, seed, tuple(cache)) for index, seed, cache in mixup])
             for mosaic, mixup in zip(state["mosaic"], state["mixup"], strict=True)
         ]
+        self._skip = skip
+
+    def _repeated(self, order: np.ndarray) -> np.ndarray:
+        """`order` with every image as often as it is to be shown, in a new random order."""
+        # one draw decides for all images: of their sum, rounded down, no fraction is lost or gained
+        ends = np.floor(np.cumsum(self.repeats[order]) + self._order.random()).astype(int)  # type: ignore[index]
+        counts = np.diff(ends, prepend=0)
+        return self._order.permutation(np.repeat(order, counts))[: self.epoch_length]
 
     def _plan(self, stream: _Stream, index: int, seed: int) -> SamplePlan:
         if self._stage2:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rtmdet_fast.data.dota import Label, find_images, read_labels
+from rtmdet_fast.data.formats.dota import Label, read_labels
+from rtmdet_fast.data.formats.files import find_images
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.files import write_json, write_one_of_many
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, quads_to_boxes

@@ -16,10 +16,11 @@ from rtmdet_fast.errors import UserError
 from rtmdet_fast.export.agreement import Run
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.inference.masks import PredictedMasks
+from rtmdet_fast.models.checkpoint import EXPORTED
 from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import FAMILIES, load_model
 
-RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "aotinductor"}
+RUNTIMES = dict(zip(EXPORTED, ("onnxruntime", "openvino", "aotinductor"), strict=True))
 """What runs an exported file, by its suffix."""
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 """Of exported files, by the names that a user gives, and what these end in."""

@@ -37,6 +37,9 @@ def convert_to_openvino(
 def open_openvino(path: Path, threads: int | None, dtype: str = "auto") -> tuple[str, Any]:
     """The metadata of an OpenVINO file, and what runs it."""
     openvino = import_openvino()
+    with path.open("rb") as file:
+        if b"<net" not in file.read(1000):  # readers of other formats would try, and talk
+            raise UserError(f"{path} cannot be read by OpenVINO: it does not begin as its files do")
     try:
         core = openvino.Core()
         model = core.read_model(str(path))
@@ -50,7 +53,9 @@ def open_openvino(path: Path, threads: int | None, dtype: str = "auto") -> tuple
         with signal_stack_kept():
             compiled = core.compile_model(model, "CPU", config)
     except RuntimeError as error:
-        raise UserError(f"{path} cannot be read by OpenVINO: {str(error).splitlines()[0]}") from error
+        places = "Exception from", "Check '"  # in its code; the reason comes after them
+        reason = (line for line in str(error).splitlines() if line and not line.startswith(places))
+        raise UserError(f"{path} cannot be read by OpenVINO: {next(reason, 'it gives no reason')}") from error
     names = [next(iter(output.get_names())) for output in compiled.outputs]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

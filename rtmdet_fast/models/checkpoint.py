@@ -105,6 +105,8 @@ PRETRAINED = {
 }
 SAFETENSORS = "model.safetensors"
 """The weights in a folder of Hugging Face."""
+EXPORTED = ".onnx", ".xml", ".pt2"
+"""Suffixes of exported files, which other rooms read."""
 COMPUTED = ("decoder.anchors", "decoder.valid_mask")
 
 
@@ -129,6 +131,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path = path / SAFETENSORS
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
+    if path.suffix in EXPORTED:
+        raise UserError(f"{path} is an exported file, and no weights: take those that it was made from")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content: Mapping[Any, Any] = {}

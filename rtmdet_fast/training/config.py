@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from rtmdet_fast.data.source import Source
     from rtmdet_fast.training.recipe import Recipe
 
 BOUNDS = {
@@ -25,22 +27,25 @@ BOUNDS = {
     "seed": (0, 2**32 - 1),
     "weight_decay": (0, 1e9),
     "ema_momentum": (0, 1),
+    "patience": (1, 10**6),
+    "repeat_threshold": (0, 1),
 }
 """The least and the greatest value of a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a detector on a COCO-format data set."""
+    """Train a detector on a data set of COCO's, YOLO's, Pascal VOC's or DOTA's format."""
 
-    data: Path | None = None
-    """Folder laid out like COCO (rotated: or DOTA), in place of the four paths below."""
+    data: tuple[Path, ...] = ()
+    """Folder of a data set, of whatever format, or a data.yaml, in place of the four paths below; several are trained
+    on together, their classes merged by name."""
     train: Path | None = None
-    """Annotation file of the training images (COCO JSON; rotated: or a folder of DOTA text files)."""
+    """Annotations of the training images: COCO JSON, or a folder of YOLO, VOC or DOTA label files."""
     train_images: Path | None = None
     """Folder of the training images."""
     val: Path | None = None
-    """Annotation file of the validation images; without it there is no validation."""
+    """Annotations of the validation images; without them there is no validation."""
     val_images: Path | None = None
     """Folder of the validation images."""
     out: Path = Path("runs/train")
@@ -55,6 +60,9 @@ class TrainConfig:
     queries: int | None = None
     """Of rtdetr: boxes that are predicted for an image; 300 where not given. Fewer are faster; objects beyond their
     number are not learnt."""
+    sampling: str | None = None
+    """Of rtdetr, version 2: bilinear, or discrete, whole cells, for runtimes without grid_sample, which goes on from
+    weights of bilinear sampling; bilinear where not given."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -65,8 +73,9 @@ class TrainConfig:
     """Last epochs without strong augmentation: mosaic and mixup (which rotated never has), of rtdetr distortion,
     zoom-out, crop and change of image size; 20 of 300 in proportion where not given, of rtdetr 0 or, version 2, 1 to 3
     of its published epochs in proportion."""
-    batch_size: int | None = None
-    """Images per step and process; 32 (rotated: 8, rtdetr: 16) where not given."""
+    batch_size: int | Literal["auto"] | None = None
+    """Images per step and process; 32 (rotated: 8, rtdetr: 16) where not given. auto: what the GPU's memory has room
+    for, or 8 on a CPU, but no more than the published number a step, nor than a 16th of the training images."""
     accumulate: int = 1
     """Batches whose gradients are added up before the optimiser steps."""
     image_size: int | None = None
@@ -80,8 +89,18 @@ class TrainConfig:
     """Steps of linear warm-up; 1000 (rtdetr: 2000, in version 1 none), but at most a tenth of the run, where not
     given."""
     ema_momentum: float | None = None
-    """Share of the new weights in the moving average, after its own warm-up; 2e-4, of rtdetr 1e-4 or, if that is more,
-    20 over the steps of the run, where not given."""
+    """Share of the new weights in the moving average, after its own warm-up. Where not given 2e-4 (rtdetr: 1e-4) in a
+    run as long as the published one, and more the shorter it is: rtmdet 27 over its steps (rotated: 8), rtdetr 20."""
+    freeze: Literal["backbone"] | None = None
+    """Part of the model that stays as --init has it, batch norms' statistics too: backbone."""
+    repeat_threshold: float | None = None
+    """Show images of rare classes more often: for a class in a share f of the images, t being this threshold,
+    sqrt(t / f) times an epoch (LVIS has 0.001). Each is shown once where not given."""
+    cache: str | None = None
+    """Keep decoded images in memory, for all loader processes together: ram, which takes up to half of what is free,
+    or an amount such as 8GB. The first epoch fills it."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where figures go besides metrics.csv: any of tensorboard, wandb, mlflow."""
     amp: str = "auto"
     """Mixed precision: none, bf16 or fp16; auto is bf16 on a GPU that has it and none elsewhere."""
     device: str = "auto"
@@ -92,6 +111,12 @@ class TrainConfig:
     """Seed of weights, order and augmentation."""
     val_interval: int | None = None
     """Epochs between validations; a thirtieth of the run, and every one of stage 2, where not given."""
+    patience: int | None = None
+    """Epochs without a better validation after which the run goes over to its last, --stage2-epochs, or, in these,
+    ends; never where not given."""
+    time: str | float | None = None
+    """Time for the run, such as 2h, 90m or 1h30m: as many of its epochs, stage 2 and last validation included, as it
+    has room for."""
     skip_bad: bool = False
     """Go on over unreadable images and invalid annotations, and count them."""
     resume: bool = False
@@ -110,8 +135,10 @@ class TrainConfig:
 class Settings(TrainConfig):
     """A config with every default worked out that does not hang on the data."""
 
-    train: Path
-    train_images: Path
+    train_sources: tuple[Source, ...]
+    """What --data or --train and --train-images lead to."""
+    val_sources: tuple[Source, ...]
+    """Likewise; none without validation."""
     size: str
     epochs: int
     stage2_epochs: int
@@ -121,17 +148,23 @@ class Settings(TrainConfig):
     """Of the first step after warm-up."""
     weight_decay: float
     num_workers: int
+    time: float | None
+    """In seconds."""
 
     @property
     def recipe(self) -> Recipe:
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task, self.queries)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
 
     def as_json(self) -> dict[str, Any]:
-        """What config.json and the state in last.pth hold."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""
+        told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        for split, sources in (("train", told.pop("train_sources")), ("val", told.pop("val_sources"))):
+            for key, part in ((split, "annotations"), (f"{split}_images", "images")):
+                told[key] = " ".join(str(source[part]) for source in sources) or None
+        return {**told, "data": None}
 
 
 @dataclass(frozen=True)
@@ -149,14 +182,27 @@ class TrainResult:
     """Images and annotations left out of training, and of validation, by reason."""
     noticed: dict[str, int]
     """Those that are odd and were used all the same."""
+    ended_by: str | None = None
+    """What ended it before the epochs asked for: "patience", "time", or "callback", after which `resume` goes on."""
 
 
 def check_bounds(config: Any) -> None:
     """Raises UserError where a setting of a command lies outside its BOUNDS."""
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name, None)
-        if value is not None and not least <= value <= most:
+        if value is not None and value != "auto" and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
+
+
+def seconds_of(time: str | float) -> float:
+    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError where it is none of these."""
+    number = r"(\d+(?:\.\d+)?)"
+    parts = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(time).strip())
+    hours, minutes, rest = map(float, parts.groups("0")) if parts else (0.0, 0.0, 0.0)
+    seconds = 3600 * hours + 60 * minutes + rest
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--time {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
+    return seconds
 
 
 def resolve(config: TrainConfig) -> Settings:
@@ -164,10 +210,12 @@ def resolve(config: TrainConfig) -> Settings:
     # here: `rtmdet-fast --help` shows the settings, and has no need of PyTorch
     import torch
 
+    from rtmdet_fast.data.image_cache import bytes_of
     from rtmdet_fast.devices import pick_device
     from rtmdet_fast.models.detector import check_image_size
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.distributed import process_count
+    from rtmdet_fast.training.loggers import check_loggers
     from rtmdet_fast.training.recipe import RECIPES
 
     if config.task not in TASKS:
@@ -175,19 +223,14 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    task, recipe = TASKS[config.task], RECIPES[config.model](config.size, config.version, config.task, config.queries)
+    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
+    if config.sampling == "discrete" and config.init is None and not config.resume:
+        raise UserError(
+            "--sampling discrete leaves as it is where heads look: give bilinear weights to go on from, --init"
+        )
     if config.lr is not None and not 0 < config.lr < math.inf:
         raise UserError(f"--lr is {config.lr}; it must be above 0")
-    train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
-    if config.data is not None:
-        if train or train_images or val or val_images:
-            raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
-        train, train_images = task.find_split(config.data, "train")
-        val, val_images = task.find_split(config.data, "val")
-    if train is None or train_images is None:
-        raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
-    if (val is None) != (val_images is None):
-        raise UserError("--val and --val-images go together")
+    train, val = _sources(config)
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
     device = pick_device(config.device)
@@ -205,20 +248,24 @@ def resolve(config: TrainConfig) -> Settings:
     if not 0 <= stage2 <= epochs:
         raise UserError(f"--stage2-epochs {stage2} must lie between 0 and --epochs {epochs}")
     image_size = recipe.image_size if config.image_size is None else config.image_size
-    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
+    # that of auto is found out once there is a model to try
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else recipe.batch_size
     lr = config.lr
     if lr is None:
-        images_per_step = batch_size * config.accumulate * process_count()
-        lr = recipe.lr * math.sqrt(images_per_step / recipe.lr_batch)
+        lr = recipe.lr_of(batch_size * config.accumulate * process_count())
+    if config.freeze not in (None, "backbone"):
+        raise UserError(f"--freeze {config.freeze!r} is unknown; choose backbone")
+    if config.cache is not None:
+        bytes_of(config.cache)
+    check_loggers(config.loggers)
+    if config.patience is not None and val is None:
+        raise UserError("--patience needs validation images: --val and --val-images, or --data with a part for it")
     workers = config.num_workers
     if workers is None:
         workers = min(max((os.cpu_count() or 1) - 1, 0), 8)
     resolved = {
-        "data": None,
-        "train": train,
-        "train_images": train_images,
-        "val": val,
-        "val_images": val_images,
+        "train_sources": train,
+        "val_sources": val,
         "device": str(device),
         "amp": amp,
         "size": recipe.size,
@@ -229,7 +276,25 @@ def resolve(config: TrainConfig) -> Settings:
         "image_size": check_image_size(image_size),
         "lr": lr,
         "weight_decay": recipe.weight_decay if config.weight_decay is None else config.weight_decay,
-        "ema_momentum": recipe.ema_momentum if config.ema_momentum is None else config.ema_momentum,
         "num_workers": workers,
+        "time": None if config.time is None else seconds_of(config.time),
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)
+
+
+def _sources(config: TrainConfig) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """What to train on, and what to validate on, if anything."""
+    from rtmdet_fast.data.layout import find_sources, source_of
+
+    train, train_images, val, val_images = config.train, config.train_images, config.val, config.val_images
+    if config.data:
+        if train or train_images or val or val_images:
+            raise UserError("--data stands in place of --train, --train-images, --val and --val-images")
+        return find_sources(config.data, "train"), find_sources(config.data, "val")
+    if train is None or train_images is None:
+        raise UserError("give --train FILE and --train-images FOLDER, or --data FOLDER")
+    if val is None and val_images is None:
+        return (source_of(train, train_images),), ()
+    if val is None or val_images is None:
+        raise UserError("--val and --val-images go together")
+    return (source_of(train, train_images),), (source_of(val, val_images),)

@@ -31,3 +31,12 @@ def gather(value: Any, world_size: int) -> list[Any]:
     if world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether it is true of one of the processes, all of which ask at the same time."""
+    if process_count() == 1:
+        return value
+    flag = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

@@ -6,6 +6,7 @@ losses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.recipes import AugmentRecipe, DetrRecipe, multi_scale_sizes, recipe_for, rotated_recipe
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.models.rtdetr.decoder import Sampling
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtdetr.recipe import LR, training_recipe
 from rtmdet_fast.models.rtmdet.model import RTMDet, default_image_size
@@ -57,10 +59,8 @@ class Recipe:
     """Model, weight decay → groups of AdamW, each with an `lr_factor` on its rate."""
     clip_norm: float | None = None
     """Greatest norm of the gradient of all parameters."""
-    ema_momentum: float | None
-    """Share of the new weights in the moving average; None where that hangs on the length of the run."""
     ema_share: Callable[[int, int, float | None], float]
-    """Step from 0, steps of the run, momentum → share of the new weights at that step."""
+    """Step from 0, steps of the run, momentum (None: by the length of the run) → share of the new weights then."""
     batch_sides: Callable[[int], tuple[int, ...]]
     """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
     caches: AugmentRecipe | None = None
@@ -70,11 +70,17 @@ class Recipe:
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
+    def lr_of(self, images: int) -> float:
+        """The learning rate at that many images per step of all processes."""
+        return self.lr * math.sqrt(images / self.lr_batch)
 
-def rtmdet_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
+
+def rtmdet_recipe(
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
+) -> Recipe:
     """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
     size = "tiny" if size is None else size
-    for name, value in (("version", version), ("queries", queries)):
+    for name, value in (("version", version), ("queries", queries), ("sampling", sampling)):
         if value is not None:
             raise UserError(f"--{name} {value} is for --model rtdetr: rtmdet has no such thing")
     image_size = default_image_size(size, task)
@@ -86,8 +92,7 @@ def rtmdet_recipe(size: str | None, version: int | None, task: str, queries: int
         warmup=1000,
         weight_decay=0.05,
         parameter_groups=parameter_groups,
-        ema_momentum=2e-4,
-        ema_share=_rtmdet_share,
+        ema_share=partial(_rtmdet_share, DOTA_STEPS if task == "rotated" else COCO_STEPS),
         batch_sides=_one_side,
     )
     if task == "rotated":
@@ -116,24 +121,44 @@ def _augment_rotated(dataset: CocoDataset, image_size: int) -> RotatedAugmenter:
     return RotatedAugmenter(dataset, rotated_recipe(image_size, dataset.class_names))
 
 
-def _rtmdet_share(step: int, total: int, momentum: float | None) -> float:
-    """The first update takes the model over whole."""
-    assert momentum is not None
-    return ema_share(step, momentum) if step else 1.0
+COCO_STEPS = 137_000
+"""Of the published training: 300 epochs of COCO's 117,266 images with objects, 256 at a step."""
+DOTA_STEPS = 40_000
+"""Likewise, 36 epochs of DOTA's windows, 8 at a step; rather few, as their number hangs on how DOTA was split."""
 
 
-def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int | None) -> Recipe:
-    """Of RT-DETR; r18 and version 1 (h: 2) where not given. UserError where there is no such model."""
+def _rtmdet_share(published: int, step: int, total: int, momentum: float | None) -> float:
+    """As published in a run of as many steps; a shorter one is averaged by the same schedule, compressed to its length.
+
+    The first update takes the model over whole.
+    """
+    if step == 0:
+        return 1.0
+    if momentum is not None:
+        return ema_share(step, momentum)
+    shorter = max(published / total, 1.0)
+    return ema_share(step, min(2e-4 * shorter, 1.0), 2000 / shorter)
+
+
+def rtdetr_recipe(
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
+) -> Recipe:
+    """Of RT-DETR; r18, version 1 (h: 2) and bilinear where not given. UserError where there is no such model."""
     size = "r18" if size is None else size
     if version is None:
         version = 2 if size == "h" else 1
     if task != "det":
         raise UserError(f"--task {task} is for --model rtmdet: rtdetr finds boxes, det, alone")
-    published = training_recipe(size, version)
+    if sampling not in (None, "bilinear", "discrete"):
+        raise UserError(f"--sampling {sampling!r} is unknown; choose bilinear or discrete")
+    if sampling == "discrete" and version == 1:
+        raise UserError("--sampling discrete is for --version 2")
+    method: Sampling = "discrete" if sampling == "discrete" else "bilinear"
+    published = training_recipe(size, version, method)
     return Recipe(
         size=size,
         version=version,
-        build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries),
+        build=partial(RTDETR, size, version=version, num_queries=300 if queries is None else queries, sampling=method),
         needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
@@ -146,7 +171,6 @@ def rtdetr_recipe(size: str | None, version: int | None, task: str, queries: int
         weight_decay=1e-4,
         parameter_groups=published.parameter_groups,
         clip_norm=0.1,
-        ema_momentum=None,
         ema_share=_rtdetr_share,
         batch_sides=multi_scale_sizes if published.multi_scale else _one_side,
         empty_images=True,
@@ -165,8 +189,8 @@ def _rtdetr_share(step: int, total: int, momentum: float | None) -> float:
     return ema_share(step, momentum, min(2000, total / 100))
 
 
-RECIPES: dict[str, Callable[[str | None, int | None, str, int | None], Recipe]] = {
+RECIPES: dict[str, Callable[[str | None, int | None, str, int | None, str | None], Recipe]] = {
     "rtmdet": rtmdet_recipe,
     "rtdetr": rtdetr_recipe,
 }
-"""By the names that a user gives the families: size, version, task, queries → recipe; None for what was not given."""
+"""By the names that a user gives the families: size, version, task, queries, sampling → recipe; None: not given."""

@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: running means, metrics.csv and TensorBoard scalars."""
+"""What a training run keeps of itself while it goes: running means, and metrics.csv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -89,14 +88,12 @@ class Meter:
 
 
 class RunLog:
-    """metrics.csv and TensorBoard events of a run; rows past `iteration`, where a resumed run goes on, are dropped.
+    """metrics.csv of a run; rows past `iteration`, where a resumed run goes on, are dropped.
 
     All of it raises UserError where the system refuses to write.
     """
 
     def __init__(self, folder: Path, iteration: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "metrics.csv"
         # a row that a crash cut off has no iteration
         kept = (
@@ -107,31 +104,14 @@ class RunLog:
         _writer(text).writerows(kept)
         with write_atomically(self.path) as file:  # a crash now must not cost the rows there are
             file.write(text.getvalue().encode())
-        with _refusal_told(folder):
-            self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row: `epoch` and `iteration`, and the values that there are."""
-        with _refusal_told(self.path.parent):
+        try:
             with self.path.open("a", newline="") as file:  # a run that fails leaves nothing open
                 _writer(file).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-            for name, value in row.items():
-                if name not in ("epoch", "iteration"):
-                    group = "val" if name.startswith(("A", "segm_")) else "train"
-                    self._board.add_scalar(f"{group}/{name}", value, row["iteration"])
-
-    def close(self) -> None:
-        with _refusal_told(self.path.parent):
-            self._board.flush()  # which tells what its thread could not write, as `close` does not
-            self._board.close()
-
-
-@contextmanager
-def _refusal_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write metrics.csv or TensorBoard's events in {folder}: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def _is_upto(iteration: str | None, last: int) -> bool:

@@ -21,7 +21,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "optimizer": Mapping,
     "scaler": Mapping,
     "samplers": list,
-    "torch_rng": torch.Tensor,
+    "random_states": list,
     "epoch": int,
     "iteration": int,
     "best_epoch": (int, type(None)),
@@ -30,8 +30,9 @@ STATE: dict[str, type | tuple[type, ...]] = {
 """What a training state holds."""
 
 
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation; validation only where it does not decide on the end.
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
+RESUMABLE |= {"cache", "loggers"}
 
 
 def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         state = load_archive(last).get("training")
         if state is None:
             raise UserError(f"{last} holds weights but no training state to resume from")
+        if "torch_rng" in state:  # of a run of before there was one of each process
+            state["random_states"] = [[state["torch_rng"]]] * len(state.get("samplers", ()))
         for name, kind in STATE.items():
             if not isinstance(state.get(name), kind):
                 raise UserError(f"{last} is damaged: its training state lacks {name!r}, or holds something else there")
@@ -50,12 +53,19 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         complete = state["best_epoch"] is None or TASKS[settings.task].criterion in figures
         if not (complete and all(isinstance(value, float) for value in figures.values())):
             raise UserError(f"{last} is damaged: its best figures are missing, or no numbers")
+    may_differ = RESUMABLE if settings.patience is None else RESUMABLE - {"val_interval", "val", "val_images"}
     for key, value in settings.as_json().items():
         before = state["config"].get(key, getattr(TrainConfig, key))  # of a run older than the setting
-        if key not in RESUMABLE and before != value:
+        if key not in may_differ and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
-    if not (0 < state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
+    # the step of an epoch that was broken off; at the end of one, as runs of before had it always, 0
+    step = state.setdefault("step", 0)
+    known = type(step) is int and 0 <= step <= state["iteration"] and (step or state["epoch"])
+    if not (known and 0 <= state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
         raise UserError(f"{last} is damaged: it tells of epoch {state['epoch']}, step {state['iteration']}"[:400])
+    plan = state.setdefault("horizon", [settings.epochs, settings.stage2_epochs, None])
+    if not (isinstance(plan, list) and len(plan) == 3 and type(plan[0]) is type(plan[1]) is int):
+        raise UserError(f"{last} is damaged: its training state lacks 'horizon', or holds something else there")
     processes = process_count()
     if len(state["samplers"]) != processes:
         raise UserError(
@@ -91,5 +101,5 @@ def remove_run(out: Path) -> None:
     The state that a run goes on from is the first to go: whatever comes between, no later `--resume` meets a mixture.
     """
     files = ("last.pth", "best.pth", "metrics.csv", "metrics.json", "detections.json", "report.html", "nan_batch.pt")
-    for path in (*(out / name for name in (*files, "config.json")), *out.glob("events.out.tfevents.*")):
+    for path in (*(out / name for name in (*files, "config.json", "loggers.json")), *out.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)

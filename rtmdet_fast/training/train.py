@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,29 @@ from tqdm import tqdm
 from rtmdet_fast.data.augment import Batch, collate, init_worker
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.image_cache import ImageCache, room_for_images
+from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
 from rtmdet_fast.evaluation.report import ReportSample, write_report
 from rtmdet_fast.files import write_json
-from rtmdet_fast.models.checkpoint import damage_told, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Detector, Targets
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.batch_size import find_batch_size
+from rtmdet_fast.training.callbacks import (
+    Callback,
+    Callbacks,
+    Progress,
+    random_numbers_kept,
+    random_states,
+    set_random_states,
+)
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import gather, join_processes
+from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
+from rtmdet_fast.training.horizon import Horizon, clock
+from rtmdet_fast.training.loggers import LOGGERS
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -41,8 +53,15 @@ SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 """Of the figures of a validation, those that an epoch's line shows."""
 
 
-def train(config: TrainConfig) -> TrainResult:
-    """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input."""
+def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input.
+
+    Args:
+        config: the settings, in which `model`, `size` and `task` are those of the model given.
+        model: to start from in place of `init`; it stays as it is. Layers of other classes start fresh.
+        callbacks: told of the run while it goes.
+    """
+    started = clock()
     settings = resolve(config)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
@@ -60,21 +79,28 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(settings.seed)
 
     dataset = task.open_dataset(
-        settings.train,
-        settings.train_images,
+        settings.train_sources,
         skip_bad=settings.skip_bad,
         training=True,
         keep_empty=recipe.empty_images,
     )
     val_dataset = None
-    if settings.val is not None and settings.val_images is not None:
+    if settings.val_sources:
         val_dataset = task.open_dataset(
-            settings.val,
-            settings.val_images,
+            settings.val_sources,
             skip_bad=settings.skip_bad,
             class_names=dataset.class_names,  # labels are to index one list
             match_by_position=True,
         )
+    if config.batch_size == "auto":
+        batch_size = find_batch_size(settings, dataset)
+        lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * world_size)
+        settings = replace(settings, batch_size=batch_size, lr=lr)
+    if settings.cache is not None:
+        dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
+    repeats = None
+    if settings.repeat_threshold is not None:
+        repeats = repeat_factors(dataset.labels_by_image, settings.repeat_threshold)
     check = ImageCheck(dataset, *([val_dataset] if val_dataset is not None else [])) if rank == 0 else None
     sampler = PlanSampler(
         len(dataset),
@@ -84,6 +110,7 @@ def train(config: TrainConfig) -> TrainResult:
         settings.num_workers,
         rank=rank,
         world_size=world_size,
+        repeats=repeats,
     )
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
@@ -95,13 +122,14 @@ def train(config: TrainConfig) -> TrainResult:
         persistent_workers=settings.num_workers > 0,
     )
     steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
-    total = steps_per_epoch * settings.epochs
-    warmup = settings.warmup_iterations
-    if warmup is None:
-        warmup = min(recipe.warmup, total // 10)
+    horizon = Horizon(settings.epochs, settings.stage2_epochs)
+    total = horizon.epochs * steps_per_epoch
 
     torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
-    model = make_model(settings, dataset)
+    model = make_model(settings, dataset, model)
+    frozen = [model.backbone] if settings.freeze == "backbone" else []
+    for part in frozen:
+        part.requires_grad_(False)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,10 +148,14 @@ def train(config: TrainConfig) -> TrainResult:
     if settings.compile:
         step_model = torch.compile(step_model)
 
+    if settings.progress:
+        tell_settings(config, settings, sampler)
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
-    iteration = start_epoch = 0
+    iteration = epoch = first_step = 0
     best_epoch, best_metrics = None, {}
+    seconds_before = validation_seconds = 0.0  # of the last validation
+    epoch_loss = torch.zeros((), device=device)
     if settings.resume:
         state = read_training_state(last, settings)
         with damage_told(last):
@@ -131,10 +163,17 @@ def train(config: TrainConfig) -> TrainResult:
             ema.model.load_state_dict(state["ema"])
             load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            sampler.load_state_dict(state["samplers"][rank])
-            torch.set_rng_state(state["torch_rng"])
+            first_step = state["step"]
+            if first_step >= steps_per_epoch:
+                raise ValueError(f"step {first_step} of {steps_per_epoch}")
+            sampler.load_state_dict(state["samplers"][rank], skip=first_step * settings.accumulate)
+            random_numbers = state["random_states"][rank]
+            set_random_states(random_numbers)
+            epoch_loss += state.get("epoch_loss", 0.0)
+            seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
+            horizon = Horizon(*state["horizon"])
         ema.step = iteration = state["iteration"]
-        start_epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+        epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
         remove_run(out)
     log = RunLog(out, iteration) if rank == 0 else None
@@ -145,19 +184,36 @@ def train(config: TrainConfig) -> TrainResult:
         with damage_told(last):
             meter.load_state_dict(state.get("meter", {}))
     previous: tuple[Callable[[], float], Batch] | None = None
-    started, first_iteration = time.perf_counter(), iteration
-    validating = 0.0
+    listeners = Callbacks([*(LOGGERS[name][0]() for name in settings.loggers), *callbacks] if rank == 0 else ())
+    listeners.tell("on_start", settings, iteration)
+    deadline = math.inf if settings.time is None else started - seconds_before + settings.time
+    begun, first_iteration = clock(), iteration
+    training_seconds = 0.0
+    stopped = False
 
-    for epoch in range(start_epoch, settings.epochs):
-        stage2 = epoch >= settings.epochs - settings.stage2_epochs
+    while epoch < horizon.epochs and not stopped:
+        total = horizon.epochs * steps_per_epoch
+        warmup = settings.warmup_iterations
+        if warmup is None:
+            warmup = min(recipe.warmup, total // 10)
+        stage2 = epoch >= horizon.stage2_begin
         sampler.set_stage2(stage2)
+        sampler_state = sampler.state_dict()
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
-        epoch_loss = torch.zeros((), device=device)
+        for part in frozen:
+            part.eval()
         batches = timed(iter(loader), meter)
-        name = f"epoch {epoch + 1}/{settings.epochs}"
-        bar = tqdm(range(steps_per_epoch), desc=name, disable=not settings.progress, leave=False)
-        for step in bar:
+        if first_step:  # what the loader's start has drawn, it drew before
+            set_random_states(random_numbers)
+        number = epoch + 1
+        name = f"epoch {number}/{horizon.epochs}"
+        progress = partial(
+            Progress, epoch=number, epochs=horizon.epochs, iterations=total, model=ema.model, stop=listeners.stop
+        )
+        epoch_begun = clock()
+        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
+        for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
@@ -188,93 +244,142 @@ def train(config: TrainConfig) -> TrainResult:
             ema.update(model)
             iteration += 1
             meter.step()
+            bar.update()
+            metrics: dict[str, float] = {}
             if iteration % LOG_EVERY == 0 or iteration == total:
-                row = {"epoch": epoch + 1, "iteration": iteration, "lr": lr, **meter.read()}
+                metrics = {"lr": lr, **meter.read()}
                 if log is not None:
-                    log.write(row)
+                    log.write({"epoch": number, "iteration": iteration, **metrics})
                 bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, lr {lr:.1e}, {row['images_per_second']:.0f} img/s, "
-                    f"data {row['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
+                    f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
+                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
                 )
+            detached = {key: value.detach() for key, value in losses.items()}
+            listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+            # Several processes ask each other now and then: to do so is to wait for the device.
+            if world_size == 1 or iteration % LOG_EVERY == 0:
+                out_of_time = clock() > deadline - validation_seconds
+                stopped = any_process(listeners.stopped or (rank == 0 and out_of_time), device)
+            if stopped:
+                break
+        bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
+        epoch_seconds = (clock() - epoch_begun) / (step + 1 - first_step) * steps_per_epoch
+        training_seconds += clock() - epoch_begun
+        step = (step + 1) % steps_per_epoch  # 0: the epoch is over
+        if step == 0:
+            epoch, sampler_state = epoch + 1, sampler.state_dict()
 
-        samplers = gather(sampler.state_dict(), world_size)
-        if log is None:  # the first process alone validates and writes
-            continue
-        told = {"loss": epoch_loss.item()}
-        if val_dataset is not None and due(epoch + 1, settings):
-            validation_started = time.perf_counter()
-            evaluation = evaluate(
-                ema.model,
-                val_dataset,
-                batch_size=settings.batch_size,
-                num_workers=settings.num_workers,
-                progress=settings.progress,
+        samplers, random_numbers = zip(*gather((sampler_state, random_states()), world_size), strict=True)
+        if log is not None:  # the first process alone validates, decides and writes
+            metrics = {"loss": epoch_loss.item()}
+            if stopped and not listeners.stopped and epoch < horizon.epochs:
+                horizon = Horizon(epoch, 0, "time")
+            elif step == 0 and settings.time is not None:
+                expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
+                horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
+            ended = step == 0 or horizon.epochs == epoch
+            if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
+                validation_begun = clock()
+                with random_numbers_kept():  # how often it is validated changes nothing
+                    evaluation = evaluate(
+                        ema.model,
+                        val_dataset,
+                        batch_size=settings.batch_size,
+                        num_workers=settings.num_workers,
+                        progress=settings.progress,
+                    )
+                validation_seconds = clock() - validation_begun
+                log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
+                metrics |= evaluation.metrics
+                if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
+                    best_epoch, best_metrics = number, evaluation.metrics
+                    ema.model.save(best)
+                if settings.patience is not None:
+                    planned, horizon = horizon, horizon.out_of_patience(epoch, best_epoch, settings.patience)
+                    if settings.progress and horizon != planned:
+                        left = horizon.epochs - epoch
+                        tqdm.write(
+                            f"no better {task.criterion} for {settings.patience} epochs: "
+                            + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
+                        )
+                meter.restart()
+            if settings.progress and ended:
+                shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
+                figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
+                tqdm.write(f"{name}: {figures}")
+            ema.model.save(
+                last,
+                training={
+                    "config": settings.as_json(),
+                    "model": model.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "samplers": list(samplers),
+                    "random_states": list(random_numbers),
+                    "epoch": epoch,
+                    "step": step,
+                    "iteration": iteration,
+                    "horizon": list(astuple(horizon)),
+                    "seconds": [clock() - started + seconds_before, validation_seconds],
+                    "best_epoch": best_epoch,
+                    "best_metrics": best_metrics,
+                    "epoch_loss": epoch_loss.item() if step else 0.0,
+                    "meter": meter.state_dict(),
+                },
             )
-            validating += time.perf_counter() - validation_started
-            log.write({"epoch": epoch + 1, "iteration": iteration, **evaluation.metrics})
-            told |= {name: evaluation.metrics[name] for name in SHOWN if name in evaluation.metrics}
-            if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
-                best_epoch, best_metrics = epoch + 1, evaluation.metrics
+            if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
-            meter.restart()
-        if settings.progress:
-            figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in told.items())
-            tqdm.write(f"{name}: {figures}")
-        ema.model.save(
-            last,
-            training={
-                "config": settings.as_json(),
-                "model": model.state_dict(),
-                "ema": ema.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "samplers": samplers,
-                "torch_rng": torch.get_rng_state(),
-                "epoch": epoch + 1,
-                "iteration": iteration,
-                "best_epoch": best_epoch,
-                "best_metrics": best_metrics,
-                "meter": meter.state_dict(),
-            },
-        )
-        if val_dataset is None:
-            ema.model.save(best)
-        if check is not None:
-            check.report()
+            if check is not None:
+                check.report()
+            if ended:
+                listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+        stopped = any_process(listeners.stopped, device)
+        horizon = gather(horizon, world_size)[0]
+        first_step = 0
+        epoch_loss.zero_()
 
-    if log is not None:
-        log.close()
-    seconds = time.perf_counter() - started
-    pace = (seconds - validating) / max(iteration - first_iteration, 1)
+    seconds = clock() - begun
+    pace = training_seconds / max(iteration - first_iteration, 1)
     report = None
-    if settings.report:
+    ended_by = "callback" if epoch < horizon.epochs else horizon.reason
+    if settings.report and ended_by != "callback":
         report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
     skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
         noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
     counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    return TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts)
+    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, ended_by)
+    listeners.tell("on_end", result)
+    return result
 
 
-def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
-    """The model to train on `dataset`, with the weights that it starts from."""
+def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
+    """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    model = recipe.build(class_names=dataset.class_names)
-    if recipe.needs_init and settings.init is None and not settings.resume:
+    given, options = None, {}
+    if start is not None:
+        meta = {"rtmdet_fast": start.saved_options()}
+        given = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, meta)
+        options = {name: value for name, value in start.inspect(given).options.items() if value is not None}
+    model = recipe.build(class_names=dataset.class_names, **options)
+    if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
             f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
             stacklevel=2,
         )
-    if settings.init is not None:
-        checkpoint = read_checkpoint(resolve_weights(settings.init))
+    if settings.freeze and settings.init is None and start is None and not settings.resume:
+        raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
+    checkpoint = given if settings.init is None else read_checkpoint(resolve_weights(settings.init))
+    if checkpoint is not None:
         model.load_weights(checkpoint)
         before = checkpoint.class_names
         if before and before != model.class_names and len(before) == len(model.class_names):
             warnings.warn(
-                f"{settings.init}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
+                f"{checkpoint.path}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
                 f"({', '.join(model.class_names[:8])}, …) in that order",
                 stacklevel=2,
             )
@@ -284,13 +389,35 @@ def make_model(settings: Settings, dataset: CocoDataset) -> Detector:
     return model
 
 
-def due(epoch: int, settings: Settings) -> bool:
-    """Whether the epoch, counted from 1, ends with a validation."""
-    if epoch == settings.epochs:
-        return True
-    if settings.val_interval is not None:
-        return epoch % settings.val_interval == 0
-    return epoch % max(settings.epochs // 30, 1) == 0 or epoch > settings.epochs - settings.stage2_epochs
+def image_cache(amount: str, dataset: CocoDataset, *, told: bool) -> ImageCache | None:
+    """Of the size that the images need or that there is room for; None, with a warning, where there is none."""
+    needed, processes = dataset.decoded_bytes, process_count()
+    room = room_for_images(amount, processes)
+    try:
+        cache = ImageCache(len(dataset), min(needed, room))
+    except MemoryError as error:
+        warnings.warn(f"--cache {amount}: {error}; images are decoded each time", stacklevel=2)
+        return None
+    if told:
+        share = f"all {len(dataset)}" if room >= needed else f"{room / needed:.0%} of {len(dataset)}"
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        tqdm.write(f"cache: {min(needed, room) / 1e9:.2f} GB of memory, shared by loaders{each}, for {share} images")
+    return cache
+
+
+def tell_settings(config: TrainConfig, settings: Settings, sampler: PlanSampler) -> None:
+    """Says what was worked out for the run and decides much."""
+    recipe, images = settings.recipe, settings.batch_size * settings.accumulate * process_count()
+    if config.lr is None:
+        rate = f"learning rate {settings.lr:.3g}: {recipe.lr:g} at {recipe.lr_batch} images a step, here {images}"
+        tqdm.write(f"batch size {settings.batch_size}{' (auto)' if config.batch_size == 'auto' else ''}, {rate}")
+    elif config.batch_size == "auto":
+        tqdm.write(f"batch size {settings.batch_size} (auto)")
+    if sampler.repeats is not None:
+        more = int((sampler.repeats > 1).sum())
+        tqdm.write(
+            f"an epoch shows {sampler.epoch_length} images: of {sampler.dataset_length} there are {more} repeated"
+        )
 
 
 def on_its_way(value: torch.Tensor) -> Callable[[], float]:

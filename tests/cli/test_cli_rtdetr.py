@@ -8,6 +8,8 @@ import torch
 from rtmdet_fast import RTDETR, RTMDet
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.images import read_image
+from rtmdet_fast.models.rtdetr import published
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,35 @@ def test_eval_and_predict_by_all_layers_and_by_one(shapes, weights, tmp_path):
 def test_info_lists_the_published_weights(capsys):
     assert run("info") == 0
     assert {"rtdetr-r50,", "rtdetrv2-r18,", "hgnetv2-l,"} <= {*capsys.readouterr().out.split()}
+
+
+def test_info_tells_of_weights_and_checks_official_ones(shapes, weights, tmp_path, monkeypatch, capsys):
+    assert run("info", "--weights", weights) == 0
+    told = capsys.readouterr().out
+    assert "RT-DETRv2-r18" in told and "triangle" in told and "image_size     64" in told
+    model, (image, other, _) = RTDETR.from_pretrained(weights), sorted(shapes.val_images.iterdir())
+    canvas = torch.from_numpy(model.to_canvas(read_image(image), 640)[0]).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        output = model.eval()(model.normalize(canvas))
+    first = [values[0, :3, :3].flatten().tolist() for values in output]
+    monkeypatch.setitem(published.FIRST, "rtdetrv2-r18-other", published.FIRST["rtdetrv2-r18"])
+    monkeypatch.setitem(published.FIRST, "rtdetrv2-r18", first)
+    RTDETR.from_pretrained(weights, decoder_layers=1).save(tmp_path / "one.pth")  # published figures are of all layers
+    assert run("info", "--weights", tmp_path / "one.pth", "--check", image) == 0
+    assert "gives what is published of rtdetrv2-r18: logits 0.0e+00" in capsys.readouterr().out
+    assert run("info", "--weights", weights, "--check", other) == 2
+    told = capsys.readouterr().err
+    assert "does not give what is published of rtdetrv2-r18" in told and told.count("\n") == 1
+
+    RTMDet("nano").save(tmp_path / "rtmdet.pth")
+    RTDETR("l", num_classes=3).save(tmp_path / "l.pth")
+    for arguments, words in (
+        (["--check", image], "is for weights of rtdetr: give them as --weights"),
+        (["--check", image, "--weights", tmp_path / "rtmdet.pth"], "of RTMDet-nano"),
+        (["--check", image, "--weights", tmp_path / "l.pth"], "of RT-DETR-l no outputs are published"),
+    ):
+        assert run("info", *arguments) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "export"])

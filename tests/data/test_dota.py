@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rtmdet_fast.class_names import DOTA_CLASSES
-from rtmdet_fast.data.dota import DotaDataset, read_labels, write_task1
-from rtmdet_fast.data.layout import find_dota_split
+from rtmdet_fast.data.dota import DotaDataset, write_task1
+from rtmdet_fast.data.formats.dota import read_labels
+from rtmdet_fast.data.layout import find_sources
 from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.geometry.rotated import boxes_to_quads, edges_cross, min_area_boxes, quads_to_boxes, regularize
@@ -376,10 +377,10 @@ def test_json_faults(folder, annotation, reason):
 
 def test_drawn_shapes_load_as_rotated(tmp_path):
     shapes = make_shapes(tmp_path, num_train=6, num_val=2, image_size=96)
-    annotations, images = find_dota_split(tmp_path, "train")
-    assert (annotations, images) == (shapes.train_ann, shapes.train_images)
-    dataset = DotaDataset(annotations, images)
-    content = json.loads(annotations.read_text())
+    (source,) = find_sources(tmp_path, "train")
+    assert (source.annotations, source.images) == (shapes.train_ann, shapes.train_images)
+    dataset = DotaDataset([source])
+    content = json.loads(source.annotations.read_text())
     for i, ident in enumerate(dataset.image_ids):
         boxes = [a["rbox"] for a in content["annotations"] if a["image_id"] == ident]
         assert same_boxes(dataset.load(i).boxes, np.array(boxes).reshape(-1, 5), 1e-3) if boxes else True
@@ -397,11 +398,12 @@ def test_drawn_shapes_load_as_rotated(tmp_path):
 )
 def test_layouts(tmp_path, images, labels):
     with pytest.raises(UserError, match="labelTxt"):
-        find_dota_split(tmp_path, "val")
+        find_sources(tmp_path, "val")
     (tmp_path / images).mkdir(parents=True)
     (tmp_path / labels).mkdir(parents=True)
     (tmp_path / labels / "a.txt").write_text("")
-    assert find_dota_split(tmp_path, "val") == (tmp_path / labels, tmp_path / images)
+    (source,) = find_sources(tmp_path, "val")
+    assert (source.annotations, source.images) == (tmp_path / labels, tmp_path / images)
 
 
 def test_task1_submission(tmp_path, rng):
@@ -423,7 +425,7 @@ def test_task1_submission(tmp_path, rng):
 
 @pytest.mark.parametrize(("split", "images", "boxes", "difficult"), [("train", 360, 3391, 16), ("val", 100, 857, 7)])
 def test_hit_uav(shared, split, images, boxes, difficult):
-    dataset = DotaDataset(*find_dota_split(shared / "data/hit_uav", split))
+    dataset = DotaDataset(find_sources(shared / "data/hit_uav", split))
     assert len(dataset) == images and dataset.class_names == ("Bicycle", "Car", "OtherVehicle", "Person")
     truth = [dataset.ground_truth(i) for i in range(images)]
     assert sum(len(t.boxes) for t in truth) == boxes and sum(t.difficult.sum() for t in truth) == difficult

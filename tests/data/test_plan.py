@@ -5,10 +5,11 @@ import itertools
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.data.recipes import recipe_for
 from rtmdet_fast.errors import UserError
 
@@ -139,3 +140,50 @@ def test_a_recipe_without_caches():
     assert epochs(resumed, 1) == epochs(sampler, 1)
     sampler.set_stage2(True)
     assert all(p.stage2 for batch in sampler for p in batch)
+
+
+def test_repeat_factors_are_those_of_lvis():
+    """max over the classes of an image of max(1, sqrt(t / f)), f the share of images with the class."""
+    labels = [np.array(found, np.int64) for found in ([0, 0, 1], [0], [0, 2], [], [0], [0], [0], [0])]
+    found = repeat_factors(labels, 0.5)
+    rare = (0.5 / 0.125) ** 0.5
+    assert found.tolist() == [rare, 1, rare, 1, 1, 1, 1, 1]
+    assert repeat_factors(labels, 0.1).tolist() == [1.0] * 8
+
+
+def repeated(world_size=1, rank=0):
+    repeats = np.array([1.0, 2.0, 1.25, 3.5] * 5 + [1.0] * 20)
+    return repeats, PlanSampler(40, 4, TINY, 3, 0, rank=rank, world_size=world_size, repeats=repeats)
+
+
+def test_images_are_repeated_as_often_as_told():
+    repeats, sampler = repeated()
+    assert sampler.epoch_length == 58 and len(sampler) == 14
+    counts = np.zeros((400, 40))
+    for epoch, batches in enumerate(epochs(sampler, 400)):
+        indices = [p.index for batch in batches for p in batch]
+        counts[epoch] = np.bincount(indices, minlength=40)
+        assert len({p.seed for batch in batches for p in batch}) == 56  # each time augmented in another way
+    # of 58.75 an epoch, 56 fit into whole batches
+    assert np.abs(counts.mean(0) - repeats * 56 / 58.75).max() < 0.15
+    assert (counts <= np.ceil(repeats)).all() and (counts >= np.floor(repeats) - 3).all()
+
+
+def test_repeats_resume_to_the_bit():
+    _, whole = repeated()
+    expected = epochs(whole, 3)
+    _, first = repeated()
+    epochs(first, 1)
+    state = json.loads(json.dumps(first.state_dict()))
+    _, second = repeated()
+    second.load_state_dict(state, skip=5)
+    assert epochs(second, 2) == [expected[1][5:], expected[2]]
+
+
+def test_processes_share_the_repeats_of_an_epoch():
+    parts = [repeated(2, rank)[1] for rank in (0, 1)]
+    assert [len(part) for part in parts] == [7, 7]
+    indices = [p.index for part in parts for batch in list(part) for p in batch]
+    _, alone = repeated()
+    order = [p.index for batch in list(alone) for p in batch]
+    assert sorted(indices) == sorted(order)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rtmdet_fast.cli import main
-from rtmdet_fast.data.dota import DotaDataset, read_labels
+from rtmdet_fast.data.dota import DotaDataset
+from rtmdet_fast.data.formats.dota import read_labels
 from rtmdet_fast.data.split import (
     SplitSettings,
     cut_patch,

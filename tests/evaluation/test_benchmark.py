@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
+from benches.confident import confident
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.cli.benchmark import BenchmarkConfig
@@ -24,16 +23,8 @@ from rtmdet_fast.predictor.graphs import GraphDetector
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A model of random weights."""
-    torch.manual_seed(0)
-    model = RTMDet("nano", class_names=SHAPES)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_var, 0.02, 0.1)
-    for cls, reg in zip(model.bbox_head.rtm_cls, model.bbox_head.rtm_reg, strict=True):
-        nn.init.normal_(cls.weight, std=0.1)
-        nn.init.constant_(reg.bias, 1.2)
-    model.image_size = 64
+    """Of a model that finds much."""
+    model = confident("det", "nano", 64, SHAPES)
     path = tmp_path_factory.mktemp("weights") / "a.pth"
     model.save(path)
     return path

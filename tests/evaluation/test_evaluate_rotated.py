@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rtmdet_fast.data.dota import DotaDataset
-from rtmdet_fast.data.layout import find_dota_split
+from rtmdet_fast.data.layout import find_sources
 from rtmdet_fast.evaluation.dota import THRESHOLDS, rotated_map
 from rtmdet_fast.geometry.rotated import boxes_to_quads
 
@@ -150,7 +150,7 @@ def test_many_pairs_are_computed_in_parts(monkeypatch):
 
 
 def test_hit_uav_with_jittered_boxes(shared):
-    dataset = DotaDataset(*find_dota_split(shared / "data/hit_uav", "val"))
+    dataset = DotaDataset(find_sources(shared / "data/hit_uav", "val"))
     rng = np.random.default_rng(3)
     truth = [dataset.ground_truth(i) for i in range(40)]
     found = []

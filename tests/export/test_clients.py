@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
+from benches.confident import confident
+
 pytest.importorskip("onnxscript", reason="extra `export` is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
 
-from benches.support import confident  # noqa: E402 - which imports the extra
 from rtmdet_fast.export.export import export  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -41,7 +42,7 @@ def client(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(client, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(confident("nano", "det"), path, image_size=SIDE, score_threshold=0.05, candidates=500)
+    export(confident("det", "nano", SIDE), path, score_threshold=0.05, candidates=500)
     return path
 
 

@@ -297,6 +297,30 @@ def test_files_that_are_no_engines(tmp_path):
         load_detector(str(tmp_path / "tomorrow.onnx"))
 
 
+def test_files_that_are_none_of_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    values = openvino.opset13.constant(np.arange(64, dtype=np.float32))
+    path = tmp_path / "a.xml"
+    openvino.save_model(openvino.Model([openvino.opset13.negative(values)], []), str(path))
+    (tmp_path / "a.bin").unlink()
+    whole = path.read_bytes()
+    for content, words in (
+        (whole, "bin file"),
+        (whole[: len(whole) // 2], "Error parsing"),
+        (b"<html>", "it does not begin as its files do"),
+        (b"\x89PNG", "it does not begin as its files do"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.xml cannot be read by OpenVINO: .*{words}"):
+            load_detector(str(path))
+
+
+def test_an_exported_file_is_no_weights(exported, tmp_path):
+    _, path = exported
+    with pytest.raises(UserError, match=r"model\.onnx is an exported file, and no weights"):
+        RTMDet.from_pretrained(path)
+
+
 def test_compiled_files_are_for_machines_of_their_kind(tmp_path, monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -323,7 +347,7 @@ def test_compiled_files_are_for_machines_of_their_kind(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # a minute or more of g++ each
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", [*HEADS, "rtdetr"])
 def test_compiled_files_detect_the_same(task, tmp_path):
     model, path = busy(task), tmp_path / "a.pt2"
     agreement = model.export(path, dynamic=True, score_threshold=0.05, candidates=500)
@@ -354,6 +378,17 @@ def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
         ):
             assert len(found) > 10
             assert_alike(found, truth)
+    if suffix == ".xml":  # 8 bits would leave the decoder in float, from its own convolutions of the three levels on
+        import openvino
+
+        network = openvino.Core().read_model(str(tmp_path / "a.xml"))
+        in_float = {*stays_float(network)}
+        left = [op for op in network.get_ops() if op.get_friendly_name() in in_float]
+        assert sum("Convolution" in op.get_type_name() for op in left) == 3
+        samples = [op for op in network.get_ops() if op.get_type_name() == "GridSample"]
+        assert len(samples) == 6 and all(op.get_friendly_name() in in_float for op in samples)
+        after = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "TopK"}
+        assert after and after <= in_float
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such stack")

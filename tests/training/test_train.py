@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from rtmdet_fast import RTMDet, UserError
-from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.kernels import nms as nms_kernels
 from rtmdet_fast.models.detector import Targets
@@ -26,32 +25,6 @@ from rtmdet_fast.training.run_log import RunLog, read_metrics
 from rtmdet_fast.training.schedule import parameter_groups
 from rtmdet_fast.training.state import STATE, remove_run
 from rtmdet_fast.training.train import train
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("shapes"), num_train=18, num_val=4, image_size=96)
-
-
-@pytest.fixture
-def config(shapes, tmp_path):
-    return TrainConfig(
-        train=shapes.train_ann,
-        train_images=shapes.train_images,
-        val=shapes.val_ann,
-        val_images=shapes.val_images,
-        out=tmp_path / "run",
-        size="nano",
-        epochs=3,
-        stage2_epochs=1,
-        batch_size=4,
-        image_size=64,
-        num_workers=0,
-        device="cpu",
-        val_interval=1,
-        progress=False,
-        report=False,
-    )
 
 
 def weights(path, *keys):
@@ -318,7 +291,7 @@ def test_images_checked_while_it_trains_are_told_each_epoch(config, monkeypatch)
 def test_a_damaged_run_is_not_resumed(config, damage):
     config.out.mkdir()
     last = config.out / "last.pth"
-    state = {name: kind() for name, kind in STATE.items() if kind in (list, torch.Tensor)}
+    state = {name: kind() for name, kind in STATE.items() if kind is list}
     state |= {name: {} for name, kind in STATE.items() if kind is Mapping}
     state |= {"epoch": 1, "iteration": 1, "best_epoch": None, "samplers": [{}, {}]}
     match damage:
@@ -409,7 +382,9 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
         (lambda s: s.update(model=[]), "lacks 'model', or holds something else"),
         (lambda s: s["best_metrics"].update(AP="high"), "best figures"),
         (lambda s: s["best_metrics"].pop("AP"), "best figures"),
-        (lambda s: s.update(torch_rng=torch.zeros(3)), "cannot be read"),
+        (lambda s: s.update(random_states=[[torch.zeros(3)]]), "cannot be read"),
+        (lambda s: s.update(step=-1), "tells of epoch"),
+        (lambda s: s.update(step=4), "step 4 of 4"),
         (lambda s: s.update(samplers=["x"]), "cannot be read"),
         (lambda s: s.update(meter={"losses": {"loss_cls": torch.zeros(3)}}), "no means of losses"),
     ],
@@ -424,6 +399,8 @@ def test_a_run_of_before_there_was_a_setting_had_its_default(finished, tmp_path)
     content = torch.load(tmp_path / "last.pth", weights_only=True)
     for name in ("model", "version", "queries"):
         del content["training"]["config"][name]
+    content["training"]["torch_rng"] = content["training"].pop("random_states")[0][0]
+    del content["training"]["step"], content["training"]["epoch_loss"]
     torch.save(content, tmp_path / "last.pth")
     train(replace(config, out=tmp_path, resume=True))
     with pytest.raises(UserError, match=r"--model is rtdetr, but the run in .* has rtmdet"):
@@ -434,28 +411,24 @@ def test_a_row_cut_off_by_a_crash_is_dropped(tmp_path):
     log = RunLog(tmp_path, 0)
     for iteration in (10, 20):
         log.write({"epoch": 1, "iteration": iteration, "loss": 1.5})
-    log.close()
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("2")
-    RunLog(tmp_path, 30).close()
+    RunLog(tmp_path, 30)
     assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.csv")] == ["10", "20"]
     (tmp_path / "metrics.csv").write_bytes(b"epoch,iteration\n\xff\xfe")
     with pytest.raises(UserError, match=r"metrics\.csv cannot be read"):
         RunLog(tmp_path, 30)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("room", [0, 300, 1500, 4000])
+@pytest.mark.parametrize("room", [0, 300, 1500])
 def test_a_full_disk_ends_the_log_with_one_sentence(tmp_path, room):
-    """Whether metrics.csv meets it or TensorBoard's thread, which tells of it only when asked."""
     from full_disk import room_for
 
     log = RunLog(tmp_path, 0) if room else None
-    with room_for(room), pytest.raises(UserError, match=r"^cannot write .*metrics\.csv.*: File too large$"):
+    with room_for(room), pytest.raises(UserError, match=r"^(cannot write )?\S*metrics\.csv.*: File too large$"):
         log = log or RunLog(tmp_path, 0)
         for iteration in range(1, 100):
             log.write({"epoch": 1, "iteration": iteration, "loss": 1.5, "lr": 0.1})
-        log.close()
 
 
 def test_prediction_leaves_frozen_parts_frozen(config):
@@ -542,14 +515,13 @@ def test_a_crash_while_a_log_is_taken_up_again_costs_no_row(tmp_path, monkeypatc
     log = RunLog(tmp_path, 0)
     for iteration in (10, 20, 30):
         log.write({"epoch": 1, "iteration": iteration, "loss": 1.5})
-    log.close()
     before = (tmp_path / "metrics.csv").read_text()
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             RunLog(tmp_path, 20)
     assert (tmp_path / "metrics.csv").read_text() == before
-    RunLog(tmp_path, 20).close()
+    RunLog(tmp_path, 20)
     assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.csv")] == ["10", "20"]
 
 

@@ -15,7 +15,7 @@ import torch
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.recipes import multi_scale_sizes
-from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.data.shapes import CLASSES, make_shapes
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.models.rtdetr.model import RTDETR
@@ -174,7 +174,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(config, unbroken, tmp_p
 def test_one_batch_is_learnt():
     """By the optimiser's published groups, ten times their rate: classes, boxes and what denoises them."""
     torch.manual_seed(0)
-    recipe = RECIPES["rtdetr"]("r18", 2, "det", 12)
+    recipe = RECIPES["rtdetr"]("r18", 2, "det", 12, None)
     model = recipe.build(class_names=("blue", "green")).train()
     boxes = torch.tensor([[4.0, 6, 30, 30], [34, 30, 60, 60]])
     images = torch.full((2, 3, 64, 64), 60, dtype=torch.uint8)
@@ -300,6 +300,31 @@ def test_frozen_norms_without_weights_are_told(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "ModelEMA", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.warns(UserWarning, match="RT-DETR-r50 has frozen batch norms"), pytest.raises(KeyboardInterrupt):
         train(replace(config, size="r50", out=tmp_path))
+
+
+def test_discrete_sampling_goes_on_from_bilinear_weights(config, tmp_path):
+    """Whose offsets, which whole cells have no gradient for, stay."""
+    torch.manual_seed(1)
+    before = RTDETR("r18", 2, class_names=CLASSES, num_queries=12)
+    torch.nn.init.normal_(before.decoder.get_submodule("decoder.layers.0.cross_attn.sampling_offsets").weight)
+    before.save(tmp_path / "bilinear.pth")
+    bilinear = str(tmp_path / "bilinear.pth")
+    settings = replace(config, version=2, sampling="discrete", init=bilinear, epochs=1, image_size=64, out=tmp_path)
+    trained = load_model(train(settings).last)
+    assert trained.decoder.sampling == "discrete"
+    same = {name for name, p in trained.named_parameters() if torch.equal(p, before.get_parameter(name))}
+    offsets = {name for name in same if ".sampling_offsets." in name}
+    assert len(offsets) == 6 and not any(".attention_weights." in name for name in same)
+
+    assert resolve(replace(settings, epochs=None)).epochs == 36
+    for wrong, words in (
+        (dict(version=1), "--sampling discrete is for --version 2"),
+        (dict(init=None), "give bilinear weights to go on from, --init"),
+        (dict(sampling="nearest"), "--sampling 'nearest' is unknown; choose bilinear or discrete"),
+        (dict(model="rtmdet", version=None, queries=None), "--sampling discrete is for --model rtdetr"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve(replace(settings, **wrong))
 
 
 def test_the_published_recipe_is_the_default(tmp_path):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtmdet_fast.kernels.bn_silu import silu_add, sync_batch_norm
+from rtmdet_fast.kernels.bn_silu import silu_add
 from rtmdet_fast.models.fold import fold_batch_norm
-from rtmdet_fast.models.fused import fused_bn_silu
+from rtmdet_fast.models.fused import batch_norm, fused_bn_silu
 
 Activation = Literal["relu", "silu"]
 P = ParamSpec("P")
@@ -119,25 +119,6 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return activate(self.conv(x), self.activation)
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm2d, process_group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """`norm` of `x`, in training by the statistics of the whole group where there is one."""
-    if process_group is None or not norm.training:
-        return norm(x)
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return sync_batch_norm(
-        x,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.momentum,
-        norm.eps,
-        process_group.group_name,
-    )
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:
