@@ -19,9 +19,15 @@ loads of 2 bytes an output would be 3.0 ps. Hence the kernels
 - give each thread two neighbouring columns: the 6 columns that they need are 3 loads an element (channels_last, odd
   widths), or as aligned pairs 1.5 loads of 4 bytes (contiguous format, even widths): 0.2 ps;
 - load rows some steps before they are needed: one row of a warp is 128 bytes, too few to cover the memory's latency.
-For sm_90 Triton 3.6 makes of a row of two outputs 96 instructions, 50 of them FMAs, in 72 registers (forward,
-contiguous fp16), and 285, 130 of them FMAs, in 128 (backward, where dz is computed 3 times, once for each thread that
-needs it; storing it would cost two passes more).
+For sm_90 Triton 3.6 makes, of fp16 and 5 x 5, for an output without a residual (25 of them FMAs):
+
+                            registers   instructions
+    inference, contiguous          96   42.5, where two columns a thread take 47.8 in 72 registers
+    inference, channels_last      140   50.1 (two columns of two channels), where four columns take 43.3 in 190
+    training, contiguous           72   48.7
+    training, channels_last       188   52.0
+    backward, contiguous          128   142.5 for an element of dx, where dz is computed 3 times, once for each thread
+                                        that needs it; storing it would cost two passes more
 """
 
 # Triton's tuples and tensors are no types of Python's
@@ -61,7 +67,8 @@ TUNING: dict[str, Any] = {
     "inference": {
         "contiguous": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
         "narrow": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
-        "wide": dict(columns=4, prefetch=4, resident=3, block=(64, 4)),
+        # with four columns 43 instructions for 50, but 190 registers, thus two programs for three: not measured
+        "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
     },
     "training": {
         "contiguous": dict(columns=2, prefetch=4, resident=7, block=(32, 4)),
@@ -510,15 +517,16 @@ def _forward(
     residual = residual if residual is None else residual.contiguous(memory_format=format)
     in_flight = cdiv(size, stride)
     plan = _plan(x, size, stride, last, training)
-    # where a row's registers are loaded again before they are used, they would be moved, which waits for them
-    unroll = in_flight * cdiv(plan["prefetch"], in_flight * stride)
+    unroll = in_flight if size < 7 else 1
+    # no more rows than a turn of the loop uses: the others would change registers, which waits for them
+    prefetch = min(plan["prefetch"], unroll * stride)
     tiling = last, y.shape[2], in_flight, plan["columns"], plan["block"], plan["resident"], unroll
     grid, tiles, block = _tiling(y, *tiling)
     partial = torch.empty((grid[0], 3, x.shape[1]) if training else 0, dtype=torch.float32, device=x.device)
     pointers = x, w.contiguous(), *(p.contiguous() for p in parameters), x if residual is None else residual, y, partial
     wrap_triton(_forward_kernel)[grid](
         *pointers, *x.shape[1:], *y.shape[2:], *tiles, eps, K=size, S=stride, COLUMNS=plan["columns"], UNROLL=unroll,
-        PREFETCH=plan["prefetch"], TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
+        PREFETCH=prefetch, TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
         PACK_IN=_pack([x], plan["columns"] if stride == 1 else 2, last),
         PACK_OUT=_pack([y] if residual is None else [y, residual], plan["columns"], last), BLOCK=block,
     )  # fmt: skip

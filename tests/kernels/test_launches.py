@@ -167,3 +167,21 @@ def test_opaque_ops_are_traced_as_such(monkeypatch, name):
             torch.compile(lambda: dynamic_mask.dynamic_mask_logits(*inputs), backend=backend)()
     assert not any("triton_kernel" in target for target in found)
     assert any(replaced[0].name.split("::")[0] in target for target in found)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_on_their_way_stay_in_their_registers(launches, layout, size, stride):
+    """A turn of the loop uses as many as there are: what it would move it would have to wait for."""
+    x = torch.randn(2, 96, 16, 16).half().to(memory_format=layout)
+    for training in (False, True):
+        dwconv_bn_silu.dwconv_bn_silu(
+            x,
+            torch.ones(96, 1, size, size).half(),
+            *[torch.ones(96) for _ in range(4)],
+            stride=stride,
+            training=training,
+        )
+    found = [dict(launch.constexprs) for launch in launches if launch.kernel is dwconv_bn_silu._forward_kernel]
+    assert len(found) == 2 and all(0 < c["PREFETCH"] <= c["UNROLL"] * c["S"] for c in found)
