@@ -215,7 +215,6 @@ def resolve(config: TrainConfig) -> Settings:
     from rtmdet_fast.models.detector import check_image_size
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.distributed import process_count
-    from rtmdet_fast.training.loggers import check_loggers
     from rtmdet_fast.training.recipe import RECIPES
 
     if config.task not in TASKS:
@@ -257,7 +256,6 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--freeze {config.freeze!r} is unknown; choose backbone")
     if config.cache is not None:
         bytes_of(config.cache)
-    check_loggers(config.loggers)
     if config.patience is not None and val is None:
         raise UserError("--patience needs validation images: --val and --val-images, or --data with a part for it")
     workers = config.num_workers
