@@ -131,9 +131,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 
     torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
     model = make_model(settings, dataset, model)
-    frozen = [model.backbone] if settings.freeze == "backbone" else []
-    for part in frozen:
-        part.requires_grad_(False)
+    frozen = [] if settings.freeze is None else [model.get_submodule(settings.freeze)]
+    for module in frozen:
+        module.requires_grad_(False)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -207,8 +207,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         sampler_state = sampler.state_dict()
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
-        for part in frozen:
-            part.eval()
+        for module in frozen:
+            module.eval()
         batches = timed(iter(loader), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
@@ -359,8 +359,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
         noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
-    counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, ended_by)
+    left_out, odd = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
+    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, left_out, odd, ended_by)
     listeners.tell("on_end", result)
     return result
 
@@ -381,7 +381,9 @@ def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None)
         )
     if settings.freeze and settings.init is None and start is None and not settings.resume:
         raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
-    checkpoint = given if settings.init is None else read_checkpoint(resolve_weights(settings.init))
+    checkpoint = given
+    if settings.init is not None:
+        checkpoint = read_checkpoint(resolve_weights(settings.init))
     if checkpoint is not None:
         model.load_weights(checkpoint)
         before = checkpoint.class_names
