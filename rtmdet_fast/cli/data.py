@@ -146,7 +146,7 @@ def _write(config: DataConfig, splits: Splits, task: str, formats: set[str]) -> 
     from rtmdet_fast.data.inspection import class_counts
 
     assert config.out is not None
-    format = config.convert or (next(iter(formats)) if len(formats) == 1 else "coco")
+    format: str = config.convert or (next(iter(formats)) if len(formats) == 1 else "coco")
     if config.split is not None:
         datasets, read = _divided(config, splits, task)
     else:

@@ -85,7 +85,8 @@ class SplitFacts:
         return shown(self.dataset.files[index])
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """An image that a finding is about, what is to be told of it, and which of its objects (None: all)."""
 
     split: int
@@ -318,8 +319,8 @@ def overlapping(boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray
 
         from rtmdet_fast.ops import box_iou_rotated
 
-        sides = torch.from_numpy(boxes.astype(np.float64))
-        iou = box_iou_rotated(sides[first], sides[second], aligned=True).numpy()
+        exact = torch.from_numpy(boxes.astype(np.float64))
+        iou = box_iou_rotated(exact[first], exact[second], aligned=True).numpy()
         kept = iou > least
         first, second, iou = first[kept], second[kept], iou[kept]
     return first, second, iou
@@ -442,9 +443,9 @@ def _pairs_of(
         text,
         [f"{name(a)} = {name(b)}" for a, b in pairs],
         tuple(
-            Place(*place, f"{splits[place[0]].name}, {counted(int(splits[place[0]].counts[place[1]]), 'object')}")
+            Place(s, i, f"{splits[s].name}, {counted(int(splits[s].counts[i]), 'object')}")
             for pair in shown_pairs
-            for place in pair
+            for s, i in pair
         ),
         paired=True,
     )
@@ -511,7 +512,8 @@ def _told(splits: Sequence[SplitFacts]) -> list[Finding]:
 def _other_sizes(splits: Sequence[SplitFacts]) -> list[Finding]:
     found = []
     for s, split in enumerate(splits):
-        names, places = [], []
+        names: list[str] = []
+        places: list[Place] = []
         for i, size in enumerate(split.scan.sizes.tolist()):
             annotated = split.dataset.annotated_size(i)
             if size[0] and annotated and tuple(size) != annotated:

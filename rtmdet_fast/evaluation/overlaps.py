@@ -64,7 +64,7 @@ class Overlaps:
         order = np.lexsort((self.labels, self.det_images))  # which keeps the order within
         return _places(self.det_images[order], self.labels[order], order)
 
-    def match(self, thresholds: Sequence[float], ignored: Array | None = None) -> Array:
+    def match(self, thresholds: Sequence[float] | Array, ignored: Array | None = None) -> Array:
         """Which object [N, T] each detection is taken for, by each threshold; -1 for none. As COCO decides it.
 
         The best scored detection chooses first: of its class the free object with the greatest IoU, the later one of
@@ -198,7 +198,9 @@ def coco_overlaps(
         _joined(gt_areas, np.float64),
         np.concatenate([np.zeros((0, 4)), *gt_boxes]),
         _joined(crowd, bool),
-        *(_joined([part[k] for part in parts], kind) for k, kind in enumerate((np.int64, np.int64, np.float64))),
+        _joined([i for i, _, _ in parts], np.int64),
+        _joined([j for _, j, _ in parts], np.int64),
+        _joined([iou for _, _, iou in parts], np.float64),
     )
 
 

@@ -37,7 +37,7 @@ from rtmdet_fast.pages.page import (
 )
 
 Row = Mapping[str, Any]
-PRCurves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+PRCurves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 # Of more classes than this, only the best and the worst have a named precision-recall curve.
 MAX_NAMED_CURVES = 10

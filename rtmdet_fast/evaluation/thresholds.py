@@ -110,6 +110,6 @@ def confusion_matrix(overlaps: Overlaps, kept: np.ndarray, matched: np.ndarray, 
         if wrong[det] and free[gt]:
             wrong[det] = free[gt] = False
             matrix[o.gt_labels[gt], o.labels[det]] += 1
-    np.add.at(matrix, (classes, o.labels[wrong]), 1)
-    np.add.at(matrix, (o.gt_labels[free], classes), 1)
+    np.add.at(matrix[classes], o.labels[wrong], 1)
+    np.add.at(matrix[:, classes], o.gt_labels[free], 1)
     return matrix

@@ -72,7 +72,9 @@ def draw_detections(
     ids = np.full(len(labels_np), -1) if track_ids is None else _array(track_ids, np.int64)
     finite = np.flatnonzero(np.isfinite(boxes_np).all(-1))
     boxes_np, labels_np = boxes_np[finite], labels_np[finite]
-    inks = [class_color(label) for label in labels_np.tolist()] if colors is None else [colors[i] for i in finite]
+    inks = (
+        [class_color(label) for label in labels_np.tolist()] if colors is None else [colors[i] for i in finite.tolist()]
+    )
     scores_np = None if scores_np is None else scores_np[finite]
     ids = ids[finite]
     if not len(boxes_np):

@@ -119,7 +119,7 @@ class Results:
             self.names,
             line_width,
             self.predicted_masks,
-            self.track_ids,
+            track_ids=self.track_ids,
         )
 
     def show(self) -> None:

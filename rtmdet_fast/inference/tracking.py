@@ -58,6 +58,7 @@ class Tracker:
         )
         ids = np.full(len(results), -1)
         if len(tracked):
+            assert tracked.tracker_id is not None
             ids[tracked.data["index"]] = [self._id(int(track)) for track in tracked.tracker_id]
         kept = np.flatnonzero((ids >= 0) | (results.scores.numpy() >= self.score_threshold))
         found = results[kept]

@@ -160,7 +160,9 @@ class Settings(TrainConfig):
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""
-        told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        told: dict[str, Any] = {
+            key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()
+        }
         for split, sources in (("train", told.pop("train_sources")), ("val", told.pop("val_sources"))):
             for key, part in ((split, "annotations"), (f"{split}_images", "images")):
                 told[key] = " ".join(str(source[part]) for source in sources) or None

@@ -46,7 +46,7 @@ def config_for(model: Detector, options: dict[str, Any]) -> TrainConfig:
             near = difflib.get_close_matches(name, known.keys() - {*OF_THE_MODEL}, 1)
             raise UserError(f"fit has no option {name!r}{f'; the nearest is {near[0]!r}' if near else ''}")
     place = next(model.parameters()).device
-    own = {
+    own: dict[str, Any] = {
         "model": family,
         "size": model.size,
         "task": model.task,

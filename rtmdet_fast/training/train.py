@@ -26,7 +26,7 @@ from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
-from rtmdet_fast.evaluation.pictures import report_samples
+from rtmdet_fast.evaluation.pictures import ReportSample, report_samples
 from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
@@ -472,7 +472,9 @@ def report_run(
     model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
-    analysis, worst, samples = None, [], []
+    analysis = None
+    worst: list[ReportSample] = []
+    samples: list[ReportSample] = []
     if val_dataset is not None:
         evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
         analysis = analyse(evaluation, val_dataset.class_names)
