@@ -53,7 +53,7 @@ def _case(size: str) -> Case:
         if dtype == "bf16" and "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Absent("this processor does not compute in bfloat16")
         try:
-            path = exported(size, suffix, int8)
+            path = _exported(size, suffix, int8)
             _, run = open_file(path, torch.get_num_threads(), dtype)
         except UserError as error:
             raise Absent(str(error)) from error
@@ -118,7 +118,7 @@ def _inputs(seed: int) -> tuple[Tensor]:
 
 
 @cache
-def exported(size: str, suffix: str, int8: bool) -> Path:
+def _exported(size: str, suffix: str, int8: bool) -> Path:
     """A file of boxes and scores before NMS; unchecked, as each contender is checked before it is timed."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -36,7 +36,7 @@ KERNELS = (
     "bn_silu",
     "letterbox",
 )
-OPS = (*KERNELS, "forward", "training", "postprocess", "matcher", "layers")
+OPS = (*KERNELS, "forward", "rtdetr", "engines", "training", "postprocess", "matcher", "layers")
 TESTS = (
     "assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "deformable_attention",
     "letterbox", "training_with_kernels",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from rtmdet_fast.errors import UserError
 
@@ -18,7 +19,10 @@ try:
 except ModuleNotFoundError:  # macOS, Windows: only the references run
     from types import SimpleNamespace
 
-    triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=int)
+    def _jit(fn: Any = None, **_: Any) -> Any:
+        return fn or _jit
+
+    triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=int)
     AVAILABLE = False
 else:
     AVAILABLE = True
@@ -36,11 +40,43 @@ def check_backend() -> None:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True where the Triton op takes `x`; an explicit `triton` never falls back in silence."""
+    """True where the Triton op takes `x`; an explicit `triton` never falls back in silence.
+
+    But for forward-mode AD and the transforms of torch.func, which no Triton op has: the references have what PyTorch
+    has.
+    """
     if BACKEND == "auto":
-        return AVAILABLE and x.is_cuda
+        return AVAILABLE and x.is_cuda and not transforms()
     check_backend()
-    return BACKEND == "triton"
+    return BACKEND == "triton" and not transforms()
+
+
+def transforms() -> bool:
+    """Whether forward-mode AD or a transform of torch.func (jvp, vmap, ...) is at work."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """Of the GPU that `x` is on; of an H200 for tensors that are on none."""
+    return _multiprocessors(x.device) if x.is_cuda and type(x) is torch.Tensor else 132
+
+
+def is_aligned(x: torch.Tensor, elements: int) -> bool:
+    """Whether `x` starts at a multiple of so many elements.
+
+    A tensor that torch.compile traces has no address: there PyTorch copies inputs that are not as aligned as those of
+    the trace were, and what it allocates is.
+    """
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
+        return x.data_ptr() % (elements * x.element_size()) == 0
+    return x.storage_offset() % elements == 0
 
 
 def cdiv(a: int, b: int) -> int:
@@ -65,6 +101,20 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if _launches.real else torch.library.wrap_triton(kernel)
 
 
+@triton.jit
+def memory_barrier(AMD: tl.constexpr):
+    """Waits until all threads of a program have stored in global memory what the others are to read there."""
+    if AMD:  # whose barrier waits for shared memory alone
+        zero = tl.zeros([1], tl.int32)
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [zero], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+
+
+IS_AMD = torch.version.hip is not None
+
+
 class TritonOp:
     """`torch.library.triton_op` that runs on the GPU of its first argument: Triton launches on the current one.
 
@@ -73,8 +123,8 @@ class TritonOp:
     such ops is loaded after `import rtmdet_fast.kernels._registered`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name, self.function = name, function
+    def __init__(self, name: str, function: Callable[..., Any], *, opaque: bool = False) -> None:
+        self.name, self.function, self.opaque = name, function, opaque
         self._more: list[Callable[[Any], Any]] = []
 
     def __call__(self, *arguments: Any) -> Any:
@@ -102,7 +152,7 @@ class TritonOp:
     def library_op(self) -> Any:
         """The op as PyTorch knows it, registered at first access."""
         # without Triton a plain op, which is never called: torch's own decorator would warn of each
-        make: Any = torch.library.triton_op if AVAILABLE else torch.library.custom_op
+        make: Any = torch.library.triton_op if AVAILABLE and not self.opaque else torch.library.custom_op
         op = make(self.name, self.function, mutates_args=())
         op.register_kernel("cuda")(self.undispatched)
         for add in self._more:
@@ -110,13 +160,20 @@ class TritonOp:
         return op
 
 
-def triton_op(name: str) -> Callable[[Callable[..., Any]], TritonOp]:
-    """Makes a function of tensors and numbers, the first of them a tensor, a `TritonOp`."""
-    return partial(TritonOp, name)
+def triton_op(name: str, *, opaque: bool = False) -> Callable[[Callable[..., Any]], TritonOp]:
+    """Makes a function of tensors and numbers, the first of them a tensor, a `TritonOp`.
+
+    `opaque`: torch.compile calls it and does not look into it; it needs `register_fake`.
+    """
+    return partial(TritonOp, name, opaque=opaque)
+
+
+# of kernels that pass pointers through tuples it takes all for written there, and clones what they only read
+CLONES_WHAT_IS_READ = torch.__version__ < "2.12"
 
 
 def unwatched(x: torch.Tensor) -> bool:
-    """Whether an op on `x` gives its result and nothing else: no gradient, no trace, no subclass of Tensor.
+    """Whether an op on `x` gives its result and nothing else: no gradient, trace, transform or subclass of Tensor.
 
     `op.undispatched` then does what `op` does, without PyTorch's dispatcher of Python ops, which takes as long as the
     launch of a kernel (10 us): in a small batch the host is what one waits for.
@@ -127,4 +184,5 @@ def unwatched(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and not transforms()
     )

@@ -17,7 +17,10 @@ from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 _EPS = 1e-7  # of the published IoU cost
 _LOG2_10 = math.log2(10)
-_CHUNK = 2**18  # elements of a temporary: 1 MB, so that the dozen of them stay in the cache
+# elements of a temporary: on a CPU 1 MB, so that the dozen of them stay in the cache; elsewhere each operation is a
+# launch, and 64 MB make few of them
+_CHUNKS = {"cpu": 2**18}
+_CHUNK_ELSEWHERE = 2**24
 
 
 class _Options(NamedTuple):
@@ -83,7 +86,7 @@ def assign(
     if k == 0 or M == 0:
         return assigned_gt, assigned_iou, assigned_labels
     rank, won = torch.arange(k, device=boxes.device), []
-    for j in _chunks(M, B * Q):
+    for j in _chunks(M, B * Q, boxes.device):
         iou, cost = _iou_and_cost(prior, scores, gts.part(j), options)
         value, i = _least(cost, k)
         wins = value < torch.inf
@@ -105,7 +108,7 @@ def assign(
         contested, valid = _compact(i.new_zeros((B, Q)).scatter_add_(1, i, wins.long()) > 1)
         rivals = prior.take(contested)
         least, best = value.new_full(contested.shape, torch.inf), torch.zeros_like(contested)
-        for j in _chunks(M, contested.numel()):
+        for j in _chunks(M, contested.numel(), boxes.device):
             value, arg = _iou_and_cost(rivals, scores, gts.part(j), options)[1].min(1)
             best = torch.where(value < least, arg + j.start, best)
             least = torch.minimum(least, value)
@@ -147,7 +150,7 @@ def _candidates(
     inside = ((stride > 0) & (stride < torch.inf)).expand(B, N)
     if method != "task_aligned":
         deepest = priors.new_full((B, N), -torch.inf)
-        for j in _chunks(gts.label.shape[1], B * N):
+        for j in _chunks(gts.label.shape[1], B * N, boxes.device):
             depth = _depth(x, y, gts.box[:, :, j, None])
             if method == "simota":
                 depth = torch.maximum(depth, _center_depth(x, y, stride, gts.center[:, :, j, None], radius))
@@ -229,7 +232,7 @@ def _class_sums(scores: Tensor, index: Tensor, method: str, dtype: torch.dtype) 
     """The part of the cost that no ground truth changes, [B, Q]; NaN or inf where a score is unusable."""
     out = scores.new_empty(index.shape, dtype=dtype)
     image = torch.arange(len(index), device=index.device)[:, None]
-    for i in _chunks(index.shape[1], len(index) * scores.shape[2]):
+    for i in _chunks(index.shape[1], len(index) * scores.shape[2], index.device):
         x = scores[image, index[:, i]].to(dtype)
         if method == "soft_label":
             p = x.sigmoid()
@@ -252,9 +255,9 @@ def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.arange(index.shape[1], device=b.device) < count[:, None]
 
 
-def _chunks(n: int, width: int) -> list[slice]:
-    """Slices of range(n) that make at most _CHUNK elements of rows of `width`; none of rows of nothing."""
-    step = max(1, _CHUNK // max(width, 1))
+def _chunks(n: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of range(n) that make at most a chunk of rows of `width`; none of rows of nothing."""
+    step = max(1, _CHUNKS.get(device.type, _CHUNK_ELSEWHERE) // max(width, 1))
     return [slice(i, min(i + step, n)) for i in range(0, n if width else 0, step)]
 
 

@@ -159,7 +159,7 @@ def _iou_and_cost(score_ptr, C, prior, gt, weights, METHOD: tl.constexpr):
     return iou, tl.where(usable, cost, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _prior_kernel(
     box_ptr, score_ptr, prior_ptr, gt_ptr, label_ptr, count_ptr, center_ptr, sum_ptr,
     N, M, C, radius, cls_weight,
@@ -211,7 +211,7 @@ def _prior_kernel(
     tl.store(sum_ptr + image * N + n, tl.where(usable & (class_sum < 1e30), class_sum, inf), n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _match_kernel(
     box_ptr, score_ptr, prior_ptr, gt_ptr, label_ptr, count_ptr, center_ptr, sum_ptr, index_ptr, key_ptr,
     N, M, C, topk, radius, iou_weight, cls_weight,
@@ -277,7 +277,7 @@ def _match_kernel(
     tl.store(key_ptr + out, tl.where(wins, key, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _resolve_kernel(
     box_ptr, score_ptr, prior_ptr, gt_ptr, label_ptr, count_ptr, center_ptr, sum_ptr,
     won_ptr, assigned_ptr, iou_ptr, assigned_label_ptr,

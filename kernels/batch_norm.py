@@ -1,11 +1,14 @@
 """The parts of batch normalisation that `bn_silu` and `dwconv_bn_silu` share; formulas and reasons stand in `bn_silu`.
 
 Kernels see x as [images, C, pixels], or as [1, pixels, C] of all images' pixels in channels_last, in tiles of BLOCK
-(channels, pixels). The four tensors [C] weight, bias, mean and var go through the host's functions as one tuple.
+(channels, pixels). Where C is no multiple of a tile's channels, FOLD pixels side by side are one with FOLD C channels:
+24 channels become 8 x 24 = 3 x 64, and no lane idles, nor is a load narrower than 16 bytes. The four tensors [C]
+weight, bias, mean and var go through the host's functions as one tuple.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +22,15 @@ Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, var
 
 TUNING = {
     "tile": 2048,  # elements: 16 for each thread of 4 warps, which covers the memory's latency
-    "channels_last": 64,  # channels of a tile in channels_last, 128 bytes of fp16 a pixel; half where C fits in half
+    "channels_last": 64,  # channels of a tile in channels_last, 128 bytes of fp16 a pixel
+    "least_channels_last": 16,  # where neither C nor FOLD C is a multiple: 32 bytes, a sector of the memory
     "small_image": 1024,  # pixels up to which a tile of one channel would stay half empty ...
     "small_image_channels": 4,  # ... so that it takes this many
     "programs": 2048,  # of a kernel that sums: they keep any GPU busy
     "program_tiles": 64,  # at most, for the factor that cancellation may cost
-    "merge_parts": 256,  # partial moments that `_merge_kernel` takes at once
+    "merge_parts": 1024,  # partial moments that `_merge_kernel` takes at once: few programs, of many threads
     "merge_channels": 8,
+    "merge_warps": 16,
 }
 
 
@@ -126,6 +131,15 @@ def tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST: tl.constexp
 
 
 @triton.jit
+def unfolded(c, channels, FOLD: tl.constexpr):
+    """Which of the tensor's channels `c` are, of `channels` that FOLD pixels have together."""
+    if FOLD > 1:
+        each = channels // FOLD
+        c -= ((c.to(tl.float32) + 0.5) * (1.0 / each.to(tl.float32))).to(tl.int32) * each  # exact up to 2^20
+    return c
+
+
+@triton.jit
 def load_parameters(pointers, c, channels, eps):
     """Weight, bias, mean and 1 / sqrt(var + eps) of channels `c` in fp32; zeros outside."""
     weight = tl.load(pointers[0] + c, mask=c < channels, other=0).to(tl.float32)
@@ -144,11 +158,11 @@ def load_du(dy_ptr, x_ptr, offsets, valid, parameters):
     return silu_backward(dy, xhat * weight + bias), xhat
 
 
-@triton.jit
-def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """BLOCK_C channels of moments [parts, 3, C] -> [5, C]: mean, sum of squared deviations, count, both variances.
+@triton.jit(do_not_specialize=["parts", "fold"])
+def _merge_kernel(partial_ptr, stats_ptr, channels, parts, fold, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C channels of moments [parts / fold, 3, fold, C] -> [5, C].
 
-    The last row is the unbiased variance. BLOCK_P parts are merged at once.
+    Rows: mean, sum of squared deviations, count, variance, unbiased variance. BLOCK_P parts are merged at once.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = (c < channels)[None, :]
@@ -158,11 +172,11 @@ def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr
     start = 0
     while start < parts:
         p = start + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
-        at = partial_ptr + p * 3 * channels + c[None, :]
+        at = partial_ptr + (p // fold * 3 * fold + p % fold) * channels + c[None, :]
         valid = in_channels & (p < parts)
         mean_ = tl.load(at, mask=valid, other=0)
-        m2_ = tl.load(at + channels, mask=valid, other=0)
-        n_ = tl.load(at + 2 * channels, mask=valid, other=0)
+        m2_ = tl.load(at + fold * channels, mask=valid, other=0)
+        n_ = tl.load(at + 2 * fold * channels, mask=valid, other=0)
         mean_, m2_, n_ = merge_moments(mean_, m2_, n_, 0)
         deviation = mean_ - mean
         total = tl.maximum(n + n_, 1)
@@ -178,14 +192,16 @@ def _merge_kernel(partial_ptr, stats_ptr, channels, parts, BLOCK_P: tl.constexpr
     tl.store(at + 4 * channels, m2 / tl.maximum(n - 1, 1), mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_tiles"])
 def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr, channels, pixels, image_tiles, eps,
-    HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of y."""
     c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
-    weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    weight, bias, mean, invstd = load_parameters(
+        (weight_ptr, bias_ptr, mean_ptr, var_ptr), unfolded(c, channels, FOLD), channels, eps
+    )
     x = tl.load(x_ptr + offsets, mask=valid, other=0).to(tl.float32)
     u = (x - mean) * (weight * invstd) + bias
     y = u * sigmoid(u)
@@ -194,11 +210,11 @@ def _apply_kernel(
     tl.store(y_ptr + offsets, y, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles"])
 def _sums_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, partial_ptr,
     channels, pixels, image_tiles, tiles, program_tiles, eps,
-    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums [parts, 2, C] of du and of du xhat, each over `program_tiles` tiles."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
@@ -206,7 +222,7 @@ def _sums_kernel(
     tile = part * program_tiles
     end = tl.minimum(tile + program_tiles, tiles)
     c, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
-    parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), unfolded(c, channels, FOLD), channels, eps)
     s1 = tl.zeros(offsets.shape, tl.float32)
     s2 = tl.zeros(offsets.shape, tl.float32)
     while tile < end:
@@ -224,14 +240,22 @@ def _sums_kernel(
 def tiling(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
     """How x lies in tiles: the grid (tiles, channel blocks), channels, pixels and tiles of an image, and constexprs."""
     (images, channels, height, width), last = x.shape, memory_format(x) == torch.channels_last
-    images, pixels = (1, images * height * width) if last else (images, height * width)
+    images, pixels, fold = (1, images * height * width, 1) if last else (images, height * width, 1)
     if last:
-        block_c = TUNING["channels_last"] // (2 if channels <= TUNING["channels_last"] // 2 else 1)
+        block_c = TUNING["channels_last"]
+        fold = block_c // math.gcd(block_c, channels)
+        while pixels % fold:
+            fold //= 2
+        pixels, channels = pixels // fold, channels * fold
+        while block_c > TUNING["least_channels_last"] and channels % block_c:
+            block_c //= 2
+        if channels % block_c:
+            block_c = TUNING["channels_last"] // (2 if channels <= TUNING["channels_last"] // 2 else 1)
     else:
         block_c = TUNING["small_image_channels"] if pixels <= TUNING["small_image"] else 1
     block_s = TUNING["tile"] // block_c
     image_tiles = cdiv(pixels, block_s)
-    constexprs = dict(CHANNELS_LAST=last, BLOCK=(block_c, block_s))
+    constexprs = dict(CHANNELS_LAST=last, FOLD=fold, BLOCK=(block_c, block_s))
     return (images * image_tiles, cdiv(channels, block_c)), (channels, pixels, image_tiles), constexprs
 
 
@@ -240,13 +264,13 @@ def program_tiles(tiles: int, channel_blocks: int) -> int:
     return min(TUNING["program_tiles"], cdiv(tiles * channel_blocks, TUNING["programs"]))
 
 
-def merge_partial_moments(partial: Tensor, group: str) -> Tensor:
-    """Moments [parts, 3, C] of this process and then of all -> [5, C], see `_merge_kernel`."""
-    parts, _, channels = partial.shape
+def merge_partial_moments(partial: Tensor, group: str, fold: int = 1) -> Tensor:
+    """Moments [parts, 3, fold C] of this process and then of all -> [5, C], see `_merge_kernel`."""
+    parts, channels = partial.shape[0] * fold, partial.shape[2] // fold
     stats = partial.new_empty(5, channels)
     blocks = dict(BLOCK_P=TUNING["merge_parts"], BLOCK_C=TUNING["merge_channels"])
     grid = (cdiv(channels, TUNING["merge_channels"]),)
-    wrap_triton(_merge_kernel)[grid](partial, stats, channels, parts, **blocks)
+    wrap_triton(_merge_kernel)[grid](partial, stats, channels, parts, fold, **blocks, num_warps=TUNING["merge_warps"])
     if group:
         size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
         gathered = torch.ops._c10d_functional.all_gather_into_tensor(stats[:3], size, group)
@@ -272,11 +296,11 @@ def gradient_sums(dy: Tensor, x: Tensor, parameters: Parameters, eps: float) -> 
     """[2, C]: the sums of du and of du xhat, which are dbias and dweight. `dy` is in x's memory format."""
     (tiles, channel_blocks), sizes, constexprs = tiling(x)
     each = program_tiles(tiles, channel_blocks)
-    partial = torch.empty(cdiv(tiles, each), 2, x.shape[1], dtype=torch.float32, device=x.device)
+    partial = torch.empty(cdiv(tiles, each), 2, sizes[0], dtype=torch.float32, device=x.device)
     wrap_triton(_sums_kernel)[partial.shape[0], channel_blocks](
         dy, x, *parameters, partial, *sizes, tiles, each, eps, **constexprs
     )
-    return partial.sum(0)
+    return partial.view(len(partial), 2, constexprs["FOLD"], x.shape[1]).sum((0, 2))
 
 
 def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
@@ -289,13 +313,34 @@ def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
 def save_for_backward(
     ctx: Any, tensors: tuple[Tensor | None, ...], outputs_of: tuple[Tensor, Tensor, Tensor | None], *settings: Any
 ) -> None:
-    """Keeps what an op's backward takes after dy, and the dtypes of weight, bias and residual, for `gradients`."""
+    """Keeps what an op's backward takes after dy, and the dtypes of weight, bias and residual, for `gradients`.
+
+    Of outputs only whole ones: a view of an output, saved, holds the node that holds it, and a forward pass without a
+    backward one would never be freed.
+    """
+    ctx.set_materialize_grads(False)  # of the outputs beside y: zeros of their size, in every backward pass
     ctx.save_for_backward(*tensors)
     ctx.settings, ctx.dtypes = settings, [None if x is None else x.dtype for x in outputs_of]
 
 
-def gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
-    """Gradients for x (and a convolution's weight), weight, bias and residual."""
-    *dx, sums = backward(dy, *ctx.saved_tensors, *ctx.settings)
+def gradients(
+    ctx: Any, dy: Tensor | None, saved: tuple[Tensor | None, ...], backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for x (and a convolution's weight), weight, bias and residual, and None for all other inputs.
+
+    `saved` is what `backward` takes between dy and the settings. In inference the residual follows mean and var.
+    """
+    if dy is None:  # what came after had no gradient for its input
+        return (None,) * len(ctx.needs_input_grad)
+    *dx, sums = backward(dy, *saved, *ctx.settings)
     weight, bias, residual = ctx.dtypes
-    return *dx, sums[1].to(weight), sums[0].to(bias), None if residual is None else dy.to(residual)
+    dresidual = None if residual is None else dy.to(residual)
+    statistics = () if saved[-1] is not None else (None, None)
+    found = *dx, sums[1].to(weight), sums[0].to(bias), *statistics, dresidual
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+def with_statistics(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Mean, variance and count in place of the statistics that stand last in `saved`."""
+    *tensors, stats = saved
+    return *tensors, stats[0], stats[3], stats[2]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rtmdet_fast.kernels import batch_norm as bn
 from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.batch_norm import load_du, load_parameters, tile_offsets
+from rtmdet_fast.kernels.batch_norm import load_du, load_parameters, tile_offsets, unfolded
 
 
 def bn_silu(
@@ -110,10 +110,10 @@ def sync_batch_norm(
     return y.to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles"])
 def _moments_kernel(
     x_ptr, partial_ptr, channels, pixels, image_tiles, tiles, program_tiles,
-    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial moments [parts, 3, C]: mean, sum of squared deviations and count, each of `program_tiles` tiles."""
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
@@ -145,16 +145,17 @@ def _moments_kernel(
     tl.store(at + 2 * channels, count, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_tiles"])
 def _dx_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, channels, pixels, image_tiles, eps,
-    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx, from the means [2, C] of du and du xhat (zeros where the statistics were given)."""
     c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+    inside, c = c < channels, unfolded(c, channels, FOLD)
     parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
-    mean_du = tl.load(means_ptr + c, mask=c < channels, other=0)
-    mean_du_xhat = tl.load(means_ptr + channels + c, mask=c < channels, other=0)
+    mean_du = tl.load(means_ptr + c, mask=inside, other=0)
+    mean_du_xhat = tl.load(means_ptr + channels // FOLD + c, mask=inside, other=0)
     du, xhat = load_du(dy_ptr, x_ptr, offsets, valid, parameters)
     dx = (du - mean_du - xhat * mean_du_xhat) * (parameters[0] * parameters[3])
     tl.store(dx_ptr + offsets, dx, mask=valid)
@@ -179,9 +180,9 @@ def _training(
     x = x.contiguous(memory_format=bn.memory_format(x))
     (tiles, channel_blocks), sizes, constexprs = bn.tiling(x)
     each = bn.program_tiles(tiles, channel_blocks)
-    partial = torch.empty(cdiv(tiles, each), 3, x.shape[1], dtype=torch.float32, device=x.device)
+    partial = torch.empty(cdiv(tiles, each), 3, sizes[0], dtype=torch.float32, device=x.device)
     wrap_triton(_moments_kernel)[partial.shape[0], channel_blocks](x, partial, *sizes, tiles, each, **constexprs)
-    stats = bn.merge_partial_moments(partial, group)
+    stats = bn.merge_partial_moments(partial, group, constexprs["FOLD"])
     return bn.normalise(x, (weight, bias, stats[0], stats[3]), residual, eps), stats
 
 
@@ -207,18 +208,17 @@ def _inference_context(ctx, inputs, output):
 
 
 def _inference_backward(ctx, dy):
-    dx, dweight, dbias, dresidual = bn.gradients(ctx, dy, _backward)
-    return dx, dweight, dbias, None, None, dresidual, None
+    return bn.gradients(ctx, dy, ctx.saved_tensors, _backward)
 
 
 def _training_context(ctx, inputs, output):
     x, weight, bias, residual, eps, group = inputs
-    stats = output[1]
-    bn.save_for_backward(ctx, (x, weight, bias, stats[0], stats[3], stats[2]), (weight, bias, residual), eps, group)
+    ctx.mark_non_differentiable(output[1])
+    bn.save_for_backward(ctx, (x, weight, bias, output[1]), (weight, bias, residual), eps, group)
 
 
 def _training_backward(ctx, dy, _):
-    return *bn.gradients(ctx, dy, _backward), None, None
+    return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 
 _inference.register_autograd(_inference_backward, setup_context=_inference_context)

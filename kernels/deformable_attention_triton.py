@@ -132,7 +132,7 @@ def _taps(x, y, level, valid, DISCRETE: tl.constexpr, PUBLISHED_CLAMP: tl.conste
     return taps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "image_rows", "pixels", "level0", "level1", "level2", "level3", "level4"])
 def _forward_kernel(
     value_ptr, references_ptr, offsets_ptr, logits_ptr, out_ptr,
     rows, image_rows, pixels,
@@ -172,7 +172,7 @@ def _forward_kernel(
     tl.store(out_ptr + row[:, None] * CHANNELS + channel, out, mask=valid[:, None] & (channel < CHANNELS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "image_rows", "pixels", "level0", "level1", "level2", "level3", "level4"])
 def _backward_kernel(
     dout_ptr, out_ptr, value_ptr, references_ptr, offsets_ptr, logits_ptr,
     dvalue_ptr, dreferences_ptr, doffsets_ptr, dlogits_ptr,

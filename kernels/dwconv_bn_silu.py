@@ -19,15 +19,22 @@ loads of 2 bytes an output would be 3.0 ps. Hence the kernels
 - give each thread two neighbouring columns: the 6 columns that they need are 3 loads an element (channels_last, odd
   widths), or as aligned pairs 1.5 loads of 4 bytes (contiguous format, even widths): 0.2 ps;
 - load rows some steps before they are needed: one row of a warp is 128 bytes, too few to cover the memory's latency.
-For sm_90 Triton 3.6 makes of a row of two outputs 96 instructions, 50 of them FMAs, in 72 registers (forward,
-contiguous fp16), and 285, 130 of them FMAs, in 128 (backward, where dz is computed 3 times, once for each thread that
-needs it; storing it would cost two passes more).
+For sm_90 Triton 3.6 makes, of fp16 and 5 x 5, for an output without a residual (25 of them FMAs):
+
+                            registers   instructions
+    inference, contiguous          96   42.5, where two columns a thread take 47.8 in 72 registers
+    inference, channels_last      140   50.1 (two columns of two channels), where four columns take 43.3 in 190
+    training, contiguous           72   48.7
+    training, channels_last       188   52.0
+    backward, contiguous          128   142.5 for an element of dx, where dz is computed 3 times, once for each thread
+                                        that needs it; storing it would cost two passes more
 """
 
 # Triton's tuples and tensors are no types of Python's
 # mypy: disable-error-code="assignment,misc,operator,var-annotated"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,21 +43,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtmdet_fast.kernels import batch_norm as bn
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, sigmoid, silu_backward
+from rtmdet_fast.kernels._dispatch import (
+    CLONES_WHAT_IS_READ,
+    cdiv,
+    is_aligned,
+    multiprocessors,
+    tl,
+    triton,
+    triton_op,
+    unwatched,
+    wrap_triton,
+)
+from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, silu_backward
 from rtmdet_fast.kernels.bn_silu import bn_silu_reference
 
 TUNING: dict[str, Any] = {
-    "threads": 128,  # of 4 warps: each has one pair of columns
-    "pairs": (32, 16, 8),  # of columns in a block, contiguous: idle lanes against ...
-    "halo": 4,  # ... what the columns that two blocks load cost, in pairs
-    "channels_last": (32, 4),  # channels and pairs of a block: a warp's lanes lie side by side
-    "channels_last_wide": (64, 4),  # two channels a thread, in 16 bits and where ptxas does not spill
+    "threads": 128,  # of 4 warps: each has one group of columns, of one or two channels
+    "groups": (32, 16, 8),  # of columns in a block, contiguous
     "rows": 40,  # that a program slides over at most: the halo of K - 1 rows is loaded and multiplied again
-    "least_rows": 8,  # fewer only for more programs ...
-    "programs": 1024,  # ... until there are these
-    "prefetch": 4,  # rows on their way while one is used: one row of a warp is 128 bytes, too few for the latency
-    "prefetch_backward": (1, 2),  # and of dy, z and x together; packed pairs leave the registers for two
+    "least_rows": 8,  # fewer only for more programs, until all that are `resident` on a multiprocessor have one
+    # columns of a group; rows on their way while one is used; programs a multiprocessor has registers for; channels and
+    # groups of a block in channels_last
+    "inference": {
+        "contiguous": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
+        "narrow": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
+        # with four columns 43 instructions for 50, but 190 registers, thus two programs for three: not measured
+        "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
+    },
+    "training": {
+        "contiguous": dict(columns=2, prefetch=4, resident=7, block=(32, 4)),
+        "narrow": dict(columns=2, prefetch=4, resident=5, block=(32, 4)),
+        "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
+    },
+    "few": dict(columns=2, prefetch=4, resident=5, block=(32, 4)),  # stride 2, K = 7: more columns and weights
+    "backward": dict(prefetch=(1, 2), resident=4, block=(32, 4)),  # of dy, z and x together; in pairs there is room
 }
 
 
@@ -116,45 +142,45 @@ def _check_conv(x: Tensor, conv_weight: Tensor, stride: int) -> None:
 
 @triton.jit
 def _tile(row_blocks, column_blocks, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Image, row block, channels and pairs of columns of this program."""
+    """Image, row block, channels and groups of columns of this program."""
     tile = tl.program_id(0)
-    pair = tile % column_blocks * BLOCK[1] + tl.arange(0, BLOCK[1]).to(tl.int64)
+    group = tile % column_blocks * BLOCK[1] + tl.arange(0, BLOCK[1]).to(tl.int64)
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
     if CHANNELS_LAST:
-        pair, c = pair[:, None], c[None, :]
+        group, c = group[:, None], c[None, :]
     else:
-        pair, c = pair[None, :], c[:, None]
-    return (tile // column_blocks // row_blocks).to(tl.int64), tile // column_blocks % row_blocks, c, pair
+        group, c = group[None, :], c[:, None]
+    return (tile // column_blocks // row_blocks).to(tl.int64), tile // column_blocks % row_blocks, c, group
 
 
 @triton.jit
 def _columns(
     ptr, place, shape, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Pointers (in row 0) to columns STEP pair + FIRST..LAST, their masks, and what leads to the next row.
+    """Pointers (in row 0) to columns STEP group + FIRST..LAST, their masks, and what leads to the next row.
 
-    `place` is image, channels and pairs of columns, `shape` channels, height and width of all.
-    PACKED: a pointer to two columns, the first of them even. Half the loads, and 4 bytes each in fp16.
+    `place` is image, channels and groups of columns, `shape` channels, height and width of all.
+    PACK, above 1: a pointer to as many columns, the first of them a multiple. So many times fewer loads.
     """
-    image, c, pair = place
+    image, c, group = place
     channels, height, width = shape
     ptr += image * channels * height * width
     pointers, masks = (), ()
-    if PACKED:
-        if ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if PACK > 1:
+        if ptr.dtype.element_ty.primitive_bitwidth * PACK == 32:
             ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         else:
             ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-        row = tl.cast(width // 2, tl.int64)
-        for i in tl.static_range(FIRST // 2, LAST // 2 + 1):
-            at = STEP // 2 * pair + i
+        row = tl.cast(width // PACK, tl.int64)
+        for i in tl.static_range(FIRST // PACK, LAST // PACK + 1):
+            at = STEP // PACK * group + i
             pointers += (ptr + (c * height * row + at),)
             masks += ((c < channels) & (at >= 0) & (at < row),)
     else:
-        row = tl.cast(width * channels if CHANNELS_LAST else width, tl.int64)  # a width of 1 is Triton's constant
+        row = tl.cast(width * channels if CHANNELS_LAST else width, tl.int64)
         for i in tl.static_range(FIRST, LAST + 1):
-            at = STEP * pair + i
+            at = STEP * group + i
             pointers += (ptr + (at * channels + c if CHANNELS_LAST else c * height * row + at),)
             masks += ((c < channels) & (at >= 0) & (at < width),)
     return pointers, masks, row
@@ -169,15 +195,18 @@ def _load(pointers, masks, offset, valid):
 
 
 @triton.jit
-def _unpack(values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACKED: tl.constexpr):
+def _unpack(values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACK: tl.constexpr):
     """Columns FIRST..LAST in fp32 from what `_load` brought."""
     unpacked = ()
     for i in tl.static_range(FIRST, LAST + 1):
-        if PACKED:
-            v = values[i // 2 - FIRST // 2]
-            if i % 2 == 1:
-                v = v >> DTYPE.primitive_bitwidth
-            v = v.to(tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32).to(DTYPE, bitcast=True)
+        if PACK > 1:
+            v = values[i // PACK - FIRST // PACK]
+            if DTYPE.primitive_bitwidth == 16:  # halves of 32 bits, which one instruction makes fp32
+                if PACK == 4:
+                    v = (v >> i % 4 // 2 * 32).to(tl.int32)
+                v = (v >> i % 2 * 16).to(tl.int16).to(DTYPE, bitcast=True)
+            else:
+                v = (v >> i % 2 * 32).to(tl.int32).to(DTYPE, bitcast=True)
         else:
             v = values[i - FIRST]
         unpacked += (v.to(tl.float32),)
@@ -185,57 +214,75 @@ def _unpack(values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
 
 
 @triton.jit
-def _store(pointers, masks, offset, valid, v0, v1, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """Two columns, in fp32."""
-    v0, v1 = v0.to(DTYPE), v1.to(DTYPE)
-    if PACKED:
-        if DTYPE.primitive_bitwidth == 16:
-            v = v0.to(tl.uint16, bitcast=True).to(tl.uint32) | (v1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+def _store(pointers, masks, offset, valid, values, DTYPE: tl.constexpr, PACK: tl.constexpr):
+    """A group of columns, in fp32."""
+    for i in tl.static_range(len(pointers)):
+        if PACK == 1:
+            v = values[i].to(DTYPE)
+        elif PACK == 2:
+            v = _join(values[2 * i], values[2 * i + 1], DTYPE)
         else:
-            v = v0.to(tl.uint32, bitcast=True).to(tl.uint64) | (v1.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
-        tl.store(pointers[0] + offset, v, mask=masks[0] & valid)
-    else:
-        tl.store(pointers[0] + offset, v0, mask=masks[0] & valid)
-        tl.store(pointers[1] + offset, v1, mask=masks[1] & valid)
+            low, high = (
+                _join(values[4 * i], values[4 * i + 1], DTYPE),
+                _join(values[4 * i + 2], values[4 * i + 3], DTYPE),
+            )
+            v = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+        tl.store(pointers[i] + offset, v, mask=masks[i] & valid)
 
 
 @triton.jit
+def _join(v0, v1, DTYPE: tl.constexpr):
+    """Two numbers in one of twice as many bits."""
+    v0, v1 = v0.to(DTYPE), v1.to(DTYPE)
+    if DTYPE.primitive_bitwidth == 16:
+        return v0.to(tl.uint16, bitcast=True).to(tl.uint32) | (v1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return v0.to(tl.uint32, bitcast=True).to(tl.uint64) | (v1.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "row_blocks", "column_blocks", "steps"])
 def _forward_kernel(
     x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr, partial_ptr,
     channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
-    K: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
     TRAINING: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PACKED_IN: tl.constexpr, PACKED_OUT: tl.constexpr, BLOCK: tl.constexpr,
+    PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, or in training of z, with the tile's moments [tiles, 3, C].
 
-    A tile is BLOCK = (channels, pairs of columns); the program slides down steps - IN_FLIGHT + 1 rows of it.
+    A tile is BLOCK = (channels, groups of COLUMNS columns); the program slides down steps - IN_FLIGHT + 1 rows of it.
     """
     P: tl.constexpr = K // 2
     IN_FLIGHT: tl.constexpr = (K + S - 1) // S  # rows of the output that one row of the input adds to, at most
-    FIRST: tl.constexpr = -P  # of the columns of the input that two of the output need
-    LAST: tl.constexpr = S + P
+    FIRST: tl.constexpr = -P  # of the columns of the input that a group of the output needs
+    LAST: tl.constexpr = S * (COLUMNS - 1) + P
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, c, pair = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
-    place, out_shape = (image, c, pair), (channels, out_height, out_width)
+    image, row_block, c, group = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    place, out_shape = (image, c, group), (channels, out_height, out_width)
     x_ptrs, x_masks, x_row = _columns(
-        x_ptr, place, (channels, height, width), 2 * S, FIRST, LAST, CHANNELS_LAST, PACKED_IN
+        x_ptr, place, (channels, height, width), COLUMNS * S, FIRST, LAST, CHANNELS_LAST, PACK_IN
     )
-    y_ptrs, y_masks, y_row = _columns(y_ptr, place, out_shape, 2, 0, 1, CHANNELS_LAST, PACKED_OUT)
+    y_ptrs, y_masks, y_row = _columns(y_ptr, place, out_shape, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, PACK_OUT)
     if HAS_RESIDUAL:
-        r_ptrs, r_masks, _ = _columns(residual_ptr, place, out_shape, 2, 0, 1, CHANNELS_LAST, PACKED_OUT)
+        r_ptrs, r_masks, _ = _columns(residual_ptr, place, out_shape, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, PACK_OUT)
     zeros = tl.zeros(x_masks[0].shape, tl.float32)
     scale, start = zeros + 1, zeros
-    if not TRAINING:  # the convolution's weight takes the scale, its sum starts at the shift
+    if not TRAINING:
+        # The convolution's weight takes the scale, its sum starts at the shift; both times log2(e), so that the sum is
+        # what exp2 takes.
         weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+        weight, bias = weight * 1.4426950408889634, bias * 1.4426950408889634
         scale, start = zeros + weight * invstd, zeros + (bias - mean * (weight * invstd))
     w = ()
     for i in tl.static_range(K * K):
         w += (tl.load(w_ptr + c * K * K + i, mask=c < channels, other=0).to(tl.float32) * scale,)
+    fresh = ()
+    for _i in tl.static_range(COLUMNS):
+        fresh += (start,)
     sums = ()
-    for _i in tl.static_range(2 * IN_FLIGHT):
-        sums += (start,)
+    for _i in tl.static_range(IN_FLIGHT):
+        sums += fresh
     shift, s1, s2 = zeros, zeros, zeros
 
     first_out = row_block * (steps - IN_FLIGHT + 1)
@@ -250,47 +297,58 @@ def _forward_kernel(
     y_at = out * y_row
     end = out + steps
     while out < end:  # not range(): under NumPy 2.4 Triton's interpreter has none of a run-time length
-        for _unrolled in tl.static_range(UNROLL):  # so that the sums change places without moves
+        for _unrolled in tl.static_range(UNROLL):  # so that sums and rows on their way change places without moves
             for phase in tl.static_range(S):
-                taps = _unpack(prefetched[:EACH], x_ptr.dtype.element_ty, FIRST, LAST, PACKED_IN)
+                taps = _unpack(prefetched[:EACH], x_ptr.dtype.element_ty, FIRST, LAST, PACK_IN)
                 # before the store: loads after it would wait for it
                 prefetched = prefetched[EACH:] + _load(x_ptrs, x_masks, x_at, (row >= 0) & (row < height))
                 row += 1
                 x_at = row * x_row if CHANNELS_LAST else x_at + x_row
                 updated = ()
                 for i in tl.static_range(IN_FLIGHT):
-                    v0, v1 = sums[2 * i], sums[2 * i + 1]
-                    if K - 1 - S * i - phase >= 0:  # the row of w
-                        for j in tl.static_range(K):
-                            v0 = tl.fma(w[(K - 1 - S * i - phase) * K + j], taps[j], v0)
-                            v1 = tl.fma(w[(K - 1 - S * i - phase) * K + j], taps[j + S], v1)
-                    updated += (v0, v1)
+                    for k in tl.static_range(COLUMNS):
+                        v = sums[COLUMNS * i + k]
+                        if K - 1 - S * i - phase >= 0:  # the row of w
+                            for j in tl.static_range(K):
+                                v = tl.fma(w[(K - 1 - S * i - phase) * K + j], taps[j + S * k], v)
+                        updated += (v,)
                 sums = updated
                 if phase == 0:  # the oldest sums are complete
-                    v0, v1 = sums[0], sums[1]
-                    sums = sums[2:] + (start, start)  # noqa: RUF005 (Triton's tuples cannot be unpacked into others)
+                    done = sums[:COLUMNS]
+                    sums = sums[COLUMNS:] + fresh
                     valid = (out >= first_out) & (out < out_height)
                     if TRAINING:  # moments of what the next kernels will read, relative to the first row
-                        v0, v1 = v0.to(DTYPE).to(tl.float32), v1.to(DTYPE).to(tl.float32)
-                        shift = tl.where(out == first_out, v0, shift)
-                        d0 = tl.where(valid & y_masks[0], v0 - shift, 0)
-                        d1 = tl.where(valid & y_masks[len(y_ptrs) - 1], v1 - shift, 0)
-                        s1 += d0 + d1
-                        s2 = tl.fma(d0, d0, tl.fma(d1, d1, s2))
+                        rounded = ()
+                        for k in tl.static_range(COLUMNS):
+                            v = done[k].to(DTYPE).to(tl.float32)
+                            if k == 0:
+                                shift = tl.where(out == first_out, v, shift)
+                            d = tl.where(valid & y_masks[k // PACK_OUT], v - shift, 0)
+                            s1 += d
+                            s2 = tl.fma(d, d, s2)
+                            rounded += (v,)
                     else:
-                        v0 *= sigmoid(v0)
-                        v1 *= sigmoid(v1)
+                        rounded = ()
+                        for k in tl.static_range(COLUMNS):  # v sigmoid(v) of v in units of ln(2), see `sigmoid`
+                            v = done[k]
+                            root = tl.rsqrt(tl.exp2(v * -1.0) * 1.4426950408889634 + 1.4426950408889634)
+                            rounded += (v * (root * root),)
                         if HAS_RESIDUAL:
                             r = _load(r_ptrs, r_masks, y_at, valid)
-                            r = _unpack(r, residual_ptr.dtype.element_ty, 0, 1, PACKED_OUT)
-                            v0 += r[0]
-                            v1 += r[1]
-                    _store(y_ptrs, y_masks, y_at, valid, v0, v1, DTYPE, PACKED_OUT)
+                            r = _unpack(r, residual_ptr.dtype.element_ty, 0, COLUMNS - 1, PACK_OUT)
+                            added = ()
+                            for k in tl.static_range(COLUMNS):
+                                added += (rounded[k] + r[k],)
+                            rounded = added
+                    _store(y_ptrs, y_masks, y_at, valid, rounded, DTYPE, PACK_OUT)
             out += 1
             y_at = out * y_row if CHANNELS_LAST else y_at + y_row
     if TRAINING:
         rows = tl.minimum(steps - IN_FLIGHT + 1, out_height - first_out)
-        n = (y_masks[0].to(tl.float32) + y_masks[len(y_ptrs) - 1].to(tl.float32)) * rows
+        n = zeros
+        for k in tl.static_range(COLUMNS):
+            n += y_masks[k // PACK_OUT].to(tl.float32)
+        n *= rows
         s1_mean = s1 / tl.maximum(n, 1)
         m2 = s2 - s1 * s1_mean
         mean, m2, n = merge_moments(shift + s1_mean, tl.where(m2 < 0, 0, m2), n, AXIS)  # a NaN stays
@@ -301,14 +359,14 @@ def _forward_kernel(
         tl.store(at + 2 * channels, n, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "row_blocks", "column_blocks", "steps"])
 def _backward_kernel(
     dy_ptr, z_ptr, x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, dw_ptr,
     channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
     K: tl.constexpr, S: tl.constexpr, PREFETCH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PACKED_IN: tl.constexpr, PACKED_OUT: tl.constexpr, BLOCK: tl.constexpr,
+    PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx, with the tile's share of dw [tiles, C, K * K].
+    """A tile of dx, with the tile's share of dw [tiles, K * K, C].
 
     A tile is BLOCK = (channels, pairs of columns); the program slides down S (steps - IN_FLIGHT + 1) rows of it.
     """
@@ -319,12 +377,12 @@ def _backward_kernel(
     LAST: tl.constexpr = (P + 1) // S
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, c, pair = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
-    place, shape, z_shape = (image, c, pair), (channels, height, width), (channels, out_height, out_width)
-    dy_ptrs, z_masks, z_row = _columns(dy_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT)
-    z_ptrs, _, _ = _columns(z_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACKED_OUT)
-    x_ptrs, x_masks, x_row = _columns(x_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACKED_IN)
-    dx_ptrs, dx_masks, dx_row = _columns(dx_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACKED_IN)
+    image, row_block, c, group = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    place, shape, z_shape = (image, c, group), (channels, height, width), (channels, out_height, out_width)
+    dy_ptrs, z_masks, z_row = _columns(dy_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
+    z_ptrs, _, _ = _columns(z_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
+    x_ptrs, x_masks, x_row = _columns(x_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACK_IN)
+    dx_ptrs, dx_masks, dx_row = _columns(dx_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACK_IN)
     weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
     mean_du = tl.load(means_ptr + c, mask=c < channels, other=0)
     mean_du_xhat = tl.load(means_ptr + channels + c, mask=c < channels, other=0)
@@ -358,10 +416,10 @@ def _backward_kernel(
     Z: tl.constexpr = len(z_ptrs)
     X: tl.constexpr = len(x_ptrs)
     while row < end:
-        dy = _unpack(prefetched[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
-        z = _unpack(prefetched[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACKED_OUT)
+        dy = _unpack(prefetched[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
+        z = _unpack(prefetched[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
         for k in tl.static_range(S):
-            x += _unpack(prefetched[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACKED_IN)
+            x += _unpack(prefetched[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACK_IN)
         ahead = row + PREFETCH
         valid = (ahead >= 0) & (ahead < out_height)
         prefetched = prefetched[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, valid)
@@ -379,7 +437,7 @@ def _backward_kernel(
         for i in tl.static_range(len(z)):
             xhat = (z[i] - mean) * invstd
             du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
-            mask = z_masks[(i + FIRST) // 2 - FIRST // 2 if PACKED_OUT else i]
+            mask = z_masks[(i + FIRST) // PACK_OUT - FIRST // PACK_OUT]
             dz += (tl.where(mask & valid, du, 0),)
         updated, updated_dw = (), ()
         for i in tl.static_range(K):
@@ -398,37 +456,51 @@ def _backward_kernel(
         for k in tl.static_range(S):
             done = S * row - P + k
             valid = (done >= first_dx) & (done < end_dx)
-            _store(dx_ptrs, dx_masks, dx_at, valid, updated[2 * k], updated[2 * k + 1], DTYPE, PACKED_IN)
+            _store(dx_ptrs, dx_masks, dx_at, valid, updated[2 * k : 2 * k + 2], DTYPE, PACK_IN)
             dx_at = (done + 1) * dx_row if CHANNELS_LAST else dx_at + dx_row
         dx, x = updated[2 * S :], x[2 * S :]
         row += 1
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
-    at = dw_ptr + (tl.program_id(0).to(tl.int64) * channels + c) * (K * K)
+    at = dw_ptr + tl.program_id(0).to(tl.int64) * (K * K) * channels + c
     for i in tl.static_range(K * K):
-        tl.store(at + i, tl.sum(dw[i] * (weight * invstd), AXIS), mask=c < channels)
+        tl.store(at + i * channels, tl.sum(dw[i] * (weight * invstd), AXIS), mask=c < channels)
 
 
-def _packed(x: Tensor, last: bool) -> bool:
-    return not last and x.shape[3] % 2 == 0 and x.storage_offset() % 2 == 0
+def _pack(tensors: Sequence[Tensor], columns: int, last: bool) -> int:
+    """Columns of a group that one load brings, at most 8 bytes: their addresses must be multiples."""
+    pack = columns
+    while pack > 1:
+        if (
+            not last
+            and pack * tensors[0].element_size() <= 8
+            and all(
+                x.element_size() == tensors[0].element_size() and x.shape[3] % pack == 0 and is_aligned(x, pack)
+                for x in tensors
+            )
+        ):
+            return pack
+        pack //= 2
+    return pack
 
 
 def _tiling(
-    x: Tensor, last: bool, rows: int, in_flight: int, unroll: int = 1, wide: bool = False
-) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int]]:
+    x: Tensor, last: bool, rows: int, in_flight: int, columns: int, block: tuple[int, int], resident: int,
+    unroll: int = 1,
+) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int]]:  # fmt: skip
     """How an output of x's images, channels and width lies in tiles, with `rows` times a step's rows.
 
-    Grid (tiles, channel blocks); row blocks, column blocks and steps of a program; BLOCK (channels, pairs of columns:
-    one pair a thread, or two channels of it if `wide`).
+    Grid (tiles, channel blocks); row blocks, column blocks and steps of a program; BLOCK (channels, groups of columns),
+    which is `block` in channels_last.
     """
     images, channels, _, width = x.shape
-    if last:
-        block = TUNING["channels_last_wide" if wide and channels > TUNING["channels_last"][0] else "channels_last"]
-    else:
-        pairs = min(TUNING["pairs"], key=lambda block: cdiv(cdiv(width, 2), block) * (block + TUNING["halo"]))
-        block = TUNING["threads"] // pairs, pairs
-    column_blocks, channel_blocks = cdiv(width, 2 * block[1]), cdiv(channels, block[0])
-    # a program spends in_flight - 1 steps before its first row: let it slide far, once there are programs enough
-    enough = cdiv(TUNING["programs"], images * column_blocks * channel_blocks)
+    groups = cdiv(width, columns)
+    if not last:
+        # lanes first: an idle one takes as long as another; then blocks, whose halo is loaded twice
+        lanes = min(TUNING["groups"], key=lambda block: (cdiv(groups, block) * block, -block))
+        block = TUNING["threads"] // lanes, lanes
+    column_blocks, channel_blocks = cdiv(groups, block[1]), cdiv(channels, block[0])
+    # a program spends in_flight - 1 steps before its first row: let it slide far, once all that can run at once do
+    enough = max(1, resident * multiprocessors(x) // (images * column_blocks * channel_blocks))
     row_blocks = max(cdiv(rows, TUNING["rows"]), min(cdiv(rows, TUNING["least_rows"]), enough))
     steps = cdiv(cdiv(rows, row_blocks) + in_flight - 1, unroll) * unroll
     row_blocks = cdiv(rows, steps - in_flight + 1)
@@ -444,22 +516,32 @@ def _forward(
     y = torch.empty(_out_shape(x, stride), dtype=x.dtype, device=x.device, memory_format=format)
     residual = residual if residual is None else residual.contiguous(memory_format=format)
     in_flight = cdiv(size, stride)
+    plan = _plan(x, size, stride, last, training)
     unroll = in_flight if size < 7 else 1
-    # at stride 2 a thread holds more columns: with two channels of them ptxas spills
-    wide = size < 7 and stride == 1 and x.element_size() == 2
-    grid, tiles, block = _tiling(y, last, y.shape[2], in_flight, unroll, wide)
+    # no more rows than a turn of the loop uses: the others would change registers, which waits for them
+    prefetch = min(plan["prefetch"], unroll * stride)
+    tiling = last, y.shape[2], in_flight, plan["columns"], plan["block"], plan["resident"], unroll
+    grid, tiles, block = _tiling(y, *tiling)
     partial = torch.empty((grid[0], 3, x.shape[1]) if training else 0, dtype=torch.float32, device=x.device)
     pointers = x, w.contiguous(), *(p.contiguous() for p in parameters), x if residual is None else residual, y, partial
     wrap_triton(_forward_kernel)[grid](
-        *pointers, *x.shape[1:], *y.shape[2:], *tiles, eps, K=size, S=stride, UNROLL=unroll,
-        PREFETCH=TUNING["prefetch"], TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
-        PACKED_IN=_packed(x, last), PACKED_OUT=_packed(y, last) and (residual is None or _packed(residual, last)),
-        BLOCK=block,
+        *pointers, *x.shape[1:], *y.shape[2:], *tiles, eps, K=size, S=stride, COLUMNS=plan["columns"], UNROLL=unroll,
+        PREFETCH=prefetch, TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
+        PACK_IN=_pack([x], plan["columns"] if stride == 1 else 2, last),
+        PACK_OUT=_pack([y] if residual is None else [y, residual], plan["columns"], last), BLOCK=block,
     )  # fmt: skip
     return y, partial
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_inference")
+def _plan(x: Tensor, size: int, stride: int, last: bool, training: bool) -> dict[str, Any]:
+    """The entries of TUNING for a forward pass."""
+    if stride == 2 or size == 7:
+        return TUNING["few"]
+    wide = x.element_size() == 2 and x.shape[1] > 32
+    return TUNING["training" if training else "inference"][("wide" if wide else "narrow") if last else "contiguous"]
+
+
+@triton_op("rtmdet_fast::dwconv_bn_silu_inference", opaque=CLONES_WHAT_IS_READ)
 def _inference(
     x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None,
     stride: int, eps: float,
@@ -473,7 +555,7 @@ def _(x, conv_weight, weight, bias, mean, var, residual, stride, eps):
     return x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_training")
+@triton_op("rtmdet_fast::dwconv_bn_silu_training", opaque=CLONES_WHAT_IS_READ)
 def _training(
     x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
     stride: int, eps: float, group: str,
@@ -484,7 +566,7 @@ def _training(
     return bn.normalise(z, (weight, bias, stats[0], stats[3]), residual, eps), z, stats
 
 
-@triton_op("rtmdet_fast::dwconv_bn_silu_backward")
+@triton_op("rtmdet_fast::dwconv_bn_silu_backward", opaque=CLONES_WHAT_IS_READ)
 def _backward(
     dy: Tensor, x: Tensor, z: Tensor | None, conv_weight: Tensor,
     weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: Tensor | None,
@@ -501,16 +583,29 @@ def _backward(
     dx = torch.empty_like(x, memory_format=format)
     size, padding = conv_weight.shape[2], conv_weight.shape[2] // 2
     rows = (x.shape[2] - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
-    grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride))
-    partial = torch.empty(grid[0], x.shape[1], size * size, dtype=torch.float32, device=x.device)
-    packed = stride == 1 and _packed(x, last) and _packed(z, last) and _packed(dy, last)
+    plan = TUNING["backward"]
+    grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride), 2, plan["block"], plan["resident"])
+    partial = torch.empty(grid[0], size * size, x.shape[1], dtype=torch.float32, device=x.device)
+    pack_in = _pack([x], 2, last)
+    pack_out = _pack([z, dy, x], 2, last) if stride == 1 else 1
     pointers = dy, z, x, conv_weight, *parameters, bn.gradient_means(du_sums, count, group), dx, partial
     wrap_triton(_backward_kernel)[grid](
         *pointers, *x.shape[1:], *z.shape[2:], *tiles, eps, K=size, S=stride,
-        PREFETCH=TUNING["prefetch_backward"][packed], CHANNELS_LAST=last, PACKED_IN=_packed(x, last), PACKED_OUT=packed,
-        BLOCK=block,
+        PREFETCH=plan["prefetch"][pack_out - 1], CHANNELS_LAST=last, PACK_IN=pack_in, PACK_OUT=pack_out, BLOCK=block,
     )  # fmt: skip
-    return dx, partial.sum(0).view_as(conv_weight).to(conv_weight.dtype), du_sums
+    return dx, partial.sum(0).t().reshape(conv_weight.shape).to(conv_weight.dtype), du_sums
+
+
+@_training.register_fake
+def _(x, conv_weight, weight, bias, residual, stride, eps, group):
+    z = x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
+    return torch.empty_like(z), z, x.new_empty(5, x.shape[1], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(dy, x, z, conv_weight, weight, bias, mean, var, count, stride, eps, group):
+    dx = torch.empty_like(x, memory_format=bn.memory_format(x))
+    return dx, conv_weight.new_empty(conv_weight.shape), x.new_empty(2, x.shape[1], dtype=torch.float32)
 
 
 def _inference_context(ctx, inputs, output):
@@ -520,19 +615,18 @@ def _inference_context(ctx, inputs, output):
 
 
 def _inference_backward(ctx, dy):
-    *gradients, dresidual = bn.gradients(ctx, dy, _backward)
-    return *gradients, None, None, dresidual, None, None
+    return bn.gradients(ctx, dy, ctx.saved_tensors, _backward)
 
 
 def _training_context(ctx, inputs, output):
     x, conv_weight, weight, bias, residual, *settings = inputs
     _, z, stats = output
-    tensors = x, z, conv_weight, weight, bias, stats[0], stats[3], stats[2]
-    bn.save_for_backward(ctx, tensors, (weight, bias, residual), *settings)
+    ctx.mark_non_differentiable(z, stats)
+    bn.save_for_backward(ctx, (x, z, conv_weight, weight, bias, stats), (weight, bias, residual), *settings)
 
 
 def _training_backward(ctx, dy, *_):
-    return *bn.gradients(ctx, dy, _backward), None, None, None
+    return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 
 _inference.register_autograd(_inference_backward, setup_context=_inference_context)

@@ -109,16 +109,21 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], features: T
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.feature_stride = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
 def _save_dice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.feature_stride, _ = inputs
+    ctx.set_materialize_grads(False)  # of the sums: zeros in every backward pass
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(op: Any, ctx: Any, doutput: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, doutput: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs, of which only the first two, features and kernels, have one."""
+    if doutput is None:  # what came after had no gradient for its input
+        return (None,) * len(ctx.needs_input_grad)
     gradients = op(doutput, *ctx.saved_tensors, ctx.feature_stride)
     return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
 

@@ -35,7 +35,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, wrap_triton
+from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels._dispatch import CLONES_WHAT_IS_READ, cdiv, memory_barrier, tl, triton, triton_op, wrap_triton
 from rtmdet_fast.kernels.batch_norm import sigmoid
 
 # Read at each launch. Tiles and blocks in pixels; a program walks over its tile block by block.
@@ -143,7 +144,7 @@ def _store_logits(instances, grid, logits_ptr, k, start, end, BLOCK: tl.constexp
         start += BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "height", "width", "rows", "tiles"])
 def _logits_kernel(
     features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr,
     logits_ptr,
@@ -173,7 +174,7 @@ def _interpolation_weight(i, size, R: tl.constexpr):
     return tl.where(has_neighbour, 0.25, 0.0) if R == -1 or R == 2 else tl.where(has_neighbour, 0.75, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "masks", "height", "width", "rows", "tiles"])
 def _dice_kernel(
     features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr,
     gt_masks_ptr, gt_index_ptr,
@@ -181,7 +182,7 @@ def _dice_kernel(
     dloss_ptr, sums_ptr,
     images, masks, height, width, feature_stride,
     rows, tiles,
-    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr, AMD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tile: `rows` rows of one instance -> `out`: sums [K, tiles, 3] of p t, p^2 and t^2; backward dlogits [K, H, W].
 
@@ -197,7 +198,7 @@ def _dice_kernel(
     instances = features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr, images
     halo_start, halo_end = tl.maximum(first_row - 1, 0) * width, tl.minimum(last_row + 1, height) * width
     _store_logits(instances, (width, pixels, feature_stride), logits_ptr, k, halo_start, halo_end, BLOCK)
-    tl.debug_barrier()  # other threads of this program read them
+    memory_barrier(AMD)  # other threads of this program read them
 
     image, gt = tl.load(index_ptr + k), tl.load(gt_index_ptr + k)
     valid_gt = (image >= 0) & (image < images) & (gt >= 0) & (gt < masks)
@@ -261,7 +262,7 @@ def _split_pairs(x):
     return halves
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "width", "tile_pixels", "tiles"])
 def _dkernels_kernel(
     features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr,
     dlogits_ptr, partial_ptr,
@@ -329,7 +330,7 @@ def _dkernels_kernel(
         tl.store(partial_ptr + _B3, tl.sum(sums[80], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "width", "tiles", "groups"])
 def _dfeatures_kernel(
     features_ptr, kernels_ptr, points_ptr, strides_ptr,
     dlogits_ptr, order_ptr, start_ptr,
@@ -396,7 +397,7 @@ def _row_tiles(H: int, W: int) -> tuple[int, int]:
     return rows, cdiv(H, rows)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_logits")
+@triton_op("rtmdet_fast::dynamic_mask_logits", opaque=CLONES_WHAT_IS_READ)
 def logits(
     features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor, feature_stride: int
 ) -> Tensor:
@@ -411,7 +412,7 @@ def logits(
     return out
 
 
-@triton_op("rtmdet_fast::dynamic_mask_logits_backward")
+@triton_op("rtmdet_fast::dynamic_mask_logits_backward", opaque=CLONES_WHAT_IS_READ)
 def logits_backward(
     dlogits: Tensor,
     features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor, feature_stride: int,
@@ -421,7 +422,7 @@ def logits_backward(
     return _gradients(dlogits.contiguous(), instances, feature_stride)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_dice")
+@triton_op("rtmdet_fast::dynamic_mask_dice", opaque=CLONES_WHAT_IS_READ)
 def dice(
     features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor,
     gt_masks: Tensor, gt_index: Tensor, feature_stride: int, eps: float,
@@ -436,7 +437,7 @@ def dice(
     return 1 - 2 * inter / total, torch.stack([inter, total], 1)
 
 
-@triton_op("rtmdet_fast::dynamic_mask_dice_backward")
+@triton_op("rtmdet_fast::dynamic_mask_dice_backward", opaque=CLONES_WHAT_IS_READ)
 def dice_backward(
     dloss: Tensor, sums: Tensor,
     features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, image_index: Tensor,
@@ -469,7 +470,7 @@ def _launch_dice(
         *(upstream or (out, out)),
         B, M, H, W, feature_stride,
         rows, tiles,
-        BACKWARD=upstream is not None, **TUNING["logits"],
+        BACKWARD=upstream is not None, AMD=_dispatch.IS_AMD, **TUNING["logits"],
     )  # fmt: skip
 
 
@@ -478,7 +479,7 @@ def _gradients(dlogits: Tensor, instances: tuple[Tensor, ...], feature_stride: i
     features, kernels, points, strides, image_index = instances
     (B, _, H, W), (K, parameters) = features.shape, kernels.shape
     if K == 0:
-        return torch.zeros_like(features), torch.empty_like(kernels)
+        return features.new_zeros(features.shape), kernels.new_empty(kernels.shape)
     sizes = B, W, H * W, feature_stride
     tile = TUNING["tile"]["dkernels"]
     tiles = cdiv(H * W, tile)
@@ -506,3 +507,24 @@ def _gradients(dlogits: Tensor, instances: tuple[Tensor, ...], feature_stride: i
         **TUNING["dfeatures"],
     )  # fmt: skip
     return dfeatures.sum(0).to(features.dtype), dkernels.sum(1).to(kernels.dtype)
+
+
+@logits.register_fake
+def _(features, kernels, points, strides, image_index, feature_stride):
+    return _logits_buffer(features, kernels)
+
+
+@dice.register_fake
+def _(features, kernels, points, strides, image_index, gt_masks, gt_index, feature_stride, eps):
+    count = len(kernels)
+    return features.new_empty(count, dtype=torch.float32), features.new_empty((count, 2), dtype=torch.float32)
+
+
+@logits_backward.register_fake
+def _(dlogits, features, kernels, points, strides, image_index, feature_stride):
+    return features.new_empty(features.shape), kernels.new_empty(kernels.shape)
+
+
+@dice_backward.register_fake
+def _(dloss, sums, features, kernels, points, strides, image_index, gt_masks, gt_index, feature_stride):
+    return features.new_empty(features.shape), kernels.new_empty(kernels.shape)

@@ -9,20 +9,22 @@ Dropped, neither kept nor suppressing others: boxes with a non-finite score or c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
+from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels._dispatch import cdiv, memory_barrier, tl, triton, triton_op, use_triton, wrap_triton
 from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference, load_box, rotated_iou_pair
 
 NEVER = 2**30  # start of the class of a dropped box; slots are 32-bit integers below it
 _NEVER = tl.constexpr(NEVER)
 
 TUNING: dict[str, Any] = {
-    "words": 2**25,  # of 8 bytes, held at once by the Triton kernels: 256 MB
+    "words": 2**22,  # of 8 bytes, held at once by the Triton kernels: 32 MB, which stay in the L2 cache of an H200
     # the float64 path holds many registers, so a thread has 4 pairs at a time, or 1
     "axis_aligned": {"ROWS": 16, "SPLIT": 8, "num_warps": 8},
     "rotated": {"ROWS": 1, "SPLIT": 64, "num_warps": 2},
@@ -247,21 +249,21 @@ def _float64(box):
     return wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_tile", "tiles"])
 def _words_kernel(
-    boxes_ptr, start_ptr, threshold_ptr, words_ptr, n, first_tile, tiles,
+    boxes_ptr, start_ptr, threshold_ptr, words_ptr, n, rows, first_tile, tiles,
     ROTATED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of 64 columns by every SPLIT-th group of ROWS rows from the start of the columns' first class on.
 
-    Bit c of words [B, tiles, N] at row i: box i suppresses box c of the tile, if kept itself.
+    Bit c of words [B, tiles, rows] at row i: box i suppresses box c of the tile, if kept itself.
     """
     SIZE: tl.constexpr = 5 if ROTATED else 4
     image = tl.program_id(2).to(tl.int64)
     first = (first_tile + tl.program_id(0)) * 64
     boxes_ptr += image * n * SIZE
     start_ptr += image * n
-    words_ptr += (image * tiles + tl.program_id(0)) * n
+    words_ptr += (image * tiles + tl.program_id(0)) * rows
     j = first + tl.arange(0, 64)
     start = tl.load(start_ptr + j, mask=j < n, other=_NEVER)
     b = load_box((boxes_ptr + j * SIZE)[None, :], (j < n)[None, :], 0, SIZE)
@@ -290,13 +292,13 @@ def _words_kernel(
         row += ROWS * SPLIT
 
 
-@triton.jit
-def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "first_tile", "tiles"])
+def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, rows, first_tile, tiles, AMD: tl.constexpr, ROWS: tl.constexpr):
     """The classes that start in a tile of 64 boxes (in the first one: or earlier), decided tile by tile."""
     image = tl.program_id(1).to(tl.int64)
     start_ptr += image * n
     kept_ptr += image * n
-    words_ptr += image * tiles * n
+    words_ptr += image * tiles * rows
     lane = tl.arange(0, 64).to(tl.int64)
     tile = tl.program_id(0)
     highest = (first_tile + tile) * 64 + 64
@@ -304,7 +306,7 @@ def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.
     more = tile < tiles
     while more:
         first = (first_tile + tile) * 64
-        tile_ptr = words_ptr + tile.to(tl.int64) * n
+        tile_ptr = words_ptr + tile.to(tl.int64) * rows
         start = tl.load(start_ptr + first + lane, mask=first + lane < n, other=_NEVER)
         owned = (start >= lowest) & (start < highest)
         # what kept boxes of earlier tiles suppress here
@@ -324,11 +326,22 @@ def _scan_kernel(start_ptr, words_ptr, kept_ptr, n, first_tile, tiles, ROWS: tl.
             changed = next_keep != keep
             keep = next_keep
         tl.store(kept_ptr + first + lane, ((keep >> lane) & 1) > 0, mask=owned)
-        tl.debug_barrier()  # other threads read these in the next tile
+        memory_barrier(AMD)  # other threads read these in the next tile
         tile += 1
         first = (first_tile + tile) * 64
         start_of_next = tl.load(start_ptr + first, mask=(tile < tiles) & (first < n), other=_NEVER)
         more = (start_of_next >= lowest) & (start_of_next < highest)
+
+
+def _blocks(images: int, boxes: int) -> list[tuple[int, int]]:
+    """Tiles of 64 columns in blocks, (first, how many), whose words [images, tiles, rows up to their end] fit."""
+    blocks, first, total = [], 0, cdiv(boxes, 64)
+    room = TUNING["words"] // (64 * images)
+    while first < total:
+        tiles = min(total - first, max(1, (math.isqrt(first * first + 4 * room) - first) // 2))
+        blocks.append((first, tiles))
+        first += tiles
+    return blocks
 
 
 @triton_op("rtmdet_fast::batched_nms")
@@ -338,8 +351,8 @@ def _batched_nms(
     """First every pair of a class, in parallel, into bits; then a scan over 64 boxes at a time, for each class.
 
     5,000 boxes of 80 classes are 160,000 pairs (some 20 flops each) and 40 kB of words an image; of one class,
-    12.5 million pairs and 3 MB. Words of all N columns would be N^2 / 8 bytes, 112 MB at 30,000, so the columns
-    go by in blocks of at most 256 MB over the batch: how many depends on shapes only.
+    12.5 million pairs and 1.6 MB. How many there are is known to the GPU alone, and asking it would make the host wait:
+    so columns go by in blocks, that the words of all rows up to them fit into a buffer.
     """
     order, rank, boxes, start = _sorted(boxes, scores, labels)
     (B, N), rotated = scores.shape, boxes.shape[2] == 5
@@ -347,14 +360,17 @@ def _batched_nms(
     if B * N > 0:
         config = TUNING["rotated" if rotated else "axis_aligned"]
         threshold = torch.full((1,), iou_threshold, dtype=torch.float64, device=boxes.device)
-        total = cdiv(N, 64)
-        at_once = min(total, max(1, TUNING["words"] // (B * N)))
-        words = torch.empty((B, at_once, N), dtype=torch.int64, device=boxes.device)
-        for first in range(0, total, at_once):
-            tiles = min(at_once, total - first)
+        blocks = _blocks(B, N)
+        words = torch.empty(
+            max(B * tiles * 64 * (first + tiles) for first, tiles in blocks), dtype=torch.int64, device=boxes.device
+        )
+        for first, tiles in blocks:
+            sizes = N, 64 * (first + tiles), first, tiles
             wrap_triton(_words_kernel)[(tiles, config["SPLIT"], B)](
-                boxes, start, threshold, words, N, first, tiles, ROTATED=rotated, **config
+                boxes, start, threshold, words, *sizes, ROTATED=rotated, **config
             )
-            wrap_triton(_scan_kernel)[(tiles, B)](start, words, kept, N, first, tiles, ROWS=TUNING["scan_rows"])
+            wrap_triton(_scan_kernel)[(tiles, B)](
+                start, words, kept, *sizes, AMD=_dispatch.IS_AMD, ROWS=TUNING["scan_rows"]
+            )
     by_rank = torch.zeros((B, N), dtype=torch.bool, device=boxes.device).scatter_(1, rank, kept)
     return _selected(by_rank, order, max_keep)

@@ -357,7 +357,7 @@ def load_box(ptr, mask, other, SIZE: tl.constexpr):
     return box
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _aligned_kernel(
     boxes1_ptr, boxes2_ptr, diou_ptr, iou_ptr, grad1_ptr, grad2_ptr, n, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -375,7 +375,7 @@ def _aligned_kernel(
         tl.store(iou_ptr + i, iou, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _pairwise_kernel(boxes1_ptr, boxes2_ptr, iou_ptr, n, m, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK boxes of the first set, one a lane of a warp, by CHUNK boxes of the second, one after the other.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Sequence
+
+from rtmdet_fast.errors import UserError
 
 
 def class_name(text: str) -> str:
@@ -12,6 +16,29 @@ def class_name(text: str) -> str:
     surrogates, which no file or font takes, become U+FFFD.
     """
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split()))
+
+
+def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The indices in `names` of the classes that are wanted, ascending; small and capital letters are alike where
+    nothing else fits. UserError, with the nearest name, for one that is none of them."""
+    if isinstance(wanted, str):
+        raise UserError(f"classes is {wanted!r}; a list of names is expected")
+    found: set[int] = set()
+    for text in wanted:
+        name = class_name(str(text))
+        at = [i for i, other in enumerate(names) if other == name]
+        at = at or [i for i, other in enumerate(names) if other.casefold() == name.casefold()]
+        if not at:
+            lower = {other.casefold(): other for other in names}
+            near = difflib.get_close_matches(name.casefold(), lower, 1)
+            hint = f"the nearest is {lower[near[0]]!r}" if near else f"there are {_some(names)}"
+            raise UserError(f"class {name!r} is none of the model's: {hint}")
+        found.update(at)
+    return sorted(found)
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 COCO_CLASSES = tuple(

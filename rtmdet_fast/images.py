@@ -35,13 +35,21 @@ def read_image(
     Raises UserError where the file is missing, empty, truncated or not an image, or where its header tells of more
     than `max_pixels`; the environment variable RTMDET_FAST_MAX_PIXELS takes precedence.
     """
-    import cv2
-
-    name = shown(str(path))
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
-        raise UserError(f"{name}: cannot read this image: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown(str(path))}: cannot read this image: {reason}") from None
+    return decode_image(content, path, expected_size, max_pixels)
+
+
+def decode_image(
+    content: bytes, path: str | Path, expected_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """`read_image` of what a file holds; `path` is what errors call it."""
+    import cv2
+
+    name = shown(str(path))
     if not content:
         raise UserError(f"{name}: this image file is empty")
     header = _open_header(io.BytesIO(content))
@@ -109,11 +117,12 @@ def check_pixels(path: str | Path, size: tuple[int, int], max_pixels: int = MAX_
         )
 
 
-def as_bgr(image: Any) -> np.ndarray:
+def as_bgr(image: Any, color: str = "bgr") -> np.ndarray:
     """[H, W, 3] uint8 BGR from an array or a PIL image.
 
-    Arrays are [H, W] grey, [H, W, 1] grey, [H, W, 3] BGR or [H, W, 4] BGRA, of uint8 or uint16 (the upper 8 bits are
-    kept). PIL images may have any mode but "F"; their EXIF orientation is applied. UserError for anything else.
+    Arrays are [H, W] grey, [H, W, 1] grey, [H, W, 3] BGR or [H, W, 4] BGRA, with the color "rgb" RGB or RGBA, of uint8
+    or uint16 (the upper 8 bits are kept). PIL images, which know their colors, may have any mode but "F"; their EXIF
+    orientation is applied. UserError for anything else.
     """
     if hasattr(image, "convert") and hasattr(image, "mode"):  # PIL, which is not a dependency
         return _from_pil(image)
@@ -127,7 +136,7 @@ def as_bgr(image: Any) -> np.ndarray:
         image = (image >> 8).astype(np.uint8)
     if image.ndim == 2 or image.shape[2] == 1:
         image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
-    return np.ascontiguousarray(image[:, :, :3])
+    return np.ascontiguousarray(image[:, :, 2::-1] if color == "rgb" else image[:, :, :3])
 
 
 def _open_header(file: IO[bytes]) -> Any:

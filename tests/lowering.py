@@ -145,10 +145,11 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[Laun
             signature, constexprs = {}, {}
             for parameter in self.kernel.params:
                 value = given[parameter.name]
-                if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+                if parameter.is_constexpr or value is None or one:
                     constexprs[parameter.name] = value
                 else:
-                    signature[parameter.name] = _type(value)
+                    signature[parameter.name] = _type(value, specialize=not parameter.do_not_specialize)
             launches.append(Launch(self.kernel, *(tuple(x.items()) for x in (signature, constexprs, options))))
 
     for module in modules:
@@ -156,10 +157,10 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[Laun
     return launches
 
 
-def _type(value: torch.Tensor | int | float) -> str:
+def _type(value: torch.Tensor | int | float, *, specialize: bool) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}" + ":16" * (value.data_ptr() % 16 == 0)
-    return "fp32" if isinstance(value, float) else "i32" + ":16" * (value % 16 == 0)
+    return "fp32" if isinstance(value, float) else "i32" + ":16" * (specialize and value % 16 == 0)
 
 
 _TYPES = {

@@ -87,7 +87,7 @@ PACKAGE = Path(rtmdet_fast.__file__).parent
 FLOORS = (
     "errors",
     "files class_names devices",
-    "images",
+    "images pages",
     "kernels geometry",
     "ops inference",
     "compat",
@@ -100,7 +100,14 @@ FLOORS = (
 )
 """From the ground up: a room imports from itself and from the floors below."""
 DOORS: dict[str, set[str]] = {
-    "rtmdet_fast.models.detector": {"rtmdet_fast.export.export", "rtmdet_fast.predictor.predictor"},
+    "rtmdet_fast.models.detector": {
+        "rtmdet_fast.data.layout",
+        "rtmdet_fast.evaluation.evaluate",
+        "rtmdet_fast.export.export",
+        "rtmdet_fast.predictor.predictor",
+        "rtmdet_fast.tasks",
+        "rtmdet_fast.training.fit",
+    },
 }
 """Modules with methods that open what stands above, and what these import, inside of functions only."""
 

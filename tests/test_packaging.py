@@ -113,7 +113,7 @@ def test_predict_in_three_lines(tmp_path, monkeypatch):
 def test_the_command(tmp_path):
     assert command("--version").stdout == f"rtmdet-fast {rtmdet_fast.__version__}\n"
     told = command("--help").stdout
-    assert all(name in told for name in ("train", "eval", "predict", "split", "demo", "info"))
+    assert all(name in told for name in ("data", "train", "eval", "predict", "split", "demo", "info"))
     mistake = command("demo", "--task", "bogus", cwd=tmp_path)
     assert mistake.returncode == 2 and mistake.stderr.startswith("error: ")
     shapes = make_shapes(tmp_path / "data", num_train=4, num_val=2, image_size=64)

@@ -1,4 +1,4 @@
-"""The drawings of docs/kernels.md: `python docs/drawings/draw.py` writes the SVG files beside it.
+"""The drawings of docs/kernels.md and docs/rtdetr.md: `python docs/drawings/draw.py` writes the SVG files beside it.
 
 They have a light ground of their own, so that they read alike on light and dark pages.
 """
@@ -359,7 +359,39 @@ def dynamic_mask() -> Drawing:
     return d
 
 
-DRAWINGS = (dwconv_bn_silu, assign, rotated_iou, batched_nms, dynamic_mask)
+def families() -> Drawing:
+    """AP on BCCD by epoch, from scratch; the figures are those of docs/figures.md and docs/rtdetr.md."""
+    d = Drawing(860, 400, "AP on BCCD by epoch: RT-DETR-r18 and RTMDet-tiny, both from scratch")
+    d.head(24, 34, "AP on BCCD's validation images, both from scratch at 256 px")
+    left, top, width, height = 64, 60, 610, 290
+
+    def at(epoch: float, ap: float) -> Point:
+        return left + epoch / 48 * width, top + height - ap / 0.7 * height
+
+    for tenths in range(8):
+        x, y = at(0, tenths / 10)
+        d.add(f'<path d="M{x:g} {y:g}h{width}" stroke="{LINE}"/>')
+        d.text(x - 8, y + 4, f"{tenths / 10:.1f}", MUTED, "end")
+    for epoch in range(0, 49, 12):
+        d.text(at(epoch, 0)[0], top + height + 20, str(epoch), MUTED, "middle")
+    d.text(left + width / 2, top + height + 38, "epochs of 36 steps", MUTED, "middle")
+    rtdetr = (0.040, 0.282, 0.428, 0.538, 0.563, 0.582, 0.587, 0.591, 0.603, 0.605, 0.608, 0.616)
+    rtmdet = (0.312, 0.387, 0.466, 0.504)
+    for name, figures, colour in (
+        ("RT-DETR-r18, 20 M", rtdetr, DARK_ORANGE),
+        ("RTMDet-tiny, 4.8 M", rtmdet, DARK_BLUE),
+    ):
+        every = 48 // len(figures)
+        points = [at(every * (i + 1), ap) for i, ap in enumerate(figures)]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        d.add(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y in points:
+            d.add(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        d.text(points[-1][0] + 10, points[-1][1] + 4, f"{name}: {figures[-1]:.3f}", colour)
+    return d
+
+
+DRAWINGS = (dwconv_bn_silu, assign, rotated_iou, batched_nms, dynamic_mask, families)
 
 if __name__ == "__main__":
     for drawing in DRAWINGS:

@@ -1,4 +1,4 @@
-"""The command line: rtmdet-fast train | eval | predict | export | benchmark | split | demo | info."""
+"""The command line: rtmdet-fast data | train | eval | compare | predict | export | benchmark | split | demo | info."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import tyro
 
 from rtmdet_fast import __version__
 from rtmdet_fast.cli.benchmark import BenchmarkConfig, run_benchmark
+from rtmdet_fast.cli.compare import CompareConfig, run_compare
+from rtmdet_fast.cli.data import DataConfig, run_data
 from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.export import ExportConfig, run_export
@@ -41,13 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class TrainCommand(TrainConfig):
+        preview: bool = False
+        """Draw augmented batches, what the network would see, into the folder preview in `out`, and end without
+        training."""
         json: Path | None = None
         """Write the result to this file."""
 
     TrainCommand.__doc__ = TrainConfig.__doc__
     commands: dict[type, Callable[[Any], Outcome]] = {
+        DataConfig: run_data,
         TrainCommand: run_train,
         EvalConfig: run_eval,
+        CompareConfig: run_compare,
         PredictConfig: run_predict,
         ExportConfig: run_export,
         BenchmarkConfig: run_benchmark,
@@ -57,8 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     subcommand = tyro.conf.subcommand
     config = tyro.cli(
-        Annotated[TrainCommand, subcommand("train")]
+        Annotated[DataConfig, subcommand("data")]
+        | Annotated[TrainCommand, subcommand("train")]
         | Annotated[EvalConfig, subcommand("eval")]
+        | Annotated[CompareConfig, subcommand("compare")]
         | Annotated[PredictConfig, subcommand("predict")]
         | Annotated[ExportConfig, subcommand("export")]
         | Annotated[BenchmarkConfig, subcommand("benchmark")]

@@ -41,6 +41,8 @@ class EvalConfig:
     """Go on over unreadable images and invalid annotations, and count them."""
     detections: Path | None = None
     """Write the detections in COCO results form to this file."""
+    report: Path | None = None
+    """Write a page with curves, errors, thresholds and the worst images to this file."""
     json: Path | None = None
     """Write the figures to this file."""
 
@@ -48,7 +50,10 @@ class EvalConfig:
 def run_eval(config: EvalConfig) -> Outcome:
     from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
     from rtmdet_fast.data.layout import find_sources, source_of
+    from rtmdet_fast.evaluation.analysis import analyse
     from rtmdet_fast.evaluation.evaluate import evaluate
+    from rtmdet_fast.evaluation.pictures import report_samples
+    from rtmdet_fast.evaluation.report import write_report
     from rtmdet_fast.export.engine import load_detector
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.config import check_bounds
@@ -93,4 +98,26 @@ def run_eval(config: EvalConfig) -> Outcome:
         "skipped": evaluation.skipped,
         "seconds": seconds,
     }
+    if config.report is not None:
+        analysis = analyse(evaluation, dataset.class_names)
+        if analysis is not None:
+            found["analysis"] = analysis.as_json()
+        worst, samples = report_samples(dataset, evaluation, analysis)
+        write_report(
+            config.report,
+            title=f"{model.title}: {Path(config.weights).name} on {dataset.annotation_path.name}",
+            evaluation=found,
+            pr_curves=evaluation.pr_curves,
+            settings={
+                **vars(config),
+                "data": " ".join(map(str, config.data)),
+                "seconds of evaluation": round(seconds, 1),
+            },
+            class_names=dataset.class_names,
+            analysis=analysis,
+            worst=worst,
+            samples=samples,
+            parameters=sum(p.numel() for p in model.parameters()) or None,
+        )
+        lines.append(f"report {config.report}")
     return Outcome(found, lines, {} if config.detections is None else {config.detections: evaluation.detections})

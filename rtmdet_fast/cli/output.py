@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,13 @@ def skipped_lines(skipped: dict[str, int], noticed: dict[str, int]) -> list[str]
     """A line for each reason."""
     told = (("left out", skipped), ("noticed", noticed))
     return [f"{what}: {count} x {reason}" for what, counts in told for reason, count in counts.items()]
+
+
+def thresholds_told(class_names: Sequence[str], thresholds: Sequence[float], most: int = 8) -> str:
+    """The score threshold of each class, in words."""
+    told = [f"{name} {threshold:.2f}" for name, threshold in zip(class_names, thresholds, strict=True)]
+    more = f" and {len(told) - most} more" if len(told) > most else ""
+    return f"{', '.join(told[:most])}{more}"
 
 
 def figure(value: float) -> str:

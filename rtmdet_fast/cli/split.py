@@ -13,7 +13,8 @@ from rtmdet_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Cut large images with rotated boxes (DOTA text) into overlapping patches to train and evaluate on."""
+    """Cut large images with rotated boxes (DOTA text) into overlapping patches to train and evaluate on. (What divides
+    a data set into train and val is `data --split`.)"""
 
     out: Path
     """Folder for the patches: images and labelTxt, or these in train, val, … with --data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import warnings
@@ -64,6 +65,7 @@ class CocoDataset:
     annotation_path: the file or folder of the annotations; of several sources the folder that holds them all
     has_masks: whether it was made with masks=True
     noticed: what is odd and was used all the same, by what it is
+    apart_count: annotations that are no objects to train on, or to be found: crowds, ignored and difficult ones
     """
 
     box_dim = 4
@@ -165,11 +167,40 @@ class CocoDataset:
         """Of all images, in pixels, as far as the annotations or `training` told their sizes."""
         return int(self._sizes.max(initial=0))
 
+    def annotated_size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) of an image as the annotations tell it, None where they do not."""
+        width, height = self._sizes[index].tolist()
+        return (width, height) if width else None
+
+    def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the samples, without decoding an image: where each one's objects start [images + 1], boxes, labels.
+
+        The boxes, [n, 4] or [n, 5], are those annotated, not clipped at the images' borders.
+        """
+        return self._starts, self._boxes, self._labels
+
+    def subset(self, indices: Sequence[int]) -> CocoDataset:
+        """A data set of some of the images, in that order; not of a training=True dataset."""
+        part = copy.copy(self)
+        part._skipped, part.noticed = {}, {}
+        part._take(indices)
+        return part
+
+    def _take(self, indices: Sequence[int]) -> None:
+        by_id = {entry["id"]: entry for entry in self.content["images"]}
+        images = {self.image_ids[i]: by_id[self.image_ids[i]] for i in indices}
+        annotations = [a for a in self.content["annotations"] if a["image_id"] in images]
+        segmentations = None
+        if self.has_masks:
+            annotations, segmentations = self._read_masks(annotations, images)
+        self._index(images, annotations, 0, True, segmentations)
+        self._content = {**self.content, "images": list(images.values()), "annotations": annotations}
+
     @property
     def content(self) -> dict[str, Any]:
         """The checked images, annotations and categories in COCO's form; not of a training=True dataset."""
         if self._content is None:
-            raise RuntimeError("made with training=True: make one without it to evaluate")
+            raise RuntimeError("made with training=True: make one without it to evaluate or write")
         return self._content
 
     @property
@@ -530,6 +561,7 @@ class CocoDataset:
         segmentations: list[Segmentation] | None,
     ) -> None:
         """Lays out what `load` needs in arrays, which forked loader workers share without copying."""
+        self.apart_count = 0
         label_of = {category: label for label, category in enumerate(self.category_ids) if category >= 0}
         # of each image: box, label, and which of the annotations it is
         boxes: dict[int, list[tuple[tuple[float, ...], int, int]]] = {image_id: [] for image_id in images}
@@ -537,6 +569,7 @@ class CocoDataset:
         for i, a in enumerate(annotations):
             what = f"annotation {a.get('id')}"
             if self._is_apart(a):
+                self.apart_count += 1
                 continue
             if a["category_id"] not in label_of:
                 self._skip(what, "category that is not among the classes")

@@ -85,6 +85,11 @@ class DotaDataset(CocoDataset):
         )
         self.image_names = tuple(Path(name).stem for name in self.files)
 
+    def _take(self, indices: Sequence[int]) -> None:
+        self.__dict__.pop("_truth", None)
+        super()._take(indices)
+        self.image_names = tuple(Path(name).stem for name in self.files)
+
     def ground_truth(self, index: int) -> GroundTruth:
         """All boxes of an image with area, for evaluation; not of a training=True dataset."""
         return self._truth[index]

@@ -1,4 +1,4 @@
-"""DOTA's mAP of rotated detections, for all IoU thresholds from one pass over the pairs of boxes."""
+"""DOTA's mAP of rotated detections, for all IoU thresholds at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
+from rtmdet_fast.evaluation.overlaps import Overlaps, rotated_overlaps
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
-# Pairs whose IoU is computed at once, some 100 MB.
-CHUNK = 1 << 17
 
 Array = np.ndarray
 
@@ -49,11 +46,13 @@ def rotated_map(
     below it they are wrong. Classes without ground truth have no part in the means. The 11 recalls are compared as
     fractions: in floating point 3 of 10 found need not be a recall of 0.3.
     """
-    if len(ground_truth) != len(detections):
-        raise ValueError(f"ground_truth is of {len(ground_truth)} images, detections of {len(detections)}")
-    gt_labels, difficult = (_concatenate([g[i] for g in ground_truth], t) for i, t in ((1, np.int64), (2, bool)))
-    scores, labels = (_concatenate([d[i] for d in detections], t) for i, t in ((1, np.float64), (2, np.int64)))
-    best_iou, best_gt = _best_matches(ground_truth, detections)
+    return dota_figures(rotated_overlaps(ground_truth, detections), class_names)
+
+
+def dota_figures(overlaps: Overlaps, class_names: Sequence[str]) -> RotatedEvaluation:
+    """mAP as `rotated_map` has it, of overlaps that are known."""
+    gt_labels, difficult, scores, labels = overlaps.gt_labels, overlaps.ignored, overlaps.scores, overlaps.labels
+    best_iou, best_gt = _best_matches(overlaps)
     order = np.argsort(-scores, kind="stable")
     per_class: dict[str, dict[str, float]] = {}
     curves: dict[str, tuple[Array, Array]] = {}
@@ -75,59 +74,20 @@ def rotated_map(
     return RotatedEvaluation(metrics, {name: {**nothing, **figures} for name, figures in per_class.items()}, curves)
 
 
-def _concatenate(parts: Sequence[Array], dtype: type) -> Array:
-    return np.concatenate([np.zeros(0, dtype), *(np.asarray(part, dtype).reshape(-1) for part in parts)])
-
-
 def _named(values: Array) -> dict[str, float]:
     at = dict(zip(THRESHOLDS, values.tolist(), strict=True))
     return {"AP50": at[0.5], "AP75": at[0.75], "AP": float(values.mean())}
 
 
-def _best_matches(
-    ground_truth: Sequence[tuple[Array, Array, Array]], detections: Sequence[tuple[Array, Array, Array]]
-) -> tuple[Array, Array]:
-    """For each detection of all images the greatest IoU with a ground truth of its class, and which one that is."""
-    total = sum(len(d[1]) for d in detections)
-    best_iou, best_gt = np.zeros(total), np.zeros(total, np.int64)
-    pending: list[tuple[Array, ...]] = []  # detection, ground truth, their boxes
-
-    def flush() -> None:
-        if not pending:
-            return
-        det, gt, det_boxes, gt_boxes = (np.concatenate(column) for column in zip(*pending, strict=True))
-        pending.clear()
-        iou = np.concatenate(
-            [
-                box_iou_rotated_reference(torch.from_numpy(a), torch.from_numpy(b), aligned=True).numpy()
-                for a, b in zip(_chunks(det_boxes), _chunks(gt_boxes), strict=True)
-            ]
-        )
-        # detections are in groups, one after another; of equal IoUs the first ground truth counts
-        starts = np.flatnonzero(np.diff(det, prepend=-1))
-        greatest = np.maximum.reduceat(iou, starts)
-        candidates = np.where(iou == np.repeat(greatest, np.diff(starts, append=len(det))), gt, np.iinfo(np.int64).max)
-        best_iou[det[starts]], best_gt[det[starts]] = greatest, np.minimum.reduceat(candidates, starts)
-
-    first_det = first_gt = waiting = 0
-    for (gt_boxes, gt_labels, _), (boxes, _, labels) in zip(ground_truth, detections, strict=True):
-        gt_boxes, boxes = (np.asarray(b, np.float64).reshape(-1, 5) for b in (gt_boxes, boxes))
-        reach = np.hypot(boxes[:, 2], boxes[:, 3])[:, None] / 2 + np.hypot(gt_boxes[:, 2], gt_boxes[:, 3]) / 2
-        distance = np.hypot(boxes[:, :1] - gt_boxes[:, 0], boxes[:, 1:2] - gt_boxes[:, 1])
-        near = (distance < reach) & (np.asarray(labels)[:, None] == np.asarray(gt_labels))
-        i, j = near.nonzero()
-        if len(i):
-            pending.append((first_det + i, first_gt + j, boxes[i], gt_boxes[j]))
-        first_det, first_gt, waiting = first_det + len(boxes), first_gt + len(gt_boxes), waiting + len(i)
-        if waiting >= CHUNK:
-            flush()
-            waiting = 0
-    flush()
+def _best_matches(overlaps: Overlaps) -> tuple[Array, Array]:
+    """For each detection the greatest IoU with a ground truth of its class, and which one, of equals the first."""
+    best_iou, best_gt = np.zeros(len(overlaps.scores)), np.zeros(len(overlaps.scores), np.int64)
+    same = overlaps.labels[overlaps.dets] == overlaps.gt_labels[overlaps.gts]
+    dets, gts, ious = overlaps.dets[same], overlaps.gts[same], overlaps.ious[same]
+    order = np.lexsort((-ious, dets))  # which keeps the order of the ground truth
+    dets, first = np.unique(dets[order], return_index=True)
+    best_iou[dets], best_gt[dets] = ious[order][first], gts[order][first]
     return best_iou, best_gt
-
-
-def _chunks(boxes: Array) -> list[Array]:
-    return [boxes[start : start + CHUNK] for start in range(0, len(boxes), CHUNK)]
 
 
 def _true_false(matched: Array, gt: Array, difficult: Array) -> tuple[Array, Array]:

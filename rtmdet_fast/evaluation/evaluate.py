@@ -1,9 +1,10 @@
-"""Evaluation of a model on a data set with the published test settings: COCO's, by pycocotools, or DOTA's."""
+"""Evaluation of a model on a data set with the published test settings: COCO's or DOTA's figures."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.dota import DotaDataset
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections
-from rtmdet_fast.evaluation.dota import rotated_map
+from rtmdet_fast.evaluation.dota import dota_figures
+from rtmdet_fast.evaluation.overlaps import rotated_overlaps
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.models.detector import Detector, check_image_size
 
@@ -111,13 +113,11 @@ def evaluate(
     evaluation = score_detections(dataset, detections, image_ids, skipped)
     if not model.has_masks:
         return evaluation
-    # without `bbox` pycocotools takes the areas of the masks
-    masks = [{key: value for key, value in d.items() if key != "bbox"} for d in detections]
-    of_masks = score_detections(dataset, masks, image_ids, skipped, iou_type="segm")
+    of_masks = score_detections(dataset, detections, image_ids, skipped, iou_type="segm")
     for name, figures in of_masks.per_class.items():
         evaluation.per_class[name].update((f"segm_{key}", value) for key, value in figures.items())
     evaluation.metrics.update((f"segm_{key}", value) for key, value in of_masks.metrics.items())
-    return evaluation
+    return replace(evaluation, overlaps=of_masks.overlaps)
 
 
 def _evaluate_rotated(
@@ -131,7 +131,7 @@ def _evaluate_rotated(
 ) -> Evaluation:
     loader: DataLoader = DataLoader(_Images(dataset), batch_size, num_workers=num_workers, collate_fn=list)
     label_of = np.array([dataset.category_ids.index(category) for category in category_ids])
-    truth, found, entries = [], [], []
+    truth, found, entries, image_ids = [], [], [], []
     with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
         for items in loader:
             bar.update(len(items))
@@ -143,10 +143,13 @@ def _evaluate_rotated(
                 truth.append(dataset.ground_truth(index))
                 found.append((boxes.numpy(), scores.numpy(), label_of[labels.numpy()]))
                 results = Results(None, boxes, scores, labels, model.class_names)
-                entries += results.to_coco(dataset.image_ids[index], category_ids)
-    figures = rotated_map(truth, found, dataset.class_names)
+                image_ids.append(dataset.image_ids[index])
+                entries += results.to_coco(image_ids[-1], category_ids)
+    overlaps = rotated_overlaps(truth, found)
+    figures = dota_figures(overlaps, dataset.class_names)
     metrics = {key.removeprefix("m"): value for key, value in figures.metrics.items()}
-    return Evaluation(metrics, figures.per_class, figures.pr_curves, entries, len(dataset) - len(truth))
+    skipped = len(dataset) - len(truth)
+    return Evaluation(metrics, figures.per_class, figures.pr_curves, entries, skipped, overlaps, tuple(image_ids))
 
 
 def match_categories(model: Detector, dataset: CocoDataset) -> list[int]:

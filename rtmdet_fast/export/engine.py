@@ -43,6 +43,8 @@ class Engine(Detector):
         self.image_size, self.patch_size = metadata["image_size"], metadata["patch_size"]
         self.has_masks = metadata["has_masks"]
         self.test_settings = DetectSettings(**metadata["settings"])
+        thresholds = metadata.get("score_thresholds")
+        self.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
         family = FAMILIES[metadata["family"]]
         # what a family does to pixels takes no weights
         self.to_canvas = family.to_canvas  # type: ignore[method-assign]

@@ -110,6 +110,7 @@ def export(
         "batch_size": batch_size,
         "patch_size": model.patch_size,
         "settings": asdict(settings),
+        "score_thresholds": model.score_thresholds,
         "input": model.input_description,
         "nms": nms,
         "int8": int8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,11 @@ class Detections(NamedTuple):
         if index.dtype == torch.bool:  # once: each indexing by bool makes the host wait for the device
             index = index.nonzero()[:, 0]
         return Detections(*(None if field is None else field[index] for field in self))  # type: ignore[arg-type]
+
+    def above(self, thresholds: Sequence[float]) -> Detections:
+        """Those that score as much as the threshold of their class, or more."""
+        least = torch.tensor(thresholds, dtype=torch.float64, device=self.scores.device)[self.labels]
+        return self.take(self.scores.double() >= least)
 
     def in_image(self, scale: tuple[float, float], shape: tuple[int, int], *, clip: bool) -> Detections:
         """With upright boxes in pixels of the original image, whose (height, width) is `shape`.

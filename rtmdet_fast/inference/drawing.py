@@ -46,6 +46,8 @@ def draw_detections(
     names: Sequence[str],
     line_width: int | None = None,
     masks: Masks | None = None,
+    colors: Sequence[tuple[int, int, int]] | None = None,
+    track_ids: Array | None = None,
 ) -> np.ndarray:
     """A copy of `image` with its masks, boxes, names and scores.
 
@@ -53,6 +55,8 @@ def draw_detections(
     scores: [n], or None for ground truth
     line_width: in pixels, by default by the size of the image
     masks: in pixels of `image`; each is filled so that the image shows through, within a solid contour
+    colors: BGR of each box; those of the classes where not given
+    track_ids: [n], behind the name where they are not negative
     Boxes that are not finite are left out. A name with letters that the font lacks is drawn as "#" and its label, of
     which a warning tells.
     Lines and letters grow with the image and shrink where there are many boxes. Where labels would lie upon
@@ -65,9 +69,14 @@ def draw_detections(
     boxes_np = _array(boxes, np.float32)
     labels_np = _array(labels, np.int64)
     scores_np = None if scores is None else _array(scores, np.float32)
+    ids = np.full(len(labels_np), -1) if track_ids is None else _array(track_ids, np.int64)
     finite = np.flatnonzero(np.isfinite(boxes_np).all(-1))
     boxes_np, labels_np = boxes_np[finite], labels_np[finite]
+    inks = (
+        [class_color(label) for label in labels_np.tolist()] if colors is None else [colors[i] for i in finite.tolist()]
+    )
     scores_np = None if scores_np is None else scores_np[finite]
+    ids = ids[finite]
     if not len(boxes_np):
         return canvas
     height, width = canvas.shape[:2]
@@ -79,7 +88,7 @@ def draw_detections(
     order = np.arange(len(boxes_np)) if scores_np is None else np.argsort(-scores_np, kind="stable")
     if masks is not None:
         for i in order[::-1]:
-            _put_mask(canvas, masks.region(int(finite[i])), class_color(int(labels_np[i])), line)
+            _put_mask(canvas, masks.region(int(finite[i])), inks[i], line)
     rotated = boxes_np.shape[1] == 5
     if rotated:
         quads = boxes_to_quads(boxes_np).reshape(-1, 4, 2).clip(-1e5, 1e5)
@@ -88,7 +97,7 @@ def draw_detections(
         boxes_np = np.stack([top[:, 0], top[:, 1], top[:, 0], bottom[:, 1]], 1)
     corners = np.rint(boxes_np).clip(-10 * line, [width + 10 * line, height + 10 * line] * 2).astype(int)
     for i in order[::-1]:  # the best on top
-        color = class_color(int(labels_np[i]))
+        color = inks[i]
         if rotated:  # in sixteenths of a pixel: rounded corners would turn small boxes
             cv2.polylines(canvas, [np.rint(quads[i] * 16).astype(np.int32)], True, color, line, cv2.LINE_AA, shift=4)
         else:
@@ -99,13 +108,15 @@ def draw_detections(
     left = height * width / 4
     for i in order:
         text = drawable_name(str(names[labels_np[i]]), int(labels_np[i]))
+        if ids[i] >= 0:
+            text += f" #{ids[i]}"
         if scores_np is not None:
             text += f" {scores_np[i]:.2f}"
         glyphs = _text(text, font_size)
         place = _free_place(corners[i].tolist(), glyphs.shape, line, taken)
         if place is not None and (left >= glyphs.size or not taken.any()):
             left -= glyphs.size
-            _put_label(canvas, glyphs, *place, class_color(int(labels_np[i])))
+            _put_label(canvas, glyphs, *place, inks[i])
             taken[place[1] : place[1] + glyphs.shape[0], place[0] : place[0] + glyphs.shape[1]] = True
     return canvas
 

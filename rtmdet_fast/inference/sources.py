@@ -1,15 +1,21 @@
-"""Where `predict` reads from: files, folders, glob patterns, videos, a camera or stream; and a video writer."""
+"""Where `predict` reads from: files, folders, glob patterns, videos, a camera or stream; and a video writer.
+
+The address of a stream may hold a password, in its user, its path or its query: nothing but `shown_address` is told.
+"""
 
 from __future__ import annotations
 
 import glob
 import logging
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 
@@ -23,6 +29,11 @@ VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 # Cameras and some containers tell no frame rate, and the writer needs one.
 DEFAULT_FPS = 25.0
 
+STREAM_TIMEOUT = 10.0
+"""Seconds that a stream may take to open, and for a frame."""
+RECONNECT_AFTER = (1.0, 2.0, 5.0)
+"""Seconds before each try to open a stream again that broke off; any frame starts them anew."""
+
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +43,7 @@ class Frame:
 
     name: a relative file name, unique in its source, to write the answer under
     image: [H, W, 3] uint8 BGR
-    path: the image or video file, None for a camera; index: runs from 0 over the whole source
+    path: the image or video file, None for a camera or stream; index: runs from 0 over the whole source
     is_video: True for frames of videos and cameras; fps: of the video, 0.0 for images
     """
 
@@ -43,10 +54,16 @@ class Frame:
     is_video: bool
     fps: float = 0.0
 
+    @property
+    def video(self) -> str | None:
+        """Of a video's frame the name that all its frames have, without suffix; None for images."""
+        return self.name.rsplit("_", 1)[0] if self.is_video else None
+
 
 class Source:
-    """Iterates over the frames of files, or of one camera; `iter_sources` makes it.
+    """Iterates over the frames of files, or of one camera or stream; `iter_sources` makes it.
 
+    camera: its number, or the address of a stream
     total: the number of frames as the files tell it (a video's header may be wrong), None where unknown
     skipped: entries of the folder, or matches of the pattern, that are neither image nor video
     unreadable: files that the last iteration passed over with `skip_bad`
@@ -64,7 +81,12 @@ class Source:
 
     def __iter__(self) -> Iterator[Frame]:
         if self.camera is not None:
-            yield from _video_frames(self.camera, "camera", None, 0)
+            if not is_address(self.camera):
+                yield from _video_frames(self.camera, "camera")
+            elif _is_image(self.camera):
+                yield Frame("stream.jpg", _download_image(self.camera), None, 0, is_video=False)
+            else:
+                yield from _stream_frames(self.camera)
             return
         # Names are relative to what the files have in common, so that a/1.jpg and b/1.jpg stay apart.
         base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self.paths])
@@ -93,7 +115,8 @@ class Source:
 
 def iter_sources(sources: str | Path | Sequence[str | Path], *, skip_bad: bool = False) -> Source:
     """The frames of one source, or of several in their order: an image, a video, a folder (without its sub-folders), a
-    glob pattern such as "photos/**/*.jpg"; or of a camera's number ("0") or the address of a stream ("rtsp://...").
+    glob pattern such as "photos/**/*.jpg"; or of a camera's number ("0") or the address of a stream ("rtsp://…",
+    "http://…"), which is opened again where it breaks off, and ends where that fails.
 
     A file that several name is read once. Raises UserError at once where there is nothing to read, and in the
     iteration, naming the file, where one cannot be decoded; with `skip_bad` the iteration goes on and counts it as
@@ -105,14 +128,36 @@ def iter_sources(sources: str | Path | Sequence[str | Path], *, skip_bad: bool =
     paths: dict[str, Path] = {}
     skipped = 0
     for text in texts:
-        if "://" in text or (text.isdecimal() and not Path(text).exists()):
+        if is_address(text) or (text.isdecimal() and not Path(text).exists()):
             if len(texts) > 1:
-                raise UserError(f"{text} is a camera or stream, which cannot be read beside other sources")
+                name = shown_address(text) if is_address(text) else text
+                raise UserError(f"{name} is a camera or stream, which cannot be read beside other sources")
             return Source([], camera=text)
         files, others = _find_files(text)
         paths |= {os.path.abspath(path): path for path in files}
         skipped += others
     return Source(list(paths.values()), skipped=skipped, skip_bad=skip_bad)
+
+
+def is_address(text: str) -> bool:
+    """Whether a source is a stream's address, not a file or a camera's number."""
+    return "://" in text
+
+
+def shown_address(address: str) -> str:
+    """Scheme, host and port of an address: what can be told of it, as passwords stand in all other parts."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:  # a port that is none, half a bracket
+        return f"{address.partition('://')[0]}://…"
+    if _at_behind_host(address):  # what looks like the host is a user
+        return f"{parts.scheme}://…"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}/…"
+
+
+def _at_behind_host(address: str) -> bool:
+    return re.search("[/?#].*@", address.partition("://")[2]) is not None
 
 
 def _find_files(text: str) -> tuple[list[Path], int]:
@@ -209,24 +254,58 @@ def _file_frames(path: Path, name: str, stem: str, first: int) -> Iterator[Frame
         yield Frame(name, read_image(path), str(path), first, is_video=False)
 
 
-def _video_frames(address: str, stem: str, path: str | None, first: int) -> Iterator[Frame]:
-    import cv2
-
+def _video_frames(address: str, stem: str, path: str | None = None, first: int = 0) -> Iterator[Frame]:
+    """Of a video file, or of a camera by its number."""
     capture = _open_video(address)
     try:
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        fps = fps if 0 < fps < 1000 else DEFAULT_FPS
         number = 0
-        while True:
-            ok, image = capture.read()
-            if not ok:
-                break
-            yield Frame(f"{stem}_{number:06d}.jpg", image, path, first + number, is_video=True, fps=fps)
-            number += 1
+        for number, (image, fps) in enumerate(_frames_of(capture), start=1):
+            yield Frame(f"{stem}_{number - 1:06d}.jpg", image, path, first + number - 1, is_video=True, fps=fps)
         if number == 0:
             raise UserError(f"no frame can be read from {address}: it is damaged or of a codec OpenCV does not know")
     finally:
         capture.release()
+
+
+def _stream_frames(address: str) -> Iterator[Frame]:
+    """Of a stream by its address, for as long as it can be opened again; of a file behind an address, to its end."""
+    import cv2
+
+    name, number, tries = shown_address(address), 0, 0
+    while True:
+        capture = _open_stream(address)
+        ends = capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # which live streams do not tell
+        opened = capture.isOpened()
+        try:
+            for image, fps in _frames_of(capture) if opened else ():
+                yield Frame(f"stream_{number:06d}.jpg", image, None, number, is_video=True, fps=fps)
+                number, tries = number + 1, 0
+        finally:
+            capture.release()
+        if number == 0:
+            what = "no frame can be read from" if opened else "cannot open"
+            raise UserError(f"{what} the stream {name}: it is not there, refuses its user or is of an unknown format")
+        if ends:
+            return
+        if tries == len(RECONNECT_AFTER):
+            log.warning("%s: the stream broke off after %d frames and cannot be opened again", name, number)
+            return
+        log.warning("%s: the stream broke off after %d frames; opening it again", name, number)
+        time.sleep(RECONNECT_AFTER[tries])
+        tries += 1
+
+
+def _frames_of(capture: Any) -> Iterator[tuple[np.ndarray, float]]:
+    """The images that a capture still has, each with the frame rate that it tells."""
+    import cv2
+
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+    while True:
+        ok, image = capture.read()
+        if not ok:
+            return
+        yield image, fps
 
 
 def _open_video(address: str) -> Any:
@@ -237,6 +316,57 @@ def _open_video(address: str) -> Any:
         kind = "camera" if address.isdecimal() else "video"
         raise UserError(f"cannot open the {kind} {address}: it is missing, in use, damaged or of an unknown format")
     return capture
+
+
+def _is_image(address: str) -> bool:
+    path = re.split("[?#]", address, maxsplit=1)[0]
+    return address.lower().startswith(("http://", "https://")) and Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _download_image(address: str) -> np.ndarray:
+    """[H, W, 3] uint8 BGR."""
+    import base64
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    from rtmdet_fast.images import decode_image
+
+    _check_address(address)
+    name = f"the image at {shown_address(address)}"
+    parts = urlsplit(address)
+    user, _, host = parts.netloc.rpartition("@")
+    request = Request(urlunsplit(parts._replace(netloc=host)))
+    if user:
+        request.add_header("Authorization", f"Basic {base64.b64encode(unquote(user).encode()).decode()}")
+    try:
+        with urlopen(request, timeout=STREAM_TIMEOUT) as answer:
+            content = answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        status = getattr(error, "code", None)
+        raise UserError(f"cannot read {name}: {f'HTTP status {status}' if status else 'no answer'}") from None
+    return decode_image(content, name)
+
+
+def _open_stream(address: str) -> Any:
+    """By FFmpeg alone: OpenCV's other ways print the address when they fail."""
+    import cv2
+
+    _check_address(address)
+    limit = round(STREAM_TIMEOUT * 1000)
+    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
+    return cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts)
+
+
+def _check_address(address: str) -> None:
+    """UserError where an address is none, or could be printed in parts that tell a password."""
+    name = shown_address(address)
+    if not (address.isprintable() and address.isascii()) or " " in address:
+        raise UserError(f"the address of the stream {name} has characters that none may have: write them as %20 is")
+    if _at_behind_host(address):  # FFmpeg would take a user for the host, and print it
+        raise UserError(
+            f"the address of the stream {name} has an @ behind its host: in a password write @ as %40, / as %2F, ? as "
+            "%3F and # as %23, elsewhere @ as %40"
+        )
 
 
 def _utf8(name: str) -> str:

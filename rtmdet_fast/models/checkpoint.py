@@ -215,6 +215,21 @@ def trained_sizes(checkpoint: Checkpoint, check_image_size: Callable[[int], int]
     return sizes
 
 
+def trained_thresholds(checkpoint: Checkpoint, classes: int) -> tuple[float, ...] | None:
+    """The score threshold of each class, as far as a file of this project tells it of so many classes.
+
+    Raises UserError where it cannot be.
+    """
+    own = checkpoint.meta.get("rtmdet_fast")
+    told = own.get("score_thresholds") if isinstance(own, Mapping) else None
+    if told is None:
+        return None
+    proper = isinstance(told, (list, tuple)) and all(type(value) is float and 0 <= value <= 1 for value in told)
+    if not proper:
+        raise UserError(f"{checkpoint.path} is damaged: its score_thresholds are {str(told)[:40]!r}, not in [0, 1]")
+    return tuple(told) if len(told) == classes else None
+
+
 def _check_archive(path: Path) -> None:
     """Raises where an archive is damaged, or no `torch.save` wrote it; such a one may grow a thousandfold when read."""
     with path.open("rb") as file:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -19,10 +19,20 @@ from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedD
 from rtmdet_fast.inference.results import Results
 from rtmdet_fast.inference.tiling import predict_tiled
 from rtmdet_fast.kernels.nms import batched_nms_padded
-from rtmdet_fast.models.checkpoint import Checkpoint, read_checkpoint, resolve_weights, save_atomically, trained_sizes
+from rtmdet_fast.models.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    resolve_weights,
+    save_atomically,
+    trained_sizes,
+    trained_thresholds,
+)
 from rtmdet_fast.models.fold import folded_copy
 
+Color = Literal["bgr", "rgb"]
 MAX_IMAGE_SIZE = 16384
+SCORE_THRESHOLD = 0.3
+"""Of `predict`, for models without `score_thresholds` of their own."""
 MAX_CANDIDATES = 1000
 """Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
@@ -66,6 +76,8 @@ class Detector(nn.Module):
         image_size: side in pixels of the square network input
         patch_size: side in image pixels of what a training image showed; `predict` cuts larger images into windows of
             it
+        score_thresholds: of each class, with the best F1 on the validation images of its training, where it had any;
+            `predict` takes them where no other is given
     """
 
     size: str
@@ -73,6 +85,7 @@ class Detector(nn.Module):
     class_names: tuple[str, ...]
     image_size: int
     patch_size: int | None
+    score_thresholds: tuple[float, ...] | None = None
     weights_of: ClassVar[str]
     """Which models' weights the family loads, for messages."""
     has_masks = False
@@ -87,6 +100,11 @@ class Detector(nn.Module):
     def title(self) -> str:
         """The model's published name."""
         raise NotImplementedError
+
+    @property
+    def least_score(self) -> float:
+        """Of a detection of `predict`, of whatever class, where no score threshold is given."""
+        return SCORE_THRESHOLD if self.score_thresholds is None else min(self.score_thresholds)
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -271,12 +289,13 @@ class Detector(nn.Module):
         self,
         images: list[Any] | tuple[Any, ...],
         *,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> list[Results]: ...
 
     @overload
@@ -284,32 +303,36 @@ class Detector(nn.Module):
         self,
         images: Any,
         *,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         iou_threshold: float | None = ...,
         max_detections: int | None = ...,
         image_size: int | None = ...,
         patch_size: int | None = ...,
         batch_size: int = ...,
+        color: Color = ...,
     ) -> Results: ...
 
     def predict(
         self,
         images: Any,
         *,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         image_size: int | None = None,
         patch_size: int | None = None,
         batch_size: int = 8,
+        color: Color = "bgr",
     ) -> Results | list[Results]:
         """Detect objects in one image (→ Results) or in a list of images (→ list of Results).
 
-        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image.
+        An image is a path, a BGR uint8 array [H, W, 3] (also [H, W] or [H, W, 4]) or a PIL image. The results' own
+        images are BGR in any case.
 
         Args:
             images: an image, or a list of them.
-            score_threshold: least score of a detection.
+            score_threshold: least score of a detection; where not given the model's own of each class, which a training
+                found to be the best (`score_thresholds`), or 0.3.
             iou_threshold: of NMS; the published one of the task where not given.
             max_detections: of an image; the published number where not given.
             image_size: side in pixels of the square network input, a multiple of 32; the model's own where not given.
@@ -317,10 +340,15 @@ class Detector(nn.Module):
                 overlaps, and what is found in them is merged; the model's own (rotated boxes only) where not given, 0
                 for never.
             batch_size: images, or windows, in a pass.
+            color: of arrays: bgr, as OpenCV reads them, or rgb, as most others do. Paths and PIL images need none.
         """
+        published = self.test_settings
+        thresholds = None
+        if score_threshold is None:
+            thresholds = self.score_thresholds
+            score_threshold = max(self.least_score, published.score_threshold)
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
-        published = self.test_settings
         settings = replace(
             published,
             score_threshold=score_threshold,
@@ -335,6 +363,8 @@ class Detector(nn.Module):
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         if max_detections is not None and max_detections < 0:
             raise UserError(f"max_detections is {max_detections}; it must be at least 0")
+        if color not in get_args(Color):
+            raise UserError(f"color {color!r} is unknown; choose one of {', '.join(get_args(Color))}")
         if patch_size and patch_size < 32:
             raise UserError(f"patch_size is {patch_size}; windows have 32 pixels or more, 0 is for none")
         size = check_image_size(self.image_size if image_size is None else image_size)
@@ -343,9 +373,11 @@ class Detector(nn.Module):
         results: list[Results] = []
         for start in range(0, len(sources), batch_size):
             chunk = sources[start : start + batch_size]
-            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s) for s in chunk]
+            arrays = [read_image(s) if isinstance(s, (str, Path)) else as_bgr(s, color) for s in chunk]
             found = self.detect_images(arrays, size, patch_size, settings=settings, batch_size=batch_size)
             for source, array, detections in zip(chunk, arrays, found, strict=True):
+                if thresholds is not None:
+                    detections = detections.above(thresholds)
                 results.append(
                     Results(
                         image=array,
@@ -417,6 +449,85 @@ class Detector(nn.Module):
         )
         return Detections(boxes, scores, labels, torch.full_like(labels, -1))
 
+    def fit(self, data: Any = None, **options: Any) -> Any:
+        """Train this model from the weights that it has; afterwards it holds the best ones, in eval mode.
+
+        The best are those of best.pth: averaged, of the epoch with the best AP (with masks, mask AP; of rotated boxes,
+        AP50), without validation data of the last one. The model's tensors are new ones then: an optimiser or a
+        predictor made before has the old.
+
+        Classes are those of the training data: `class_names` becomes theirs. Where they are as many as before, all
+        weights are kept, in the order of the classes (with a warning where names differ); otherwise the layers that
+        tell classes apart begin anew, and a warning names them.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast train --data`.
+            callbacks: of `rtmdet_fast.training.callbacks.Callback`, told of steps, epochs and the end; each can end the
+                run.
+            options: settings of `rtmdet-fast train`, as `rtmdet_fast.training.config.TrainConfig` has them (`--lr 1e-3`
+                is lr=1e-3), but for those that the model has itself: model, size, version, queries, sampling, task
+                and init. image_size is the model's own where not given, and device is where the model is, or, for one
+                on the CPU, the first GPU.
+
+        Returns:
+            The run's `TrainResult`. Raises UserError for bad input; the model is then as it was.
+        """
+        from rtmdet_fast.training.fit import fit  # which stands above
+
+        if data is not None:
+            options["data"] = data
+        return fit(self, **options)
+
+    def evaluate(
+        self,
+        data: Any = None,
+        *,
+        ann: str | Path | None = None,
+        images: str | Path | None = None,
+        split: str = "val",
+        image_size: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        match_by_position: bool = False,
+        skip_bad: bool = False,
+        progress: bool = True,
+    ) -> Any:
+        """Detect on every image of a data set with the task's published test settings, and compare with the truth.
+
+        Args:
+            data: folder of a data set, or several; see `rtmdet-fast eval --data`.
+            ann: in its place the annotations, and with `images` the folder of the images.
+            images: see `ann`.
+            split: of `data`.
+            image_size: side in pixels of the square network input; the model's own where not given.
+            batch_size: images in a pass.
+            num_workers: processes that load images; 0 for none beside this one.
+            match_by_position: takes classes none of whose names is the model's for the same ones in the same order.
+            skip_bad: goes on over unreadable images and invalid annotations, and counts them.
+            progress: shows a bar.
+
+        Returns:
+            An `Evaluation`: `metrics` as the command prints them, `per_class`, `pr_curves`, `detections`. Raises
+            UserError where the data cannot be read or has other classes.
+        """
+        from rtmdet_fast.data.layout import find_sources, source_of
+        from rtmdet_fast.evaluation.evaluate import evaluate
+        from rtmdet_fast.tasks import TASKS
+
+        if (data is None) == (ann is None) or (ann is None) != (images is None):
+            raise UserError("give the folder of a data set, or both ann and images")
+        if split not in (splits := ("train", "val", "test")):
+            raise UserError(f"split {split!r} is unknown; choose one of {', '.join(splits)}")
+        dataset = TASKS[self.task].open_dataset(
+            (source_of(Path(ann), Path(images)),) if ann and images else find_sources(data, split),
+            skip_bad=skip_bad,
+            class_names=self.class_names,
+            match_by_position=match_by_position,
+        )
+        return evaluate(
+            self, dataset, image_size=image_size, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
+
     def export(self, path: str | Path, **options: Any) -> Any:
         """Write the model with its post-processing to an .onnx, .xml (OpenVINO) or .pt2 file for another runtime.
 
@@ -437,6 +548,7 @@ class Detector(nn.Module):
                 "task": self.task,
                 "image_size": self.image_size,
                 "patch_size": self.patch_size,
+                "score_thresholds": self.score_thresholds,
                 **self.saved_options(),
             },
         }
@@ -499,6 +611,8 @@ class Detector(nn.Module):
         model.load_weights(checkpoint)
         for name, size_in_pixels in trained_sizes(checkpoint, check_image_size).items():
             setattr(model, name, size_in_pixels)
+        same = model.class_names == checkpoint.class_names
+        model.score_thresholds = trained_thresholds(checkpoint, len(model.class_names)) if same else None
         return model.eval()
 
 

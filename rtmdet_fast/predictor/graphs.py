@@ -32,6 +32,7 @@ class GraphDetector(Detector):
         self.model, self.batch_size = model, batch_size
         for name in ("size", "task", "class_names", "image_size", "patch_size", "has_masks", "test_settings"):
             setattr(self, name, getattr(model, name))
+        self.score_thresholds = model.score_thresholds
         self._graphs: OrderedDict[tuple[Any, ...], FrameGraph] = OrderedDict()
         self._room = MIN_CAPACITY
         self._pool: Any = None

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from rtmdet_fast.class_names import find_classes
 from rtmdet_fast.devices import pick_device
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.export.engine import RUNTIMES, Dtype, Engine, load_engine
 from rtmdet_fast.inference.results import Results
-from rtmdet_fast.inference.sources import Frame, iter_sources
-from rtmdet_fast.models.detector import Detector
+from rtmdet_fast.inference.sources import Frame, Source, iter_sources
+from rtmdet_fast.inference.tracking import LOW_SCORE, track_frames
+from rtmdet_fast.models.detector import SCORE_THRESHOLD, Color, Detector
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.predictor.graphs import GraphDetector
 from rtmdet_fast.predictor.stream import Stream
@@ -45,9 +47,10 @@ class Predictor:
             the others make a temporary file first, which takes up to a minute.
         device: cpu, cuda, cuda:1, …; auto is where a model is, and for a file the first GPU where there is one.
         threads: of another runtime on a CPU; as many as it likes where not given (torch: torch.set_num_threads).
-        score_threshold: least score of a detection.
+        score_threshold: least score of a detection; the model's own of each class, or 0.3, where not given.
         iou_threshold: of NMS; the published one of the task where not given.
         max_detections: of an image; the published number where not given.
+        color: of arrays [H, W, 3]: bgr, as OpenCV reads them, or rgb. Files and PIL images need none.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class Predictor:
         engine: str = "auto",
         device: str | torch.device = "auto",
         threads: int | None = None,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
+        color: Color = "bgr",
     ):
         self._settings: dict[str, Any] = dict(
             batch_size=batch_size,
@@ -72,6 +76,7 @@ class Predictor:
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
+            color=color,
         )
         self._dtype, self._engine, self._device, self._threads = dtype, engine, str(device), threads
         if engine not in ENGINES:
@@ -124,7 +129,10 @@ class Predictor:
         suffix = next(suffix for suffix, name in RUNTIMES.items() if name == runtime)
         path = Path(folder) / f"model{suffix}"
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
-        export(model, path, **{name: self._settings[name] for name in names})
+        options = {name: self._settings[name] for name in names}
+        if options["score_threshold"] is None:
+            options["score_threshold"] = max(model.least_score, model.test_settings.score_threshold)
+        export(model, path, **options)
         return self._opened(path)
 
     @property
@@ -137,9 +145,13 @@ class Predictor:
         """What is found: det, ins or rotated."""
         return self.detector.task
 
-    def predict(self, images: Any) -> Any:
-        """Results of one image, or a list of them of a list; an image is what `Detector.predict` takes."""
-        return self.detector.predict(images, **self._settings)
+    def predict(self, images: Any, *, color: Color | None = None) -> Any:
+        """Results of one image, or a list of them of a list; an image is what `Detector.predict` takes.
+
+        color: of these arrays, in place of the predictor's.
+        """
+        settings = self._settings if color is None else {**self._settings, "color": color}
+        return self.detector.predict(images, **settings)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Columns in, columns out, as Ray Data, Spark and worker pools hand them around.
@@ -165,6 +177,8 @@ class Predictor:
         self,
         source: str | Path | Sequence[str | Path] | Iterable[Frame],
         *,
+        classes: Sequence[str] | None = None,
+        track: bool = False,
         write: Callable[[Frame, Results], object] | None = None,
         skip_bad: bool = False,
         limit: int | None = None,
@@ -174,7 +188,10 @@ class Predictor:
         """Results of every frame of a source, in order, while the next are read: `for results in p.stream("0"): …`.
 
         Args:
-            source: images, videos, folders, patterns, or a camera, as `rtmdet-fast predict` takes them; or frames.
+            source: images, videos, folders, patterns, a camera or an address, as `rtmdet-fast predict` takes them; or
+                frames, whose images are of the predictor's color.
+            classes: names of those to find, all where not given.
+            track: gives results `track_ids` (see `rtmdet_fast.inference.tracking.Tracker`; its package is an extra).
             write: is called with each frame and its results, in order, while others are read and detected.
             skip_bad: goes on over unreadable files.
             limit: frames after which it ends.
@@ -182,12 +199,41 @@ class Predictor:
             progress: shows a bar, with the frames a second and the share of the time that each stage waited.
         """
         frames: Any = source
+        settings = dict(self._settings)
         names: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
         if all(isinstance(name, (str, Path)) for name in names):
             frames = iter_sources(names, skip_bad=skip_bad)
             total = frames.total
-        size = self._settings["batch_size"]
-        return Stream(frames, self.predict, batch_size=size, write=write, limit=limit, total=total, progress=progress)
+        if isinstance(frames, Source):
+            settings["color"] = "bgr"
+        wanted = self.class_names if classes is None else classes
+        find_classes(wanted, self.class_names)  # what is wrong with them is told now
+        update = None
+        if track:
+            threshold = SCORE_THRESHOLD if settings["score_threshold"] is None else settings["score_threshold"]
+            update, settings["score_threshold"] = track_frames(threshold), self._low_score(threshold)
+
+        def finish(frame: Frame, results: Results) -> Results:
+            found = results if classes is None else results.only(*wanted)
+            return found if update is None else update(frame, found)
+
+        return Stream(
+            frames,
+            lambda images: self.detector.predict(images, **settings),
+            batch_size=settings["batch_size"],
+            finish=finish,
+            write=write,
+            limit=limit,
+            total=total,
+            progress=progress,
+        )
+
+    def _low_score(self, score_threshold: float) -> float:
+        """The least score of detections that may continue a track, which an exported file may not have."""
+        low = min(score_threshold, LOW_SCORE)
+        if isinstance(self.detector, Engine):
+            low = max(low, self.detector.test_settings.score_threshold)
+        return low
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = dict(dtype=self._dtype, engine=self._engine, device=self._device, threads=self._threads)

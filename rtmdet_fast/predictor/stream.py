@@ -35,13 +35,16 @@ class Stream:
         detect: Callable[[list[Any]], list[Results]],
         *,
         batch_size: int = 1,
+        finish: Callable[[Frame, Results], Results] | None = None,
         write: Callable[[Frame, Results], object] | None = None,
         limit: int | None = None,
         total: int | None = None,
         progress: bool = False,
     ):
-        """detect: of images. write: is called with each frame and its results, in order, beside the other stages."""
+        """detect: of images. finish: what becomes of a frame's results, in order. write: is called with each frame and
+        its results, in order, beside the other stages."""
         self.frames, self.detect, self.write, self.batch_size = frames, detect, write, batch_size
+        self.finish = finish
         self.limit, self.progress = limit, progress
         self.total = total if limit is None else min(total or limit, limit)
         self.waited: dict[str, float] = {}
@@ -89,7 +92,8 @@ class Stream:
     def _detect(self, frames: Iterator[Frame]) -> Iterator[Pair]:
         for batch in _batches(frames, self.batch_size):
             for frame, results in zip(batch, self.detect([frame.image for frame in batch]), strict=True):
-                yield frame, replace(results, path=frame.path)
+                found = replace(results, path=frame.path)
+                yield frame, found if self.finish is None else self.finish(frame, found)
 
     def _write(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
         assert self.write is not None

@@ -69,7 +69,8 @@ def step_memory(settings: Settings, dataset: CocoDataset) -> Callable[[int], int
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        model = recipe.build(class_names=dataset.class_names).to(device).to(memory_format=torch.channels_last).train()
+        model = recipe.build(class_names=dataset.class_names).to(device).train()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         plans = next(iter(PlanSampler(len(dataset), images, recipe.caches, settings.seed, 1)))
         batch = collate([samples[plans[i % len(plans)]] for i in range(images)]).to(device).resized(side)
         targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)

@@ -160,7 +160,9 @@ class Settings(TrainConfig):
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""
-        told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        told: dict[str, Any] = {
+            key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()
+        }
         for split, sources in (("train", told.pop("train_sources")), ("val", told.pop("val_sources"))):
             for key, part in ((split, "annotations"), (f"{split}_images", "images")):
                 told[key] = " ".join(str(source[part]) for source in sources) or None
@@ -215,7 +217,6 @@ def resolve(config: TrainConfig) -> Settings:
     from rtmdet_fast.models.detector import check_image_size
     from rtmdet_fast.tasks import TASKS
     from rtmdet_fast.training.distributed import process_count
-    from rtmdet_fast.training.loggers import check_loggers
     from rtmdet_fast.training.recipe import RECIPES
 
     if config.task not in TASKS:
@@ -257,7 +258,6 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--freeze {config.freeze!r} is unknown; choose backbone")
     if config.cache is not None:
         bytes_of(config.cache)
-    check_loggers(config.loggers)
     if config.patience is not None and val is None:
         raise UserError("--patience needs validation images: --val and --val-images, or --data with a part for it")
     workers = config.num_workers

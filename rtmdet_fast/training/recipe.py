@@ -76,7 +76,7 @@ class Recipe:
 
 
 def rtmdet_recipe(
-    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
 ) -> Recipe:
     """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
     size = "tiny" if size is None else size
@@ -141,7 +141,7 @@ def _rtmdet_share(published: int, step: int, total: int, momentum: float | None)
 
 
 def rtdetr_recipe(
-    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None
+    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
 ) -> Recipe:
     """Of RT-DETR; r18, version 1 (h: 2) and bilinear where not given. UserError where there is no such model."""
     size = "r18" if size is None else size
@@ -158,7 +158,7 @@ def rtdetr_recipe(
     return Recipe(
         size=size,
         version=version,
-        build=partial(RTDETR, size, version, num_queries=300 if queries is None else queries, sampling=method),
+        build=partial(RTDETR, size, version=version, num_queries=300 if queries is None else queries, sampling=method),
         needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,

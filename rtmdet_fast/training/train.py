@@ -24,8 +24,10 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
-from rtmdet_fast.evaluation.report import ReportSample, write_report
+from rtmdet_fast.evaluation.pictures import ReportSample, report_samples
+from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
 from rtmdet_fast.models.detector import Detector, Targets
@@ -43,7 +45,8 @@ from rtmdet_fast.training.callbacks import (
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
-from rtmdet_fast.training.loggers import LOGGERS
+from rtmdet_fast.training.loggers import LOGGERS, check_loggers
+from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
@@ -63,6 +66,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     """
     started = clock()
     settings = resolve(config)
+    check_loggers(settings.loggers)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
         settings = replace(settings, progress=False, report=False)
@@ -127,9 +131,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 
     torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
     model = make_model(settings, dataset, model)
-    frozen = [model.backbone] if settings.freeze == "backbone" else []
-    for part in frozen:
-        part.requires_grad_(False)
+    frozen = [] if settings.freeze is None else [model.get_submodule(settings.freeze)]
+    for module in frozen:
+        module.requires_grad_(False)
     if val_dataset is not None:
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -172,6 +176,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             epoch_loss += state.get("epoch_loss", 0.0)
             seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
             horizon = Horizon(*state["horizon"])
+            thresholds = state.get("score_thresholds")
+            ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
         ema.step = iteration = state["iteration"]
         epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
@@ -201,8 +207,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         sampler_state = sampler.state_dict()
         sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
         model.train()
-        for part in frozen:
-            part.eval()
+        for module in frozen:
+            module.eval()
         batches = timed(iter(loader), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
@@ -293,6 +299,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 validation_seconds = clock() - validation_begun
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
+                ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
                 if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
                     best_epoch, best_metrics = number, evaluation.metrics
                     ema.model.save(best)
@@ -326,6 +333,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                     "seconds": [clock() - started + seconds_before, validation_seconds],
                     "best_epoch": best_epoch,
                     "best_metrics": best_metrics,
+                    "score_thresholds": ema.model.score_thresholds,
                     "epoch_loss": epoch_loss.item() if step else 0.0,
                     "meter": meter.state_dict(),
                 },
@@ -351,8 +359,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
         noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
-    counts = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, *counts, ended_by)
+    left_out, odd = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
+    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, left_out, odd, ended_by)
     listeners.tell("on_end", result)
     return result
 
@@ -360,8 +368,11 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
     """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
     recipe = settings.recipe
-    # the version is the recipe's own
-    options = {name: value for name, value in start.saved_options().items() if name != "version"} if start else {}
+    given, options = None, {}
+    if start is not None:
+        meta = {"rtmdet_fast": start.saved_options()}
+        given = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, meta)
+        options = {name: value for name, value in start.inspect(given).options.items() if value is not None}
     model = recipe.build(class_names=dataset.class_names, **options)
     if recipe.needs_init and settings.init is None and start is None and not settings.resume:
         warnings.warn(
@@ -370,11 +381,10 @@ def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None)
         )
     if settings.freeze and settings.init is None and start is None and not settings.resume:
         raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
-    if settings.init is not None or start is not None:
-        if start is None:
-            checkpoint = read_checkpoint(resolve_weights(settings.init))
-        else:
-            checkpoint = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, {})
+    checkpoint = given
+    if settings.init is not None:
+        checkpoint = read_checkpoint(resolve_weights(settings.init))
+    if checkpoint is not None:
         model.load_weights(checkpoint)
         before = checkpoint.class_names
         if before and before != model.class_names and len(before) == len(model.class_names):
@@ -462,25 +472,32 @@ def report_run(
     model = load_model(settings.out / "best.pth").to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
-    samples = []
+    analysis = None
+    worst: list[ReportSample] = []
+    samples: list[ReportSample] = []
     if val_dataset is not None:
         evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
+        analysis = analyse(evaluation, val_dataset.class_names)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
+        if analysis is not None:
+            metrics["analysis"] = analysis.as_json()
         curves = evaluation.pr_curves
         write_json(settings.out / "metrics.json", metrics)
         write_json(settings.out / "detections.json", evaluation.detections, indent=None)
-        for index in np.linspace(0, len(val_dataset) - 1, min(12, len(val_dataset))).astype(int):
-            sample = val_dataset.load(int(index))
-            result = replace(model.predict(sample.image), path=sample.path)
-            samples.append(ReportSample(result, sample.boxes, sample.labels, sample.masks))
+        worst, samples = report_samples(val_dataset, evaluation, analysis)
     return write_report(
         settings.out / "report.html",
         title=f"{model.title} on {dataset.annotation_path.name}",
-        history=read_metrics(settings.out / "metrics.csv"),
         evaluation=metrics,
         pr_curves=curves,
-        samples=samples,
         settings={**settings.as_json(), "training images": len(dataset), "seconds per iteration": round(pace, 4)},
+        class_names=dataset.class_names,
+        history=read_metrics(settings.out / "metrics.csv"),
+        analysis=analysis,
+        worst=worst,
+        samples=samples,
+        batches=[(drawn.told, drawn.picture) for drawn in draw_batches(settings, dataset, 1)],
+        train_objects=np.bincount(dataset.objects()[2], minlength=len(dataset.class_names)),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
     )

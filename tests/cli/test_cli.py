@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from full_disk import room_for
+from stream_servers import mjpeg_server
 
 import rtmdet_fast
 from rtmdet_fast import RTMDet
@@ -254,6 +255,9 @@ def test_another_runtime_error_stays_one(weights, shapes, tmp_path, monkeypatch)
         ["train", "--train", "ANN", "--train-images", "ODD", "--out", "OUT", "--size", "nano", "--epochs", "1"],
         ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "ODD", "--size", "nano", "--epochs", "1"],
         ["train", "--train", "ANN", "--train-images", "IMAGES", "--out", "OUT", "--init", "ODD"],
+        ["data", "ODD"],
+        ["data", "SET", "--page", "ODD", "--samples", "1"],
+        ["data", "SET", "--convert", "yolo", "--out", "ODD"],
         ["split", "--images", "ODD", "--out", "OUT"],
         ["split", "--images", "IMAGES", "--labels", "ODD", "--out", "OUT"],
         ["split", "--data", "ODD", "--out", "OUT"],
@@ -274,6 +278,7 @@ def test_an_odd_path_is_one_sentence(weights, shapes, tmp_path, monkeypatch, cap
         "WEIGHTS": weights,
         "IMAGES": shapes.val_images,
         "ANN": shapes.val_ann,
+        "SET": shapes.root,
         "OUT": tmp_path / "out",
         "ODD": odd,
     }
@@ -452,3 +457,135 @@ def test_a_console_that_lacks_letters_ends_no_command(shapes, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "円 1" in json.loads((tmp_path / "found.json").read_text())["per_class"]
     assert b"-1.000" not in done.stdout
+
+
+def moving(path, frames=8):
+    """A video in which a bright square goes to the right, and a model that finds it and no more."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 64))
+    for i in range(frames):
+        frame = np.zeros((64, 96, 3), np.uint8)
+        frame[20:44, 8 + 4 * i : 32 + 4 * i] = 255
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def finds_squares(monkeypatch):
+    """In place of the network: the bright square as class 1, a weaker one of class 0 at the corner."""
+    from rtmdet_fast.inference.detections import Detections
+
+    def detect_whole(self, images, image_size, settings):
+        found = []
+        for image in images:
+            y, x = np.nonzero(image[:, :, 0] > 128)
+            boxes = torch.tensor([[x.min(), y.min(), x.max() + 1, y.max() + 1], [0, 0, 10, 10]]).float()
+            scores = torch.tensor([0.9, 0.4])
+            kept = scores > settings.score_threshold
+            found.append(Detections(boxes[kept], scores[kept], torch.tensor([1, 0])[kept], torch.zeros(2).long()[kept]))
+        return found
+
+    monkeypatch.setattr(RTMDet, "detect_whole", detect_whole)
+
+
+def test_predict_tracks_and_writes_labels_and_crops_of_the_classes_asked_for(weights, finds_squares, tmp_path, capsys):
+    pytest.importorskip("trackers", reason="extra `track` is not installed")
+    arguments = ["predict", moving(tmp_path / "in.avi"), "--weights", weights, "--out", tmp_path / "p", "--track"]
+    arguments += ["--save-txt", "--save-crops", "--classes", "Rectangle", "--json", tmp_path / "p.json"]
+    for _ in range(2):  # over what the first wrote
+        assert run(*arguments) == 0
+        assert "1 objects in" in capsys.readouterr().out
+    head, *rows = [line.split(",") for line in (tmp_path / "p/tracks.csv").read_text().splitlines()]
+    assert head == ["file_name", "frame", "track_id", "class", "score", "x1", "y1", "x2", "y2"]
+    assert [row[:4] for row in rows] == [[f"in_{i:06d}.jpg", str(i), "1", "rectangle"] for i in range(1, 8)]
+    assert [float(row[5]) for row in rows] == pytest.approx([8 + 4 * i for i in range(1, 8)], abs=1)
+    predictions = json.loads((tmp_path / "p/predictions.json").read_text())
+    assert [entry.get("track_id") for entry in predictions["annotations"]] == [None, *[1] * 7]
+    assert json.loads((tmp_path / "p.json").read_text())["objects"] == 1
+    labels = sorted(path.name for path in (tmp_path / "p/labels").iterdir())
+    assert labels == [f"in_{i:06d}.txt" for i in range(8)]
+    (line,) = (tmp_path / "p/labels/in_000000.txt").read_text().splitlines()
+    assert [float(value) for value in line.split()] == pytest.approx([1, 20 / 96, 0.5, 24 / 96, 24 / 64], abs=0.02)
+    crops = sorted(path.relative_to(tmp_path / "p/crops").as_posix() for path in (tmp_path / "p/crops").rglob("*.jpg"))
+    assert crops == [f"rectangle/in_{i:06d}_001.jpg" for i in range(8)]
+    crop = cv2.imread(str(tmp_path / "p/crops" / crops[0]))
+    assert crop.shape[0] == pytest.approx(24, abs=2) and crop.mean() > 230
+
+
+def test_labels_of_images_without_objects_are_empty_files(weights, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
+    arguments = ["--weights", weights, tmp_path / "a.png", "--out", tmp_path / "p", "--score-threshold", 1]
+    assert run("predict", *arguments, "--save-txt", "--save-crops") == 0
+    assert (tmp_path / "p/labels/a.txt").read_bytes() == b"" and not (tmp_path / "p/crops").exists()
+
+
+def test_predict_never_writes_over_labels_of_others(weights, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "p/labels").mkdir(parents=True)
+    (tmp_path / "p/labels/a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    assert run("predict", "--weights", weights, tmp_path / "a.png", "--out", tmp_path / "p", "--save-txt") == 2
+    assert "labels is there already, and no prediction wrote it" in capsys.readouterr().err
+    assert (tmp_path / "p/labels/a.txt").read_text() == "0 0.5 0.5 0.1 0.1\n"
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((40, 40, 3), np.uint8))
+    arguments = ["--weights", weights, tmp_path / "a.png", tmp_path / "a.jpg", "--out", tmp_path / "q"]
+    assert run("predict", *arguments, "--save-txt") == 2
+    assert "a.png and a.jpg would both be 'a' in the files written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--classes", "circel"], "class 'circel' is none of the model's: the nearest is 'circle'"),
+        (["--classes", "zzz"], "there are circle, rectangle, triangle, star, ellipse"),
+        (["--show"], "there is no display to show pictures on"),
+        (["--track"], "tracking needs the package trackers: pip install 'rtmdet-fast[track]'"),
+    ],
+)
+def test_what_cannot_be_had_is_told_before_anything_is_read(weights, tmp_path, capsys, monkeypatch, option, told):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
+    assert run("predict", "--weights", weights, tmp_path / "a.png", "--out", tmp_path / "p", *option) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line
+    assert not [*(tmp_path / "p").glob("*")]
+
+
+def test_show_ends_where_the_window_is_closed(weights, shapes, tmp_path, monkeypatch):
+    shown = []
+
+    class Screen:
+        def __init__(self, title):
+            pass
+
+        def show(self, image):
+            shown.append(image.shape)
+            return len(shown) < 2
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *exc: None  # noqa: E731
+
+    monkeypatch.setattr("rtmdet_fast.inference.window.Window", Screen)
+    assert run("predict", "--weights", weights, shapes.val_images, "--out", tmp_path / "p", "--show") == 0
+    assert shown == [(64, 64, 3)] * 2
+    assert 2 <= len(json.loads((tmp_path / "p/predictions.json").read_text())["images"]) <= 3
+
+
+def test_of_a_stream_with_a_password_nothing_but_its_host_is_written(weights, tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr("rtmdet_fast.inference.sources.RECONNECT_AFTER", (0.01,))
+    with mjpeg_server([[10, 60, 110, 90]], user="bob:geheim") as (host, asked):
+        address = f"http://bob:geheim@{host}/live?token=geheim"
+        arguments = ["--weights", weights, address, "--out", tmp_path / "p", "--json", tmp_path / "p/p.json"]
+        arguments += ["--save-txt", "--score-threshold", 0.0]
+        assert run("predict", *arguments) == 0
+        assert run("predict", *arguments, "--out", tmp_path / "q") == 2  # it is over
+    assert "geheim" in asked[0]
+    told = "".join([caplog.text, *capfd.readouterr()])
+    assert host in told and "4 detections in" not in told
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"stream.mp4", "predictions.json", "p.json", "stream_000003.txt"} <= {path.name for path in written}
+    for secret in ("bob", "geheim"):
+        assert secret not in told and not any(secret in str(path) for path in written)
+        assert not any(secret.encode() in path.read_bytes() for path in written)

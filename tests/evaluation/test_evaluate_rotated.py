@@ -144,7 +144,7 @@ def test_nothing_to_compare():
 def test_many_pairs_are_computed_in_parts(monkeypatch):
     truth, found = scene(np.random.default_rng(9))
     whole = rotated_map(truth, found, NAMES)
-    monkeypatch.setattr("rtmdet_fast.evaluation.dota.CHUNK", 7)
+    monkeypatch.setattr("rtmdet_fast.evaluation.overlaps.CHUNK", 7)
     parts = rotated_map(truth, found, NAMES)
     assert parts.metrics == whole.metrics and parts.per_class == whole.per_class
 

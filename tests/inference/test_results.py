@@ -285,3 +285,167 @@ def test_labels_leave_most_of_a_small_picture_free(monkeypatch):
     covered.clear()
     drawing.draw_detections(image[:30, :40], np.array([[2, 18, 30, 28]]), np.zeros(1, int), np.full(1, 0.5), ["a"])
     assert len(covered) == 1  # the best has one, however small the picture
+
+
+def rotated(image=None, **kwargs):
+    boxes = torch.tensor([[50.0, 40.0, 20.0, 10.0, 0.0], [100.0, 60.0, 30.0, 8.0, np.pi / 2 - 0.3]])
+    kwargs = {"shape": (100, 200), **kwargs}
+    return Results(image, boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 0]), NAMES, **kwargs)
+
+
+def with_ids(found, ids):
+    found.track_ids = torch.tensor(ids)
+    return found
+
+
+def test_only_some_classes(street):
+    assert street.only("bicycle").label_names == street.only("BICYCLE", "car").label_names == ["bicycle"]
+    assert len(street.only("car")) == 0 and street.only("person", "bicycle").labels.tolist() == [0, 2]
+    for wanted, told in (
+        (["persn"], "class 'persn' is none of the model's: the nearest is 'person'"),
+        (["person", "zzz"], "class 'zzz' is none of the model's: there are person, car, bicycle"),
+    ):
+        with pytest.raises(UserError, match=f"^{told}$"):
+            street.only(*wanted)
+
+
+def test_iterating_gives_each_detection(street):
+    assert [len(one) for one in street] == [1, 1] and [one.label_names for one in street] == [["person"], ["bicycle"]]
+    assert list(street[:0]) == []
+
+
+def test_dicts_and_json_tell_all_in_plain_numbers(street):
+    import json
+
+    told = street.to_dict()
+    assert (told["path"], told["width"], told["height"]) == ("photos/street.jpg", 320, 240)
+    assert told["detections"][1] == {"name": "bicycle", "label": 2, "score": 0.5, "box": [150.5, 60, 300.25, 180]}
+    found = with_ids(masked(np.zeros((240, 320, 3), np.uint8)), [7, -1, 3])
+    assert json.loads(found.to_json()) == found.to_dict()
+    assert [row["mask"] for row in found.to_dict()["detections"]] == found.rles()
+    assert [row["track_id"] for row in found.to_dict()["detections"]] == [7, None, 3]
+    (first, second) = rotated().to_dict()["detections"]
+    assert first["rbox"] == [50, 40, 20, 10, 0] and first["box"] == [40, 35, 60, 45]
+    assert np.array(second["corners"]) == pytest.approx(rotated().corners()[1])
+    assert (
+        results(None, [], [], [], shape=(4, 5)).to_json() == '{"path": null, "width": 5, "height": 4, "detections": []}'
+    )
+
+
+def test_track_ids_follow_the_index_and_are_written_and_drawn(monkeypatch):
+    texts = []
+    text = drawing._text
+    monkeypatch.setattr(drawing, "_text", lambda words, size: texts.append(words) or text(words, size))
+    found = with_ids(masked(np.zeros((240, 320, 3), np.uint8)), [7, -1, 3])
+    assert found[1:].track_ids.tolist() == [-1, 3] and found[0].track_ids.tolist() == [7]
+    assert [entry.get("track_id") for entry in found.to_coco()] == [7, None, 3]
+    found.plot()
+    assert texts == ["person #7 0.90", "bicycle 0.50", "car #3 0.40"]
+    found.boxes[0] = torch.nan  # what is not drawn takes no other's id away
+    texts.clear()
+    found.plot()
+    assert texts == ["bicycle 0.50", "car #3 0.40"]
+
+
+def numbers(line):
+    return [float(value) for value in line.split()[1:]]
+
+
+def test_yolo_lines_are_shares_of_the_image(street):
+    assert street.to_yolo()[0] == "0 0.218750 0.479167 0.312500 0.708333"
+    assert [line.split()[0] for line in street.to_yolo()] == ["0", "2"]
+    quads = np.array([numbers(line) for line in rotated().to_yolo()]).reshape(2, 4, 2) * (200, 100)
+    assert quads == pytest.approx(rotated().corners(), abs=1e-3)
+
+
+def test_yolo_lines_of_masks_draw_the_masks():
+    """The ring too, whose hole no polygon has: its parts are joined."""
+    import cv2
+
+    found = masked(np.zeros((240, 320, 3), np.uint8))
+    for line, mask in zip(found.to_yolo()[:2], found.masks.numpy(), strict=False):
+        polygon = np.array(numbers(line)).reshape(-1, 2) * (320, 240)
+        drawn = np.zeros((240, 320), np.uint8)
+        cv2.fillPoly(drawn, [np.rint(polygon).astype(np.int32)], 1)
+        assert (drawn & mask).sum() / (drawn | mask).sum() > 0.95
+    empty = np.array(numbers(found.to_yolo()[2])).reshape(4, 2) * (320, 240)
+    assert empty == pytest.approx(np.array([[10, 10], [20, 10], [20, 20], [10, 20]]), abs=1e-3)
+
+
+def test_crops_are_what_the_boxes_show():
+    image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    boxes = [
+        [20.0, 30, 120, 200],
+        [150.5, 60.2, 300.25, 180.7],
+        [-9, -9, 3.5, 2],
+        [319.5, 239.9, 330, 250],
+        [5, 5, 5, 5],
+    ]
+    found = results(image, boxes, [0.9] * 5, [0] * 5)
+    whole, widened, corner, pixel, empty = found.crop()
+    assert np.array_equal(whole, image[30:200, 20:120]) and np.array_equal(widened, image[60:181, 150:301])
+    assert np.array_equal(corner, image[:2, :4]) and np.array_equal(pixel, image[239:, 319:])
+    assert empty.shape == (1, 1, 3)
+    whole[:] = 0
+    assert image[30:200, 20:120].any()
+    with pytest.raises(UserError, match="no image"):
+        rotated().crop()
+
+
+def test_crops_of_rotated_boxes_are_turned_upright():
+    """A bar, red where its box begins and blue where that ends."""
+    import cv2
+
+    found = rotated(np.zeros((100, 200, 3), np.uint8))
+    (*_, box) = found.corners()
+    for color, along in (((0, 0, 255), 0), ((255, 0, 0), 1)):
+        half = (box + box[[1, 0, 3, 2]]) / 2
+        part = np.where(np.array([along, 1 - along, 1 - along, along], bool)[:, None], half, box)
+        cv2.fillPoly(found.image, [np.rint(part * 16).astype(np.int32)], color, shift=4)
+    level, turned = found.crop()
+    assert level.shape == (10, 20, 3) and turned.shape == (8, 30, 3)
+    assert turned[2:6, 2:12].mean((0, 1)) == pytest.approx([0, 0, 255], abs=25)
+    assert turned[2:6, 18:28].mean((0, 1)) == pytest.approx([255, 0, 0], abs=25)
+
+
+def test_pandas(street):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    table = street.to_pandas()
+    assert list(table.columns) == ["name", "label", "score", "x1", "y1", "x2", "y2"]
+    assert table.loc[1].tolist() == ["bicycle", 2, 0.5, 150.5, 60, 300.25, 180]
+    assert list(rotated().to_pandas().columns[-5:]) == ["cx", "cy", "w", "h", "angle"]
+    assert with_ids(rotated(), [4, -1]).to_pandas()["track_id"].tolist() == [4, -1]
+    assert isinstance(street[:0].to_pandas(), pandas.DataFrame) and len(street[:0].to_pandas()) == 0
+
+
+def test_supervision(street):
+    supervision = pytest.importorskip("supervision", reason="supervision is not installed")
+    found = street.to_supervision()
+    assert isinstance(found, supervision.Detections)
+    assert found.xyxy.tolist() == street.boxes.tolist() and found.class_id.tolist() == [0, 2]
+    assert found.confidence.tolist() == street.scores.tolist()
+    assert found.data["class_name"].tolist() == ["person", "bicycle"] and found.mask is None
+    assert len(street[:0].to_supervision()) == 0
+    masks = with_ids(masked(np.zeros((240, 320, 3), np.uint8)), [7, -1, 3])
+    assert np.array_equal(masks.to_supervision().mask, masks.masks.numpy())
+    assert masks.to_supervision().tracker_id.tolist() == [7, -1, 3]
+    turned = rotated().to_supervision()
+    drawn = supervision.OrientedBoxAnnotator().annotate(np.zeros((100, 200, 3), np.uint8), turned)
+    assert drawn[35:46, 40:61].any() and turned.data["xyxyxyxy"] == pytest.approx(rotated().corners())
+
+
+@pytest.mark.parametrize("name", ["pandas", "supervision"])
+def test_without_an_extra_one_sentence_says_what_to_install(street, monkeypatch, name):
+    import sys
+
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"^to_{name} needs {name}: pip install {name}$"):
+        getattr(street, f"to_{name}")()
+
+
+def test_a_notebook_shows_the_picture(street):
+    import cv2
+
+    picture = cv2.imdecode(np.frombuffer(street._repr_png_(), np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(picture, street.plot())
+    assert results(None, [], [], [], shape=(4, 5))._repr_png_() is None  # repr is shown then

@@ -5,9 +5,11 @@ import cv2
 import numpy as np
 import pytest
 from full_disk import room_for
+from stream_servers import jpeg, mjpeg_server, rtsp_server
 
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.images import write_image
+from rtmdet_fast.inference import sources
 from rtmdet_fast.inference.sources import VideoWriter, iter_sources
 
 
@@ -176,3 +178,83 @@ def test_writer_refuses_other_sizes_and_unknown_suffixes(tmp_path):
             video.write(np.zeros((64, 48, 3), np.uint8))
     with pytest.raises(UserError, match=r"a\.xyz"), VideoWriter(tmp_path / "a.xyz") as video:
         video.write(np.zeros((48, 64, 3), np.uint8))
+
+
+SECRETS = ("bob", "geheim")
+SERVERS = {"http": mjpeg_server, "rtsp": rtsp_server}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(sources, "RECONNECT_AFTER", (0.01, 0.01))
+
+
+@pytest.mark.parametrize("scheme", SERVERS)
+def test_a_stream_that_breaks_off_is_opened_again_and_then_ends(scheme, impatient, caplog, capfd):
+    with SERVERS[scheme]([[10, 60, 110, 90], [200, 250, 210, 220]], user="bob:geheim") as (host, asked):
+        frames = list(iter_sources(f"{scheme}://bob:geheim@{host}/live?token=geheim"))
+    assert [round(frame.image.mean()) for frame in frames] == [10, 60, 110, 90, 200, 250, 210, 220]
+    assert [frame.name for frame in frames] == [f"stream_{i:06d}.jpg" for i in range(8)]
+    assert [frame.index for frame in frames] == [*range(8)]
+    assert all(frame.is_video and frame.path is None for frame in frames)
+    assert f"{scheme}://{host}/…: the stream broke off after 4 frames; opening it again" in caplog.messages
+    assert caplog.messages[-1].endswith("the stream broke off after 8 frames and cannot be opened again")
+    told = "".join([caplog.text, *capfd.readouterr()])
+    assert any("geheim" in str(request) for request in asked) and not any(secret in told for secret in SECRETS)
+
+
+@pytest.mark.parametrize("scheme", SERVERS)
+def test_a_stream_that_cannot_be_had_is_one_sentence_without_its_password(scheme, impatient, caplog, capfd):
+    with SERVERS[scheme]([[1] * 4], user="bob:geheim") as (host, _), pytest.raises(UserError) as refused:
+        list(iter_sources(f"{scheme}://bob:geheim2@{host}/live?token=geheim"))
+    assert str(refused.value).startswith(f"cannot open the stream {scheme}://{host}/…: it is not there, refuses")
+    with pytest.raises(UserError) as closed:
+        list(iter_sources(f"{scheme}://bob:geheim@{host}/geheim"))
+    told = "".join([caplog.text, str(closed.value), *capfd.readouterr()])
+    assert not any(secret in told for secret in SECRETS)
+
+
+def test_a_video_and_an_image_behind_an_address_are_read_once(tmp_path, impatient):
+    clip(tmp_path / "a.mp4")
+    with mjpeg_server([(tmp_path / "a.mp4").read_bytes()]) as (host, asked):
+        frames = list(iter_sources(f"http://{host}/a.mp4"))
+        assert len(frames) == 5 and all(frame.is_video for frame in frames)
+    with mjpeg_server([jpeg(77)], user="bob:ge heim") as (host, asked):
+        (frame,) = iter_sources(f"http://bob:ge%20heim@{host}/a.jpg?size=64")
+        assert (frame.name, frame.is_video, frame.image[0, 0].tolist()) == ("stream.jpg", False, [77] * 3)
+        assert asked == ["/a.jpg?size=64"]
+        with pytest.raises(UserError, match=f"^cannot read the image at http://{host}/…: HTTP status 401$"):
+            list(iter_sources(f"http://bob:geheim@{host}/a.jpg"))
+    with mjpeg_server([b"no image"]) as (host, _), pytest.raises(UserError, match=r"/…: cannot decode this image"):
+        list(iter_sources(f"http://{host}/a.jpg"))
+    with pytest.raises(UserError, match=f"^cannot read the image at http://{host}/…: no answer$"):
+        list(iter_sources(f"http://{host}/a.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("rtsp://bob:geheim@camera:554/geheim?geheim#geheim", "rtsp://camera:554/…"),
+        ("rtsp://bob:ge@heim@camera/", "rtsp://camera/…"),
+        ("rtsp://[::1]:554/geheim", "rtsp://[::1]:554/…"),
+        ("rtsp://bob:12/geheim@camera/live", "rtsp://…"),
+        ("rtsp://bob:12?geheim@camera/live", "rtsp://…"),
+        ("rtsp://bob:geheim/@camera/live", "rtsp://…"),
+        ("rtsp://[bob:geheim@camera", "rtsp://…"),
+    ],
+)
+def test_of_an_address_nothing_is_told_that_may_be_a_password(address, shown, tmp_path, capfd):
+    assert sources.shown_address(address) == shown
+    with pytest.raises(UserError) as beside:
+        iter_sources([address, str(tmp_path)])
+    assert str(beside.value).startswith(f"{shown} is a camera or stream")
+    if shown == "rtsp://…" and "[" not in address:
+        with pytest.raises(UserError, match=r"rtsp://… has an @ behind its host: in a password write @ as %40"):
+            list(iter_sources(address))
+        assert not any(secret in "".join(capfd.readouterr()) for secret in SECRETS)
+
+
+def test_addresses_with_odd_characters_are_refused():
+    for address in ("rtsp://camera/a b", "rtsp://camera/\udcff", "rtsp://camera/\n", "http://ü/a.jpg"):
+        with pytest.raises(UserError, match="has characters that none may have"):
+            list(iter_sources(address))

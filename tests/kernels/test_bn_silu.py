@@ -111,6 +111,24 @@ def test_programs_of_several_tiles(function, shape, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize(("channels", "height", "width"), [(24, 4, 6), (12, 8, 8), (48, 5, 6), (27, 3, 4), (80, 2, 4)])
+def test_pixels_side_by_side_are_one_in_channels_last(function, channels, height, width, monkeypatch):
+    monkeypatch.setitem(batch_norm.TUNING, "programs", 1)
+    tensors = inputs((2, channels, height, width), torch.float16, "channels_last", residual=True)
+    for training in (False, True):
+        expected = outputs(composition, double(tensors), training=training)
+        assert_close(outputs(function, tensors, training=training), expected, TOLERANCE[torch.float16])
+
+
+def test_no_lane_idles_in_channels_last():
+    for channels in (12, 24, 48, 80, 96, 160, 192, 320, 384, 640):
+        x = torch.empty(8, channels, 40, 40).to(memory_format=torch.channels_last)
+        _, (together, _, _), constexprs = batch_norm.tiling(x)
+        assert together == constexprs["FOLD"] * channels and together % constexprs["BLOCK"][0] == 0
+        assert constexprs["BLOCK"][0] == 64
+
+
+@pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_of_a_large_mean_and_a_small_variance(function, layout):
     # E[x^2] - E[x]^2 in fp32 would find a variance of 0.06 here, in place of 0.01

@@ -82,7 +82,7 @@ def test_boxes(launches, box):
         else:
             rotated_iou.box_iou_rotated(boxes, gt_boxes)
             rotated_iou.box_iou_rotated(boxes.requires_grad_(), boxes, aligned=True).sum().backward()
-    trace_all(launches, 12)
+    trace_all(launches, 10)
 
 
 def test_masks(launches):
@@ -116,4 +116,4 @@ def test_letterbox(launches):
         for squash in (False, True):
             options = dict(mean=(0, 0, 0), std=(1, 1, 1), pad=pad, squash=squash)
             letterbox.letterbox_normalize(frames, sizes, size, **options)
-    trace_all(launches, 6)
+    trace_all(launches, 2)

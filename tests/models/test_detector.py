@@ -105,3 +105,43 @@ def test_the_high_score_of_a_nan_image_is_no_detection(model, image, monkeypatch
     with torch.no_grad():
         broken.bbox_head.rtm_reg[0].weight.fill_(float("nan"))
     assert all(torch.isfinite(r.boxes).all() for r in [broken.predict(image, score_threshold=0.0, image_size=64)])
+
+
+def test_rgb_arrays_are_said_to_be_so(model, image):
+    from PIL import Image
+
+    expected = model.predict(image, score_threshold=0.0, image_size=64)
+    rgb = image[..., ::-1]
+    alpha = np.concatenate([rgb, rgb[..., :1]], 2)
+    for source in (rgb, alpha, rgb.astype(np.uint16) * 257, Image.fromarray(rgb)):
+        found = model.predict(source, color="rgb", score_threshold=0.0, image_size=64)
+        assert torch.equal(found.scores, expected.scores) and np.array_equal(found.image, image)
+    assert np.array_equal(model.predict(rgb, image_size=64).image, rgb)
+    grey = image[..., 0]
+    assert np.array_equal(model.predict(grey, color="rgb", image_size=64).image, np.stack([grey] * 3, 2))
+    with pytest.raises(UserError, match=r"^color 'RGB' is unknown; choose one of bgr, rgb$"):
+        model.predict(image, color="RGB")
+
+
+def test_rgb_files_stay_what_they_are(model, image, tmp_path):
+    cv2.imwrite(str(tmp_path / "x.png"), image)
+    assert np.array_equal(model.predict(tmp_path / "x.png", color="rgb", image_size=64).image, image)
+
+
+def test_predict_sees_every_write_to_the_weights(model, image):
+    """Those too that PyTorch's version counters do not see."""
+    weight = model.bbox_head.rtm_reg[0].bias
+    writes = (
+        lambda: weight.data.add_(0.5),
+        lambda: np.add(weight.detach().numpy(), 0.5, out=weight.detach().numpy()),
+        lambda: torch.nn.init.constant_(weight, 0.2),
+    )
+    seen = [model.predict(image, score_threshold=0.0, image_size=64).boxes]
+    before = weight.detach().clone()
+    try:
+        for write in writes:
+            write()
+            seen.append(model.predict(image, score_threshold=0.0, image_size=64).boxes)
+            assert seen[-1].shape != seen[-2].shape or not torch.allclose(seen[-1], seen[-2])
+    finally:
+        weight.data.copy_(before)

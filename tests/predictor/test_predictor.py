@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from busy import assert_alike, busy, images
 
 from rtmdet_fast import UserError
 from rtmdet_fast.cli import main
+from rtmdet_fast.inference.sources import Frame, iter_sources
 from rtmdet_fast.models.rtmdet.model import HEADS
 from rtmdet_fast.predictor.predictor import Predictor
 
@@ -217,3 +219,54 @@ def test_the_command_line_takes_engine_dtype_and_batch_size(files, tmp_path, cap
         assert main([*common, str(files["onnxruntime"]), *options]) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1
+
+
+def test_rgb_arrays_frames_and_columns(tmp_path):
+    bgr = images(1)[0]
+    rgb = np.ascontiguousarray(bgr[..., ::-1])
+    settings = dict(score_threshold=0.1, max_detections=30)
+    predictor = busy("det").predictor(**settings, color="rgb")
+    expected = busy("det").predictor(**settings).predict(bgr)
+    cv2.imwrite(str(tmp_path / "a.png"), bgr)
+    (of_file,) = predictor.stream(tmp_path / "a.png")
+    (of_source,) = predictor.stream(iter_sources(tmp_path / "a.png"))
+    (of_frame,) = predictor.stream([Frame("a.png", rgb, None, 0, is_video=False)])
+    for found in (predictor.predict(rgb), predictor.predict(bgr, color="bgr"), of_file, of_source, of_frame):
+        assert torch.equal(found.scores, expected.scores) and np.array_equal(found.image, bgr)
+    assert torch.equal(torch.from_numpy(predictor({"image": [rgb]})["scores"][0]), expected.scores)
+    again = pickle.loads(pickle.dumps(predictor))
+    assert torch.equal(again.predict(rgb).scores, expected.scores)
+    with pytest.raises(UserError, match="color 'grb' is unknown"):
+        busy("det").predictor(color="grb")
+
+
+def test_a_stream_of_some_classes():
+    predictor = busy("det").predictor(score_threshold=0.1, max_detections=30)
+    frames = [Frame(f"{i}.png", image, None, i, is_video=False) for i, image in enumerate(images(3))]
+    written = []
+    found = list(predictor.stream(frames, classes=["ç", "A"], write=lambda frame, results: written.append(results)))
+    expected = [results.only("a", "ç") for results in predictor.predict(images(3))]
+    assert [results.labels.tolist() for results in found] == [results.labels.tolist() for results in expected]
+    assert [results.labels.tolist() for results in written] == [results.labels.tolist() for results in expected]
+    with pytest.raises(UserError, match="class 'd' is none of the model's: there are a, b, ç"):
+        predictor.stream(frames, classes=["d"])
+
+
+def test_a_stream_that_is_tracked_sees_low_scores_too(files):
+    pytest.importorskip("trackers", reason="extra `track` is not installed")
+    frames = [Frame(f"a_{i:06d}.jpg", images(1)[0], None, i, is_video=True, fps=25.0) for i in range(3)]
+    for weights, low in ((busy("det"), 0.1), (files["onnxruntime"], 0.1)):
+        predictor = Predictor(weights, score_threshold=0.5, max_detections=40)
+        asked = []
+        predict = predictor.detector.predict
+        predictor.detector.predict = lambda batch, predict=predict, asked=asked, **options: (
+            asked.append(options["score_threshold"]) or predict(batch, **options)
+        )
+        first, *later = list(predictor.stream(frames, track=True))
+        assert set(asked) == {low}
+        assert (first.track_ids == -1).all() and (first.scores >= 0.5).all()
+        assert all((results.track_ids > 0).any() for results in later)
+        assert all(((results.scores >= 0.5) | (results.track_ids > 0)).all() for results in later)
+    engine = predictor.detector  # as if it had been exported for high scores alone
+    engine.test_settings = replace(engine.test_settings, score_threshold=0.3)
+    assert predictor._low_score(0.5) == 0.3

@@ -237,7 +237,7 @@ def test_predict_writes_task_1_files(model, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "images/more/P0001.png"), image)
     arguments[3] = tmp_path / "images" / "**" / "*.png"
     assert run(*arguments, "--format", "dota") == 2
-    assert "would both be 'P0001' in DOTA's files" in capsys.readouterr().err
+    assert "would both be 'P0001' in the files written" in capsys.readouterr().err
     RTMDet("nano", "rotated", class_names=["a/b", "c"]).save(weights)
     assert run(*arguments, "--format", "dota") == 2
     assert "'a/b'" in capsys.readouterr().err
