@@ -1,9 +1,9 @@
-"""The part of YAML that is read: as PyYAML reads it, or refused in a sentence."""
+"""What is read of a data.yaml, or refused in a sentence."""
 
 from contextlib import suppress
 
-import numpy as np
 import pytest
+import yaml
 
 from rtmdet_fast.data.formats.data_yaml import read_yaml
 from rtmdet_fast.errors import UserError
@@ -26,26 +26,27 @@ READ = (
     "train: it's # x\n",
     '"names": [yes, no, null, 1e3]\n',
     "# only a comment\n\nnames:\n\n  # here\n  - a\n\n  - b\n",
+    '{"names": 1}\n',
+    "other: &x [1]\nnames: *x\n",
+    "names:\n  - a\n   - b\n",
+    'names: "\\x41"\n',
+    "names: |\n  a\n",
+    "names: a\n  b\n",
 )
 REFUSED = (
-    '{"names": 1}\n',
-    "names: !!python/object/apply:os.system ['ls']\n",
-    "other: &x [1]\nnames: *x\n",
     "names: [a, b",
     "names: [[a], b]\n",
     "names: {0: {1: 2}}\n",
     "names:\n  0:\n    x: 1\n",
-    "names:\n  - a\n   - b\n",
     "names: 'a\n",
-    'names: "\\x41"\n',
     "names: [a]\nnames: [b]\n",
     "names: {0: a, 0: b}\n",
-    "names: |\n  a\n",
     "names: a: b\n",
-    "names: a\n  b\n",
     "- a\n",
     "names\n",
     "names: [a, ,b]\n",
+    "names: \x01\n",
+    "names: " + "[" * 5000,
 )
 
 
@@ -54,52 +55,28 @@ def given(path, text):
     return read_yaml(path, KEYS)
 
 
-def by_pyyaml(text):
-    yaml = pytest.importorskip("yaml")
-    content = yaml.load(text, yaml.BaseLoader)  # which makes texts, lists and dicts of them only
-    return {key: value or (None if value == "" else value) for key, value in content.items() if key in KEYS}
-
-
 @pytest.mark.parametrize("text", READ)
-def test_read_as_pyyaml_reads_it(tmp_path, text):
-    assert given(tmp_path / "data.yaml", text) == by_pyyaml(text) != {}
+def test_read(tmp_path, text):
+    """Scalars are text, whatever they look like: a class may be called no, or 007."""
+    content = yaml.load(text, yaml.BaseLoader)
+    expected = {key: None if value == "" else value for key, value in content.items() if key in KEYS}
+    assert given(tmp_path / "data.yaml", text) == expected != {}
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_refused(tmp_path, text):
-    with pytest.raises(UserError, match=r"data\.yaml, line \d: ") as told:
+    with pytest.raises(UserError, match=r"data\.yaml(, line \d)?: ") as told:
         given(tmp_path / "data.yaml", text)
     assert str(told.value).isprintable()
 
 
+def test_nothing_of_it_is_run(tmp_path):
+    assert given(tmp_path / "data.yaml", "names: !!python/object/apply:os.system ['ls']\n") == {"names": ["ls"]}
+
+
 def test_what_is_not_asked_for_may_be_anything(tmp_path):
-    text = "a: {b: [!!x &y 1,\n2]}\nb: |\n  x: [\n\n  y\nc: 'd\nnames: [e]\n"
+    text = "a: {b: [!!x &y 1,\n2]}\nb: |\n  x: [\n\n  y\nc: 'd'\nnames: [e]\n"
     assert given(tmp_path / "data.yaml", text) == {"names": ["e"]}
-
-
-def test_whatever_is_read_pyyaml_reads_alike(tmp_path):
-    """Texts of the pieces that matter, in any order: where both read them they read the same."""
-    yaml = pytest.importorskip("yaml")
-    pieces = ["names", "train", ":", ": ", "\n", "\n  ", "- ", "[", "]", "{", "}", ", ", ",", "a", "b c", "'", '"', "#"]
-    pieces += [" #", "0", "1: x", "\n- ", "|", "&x ", "''", "\\", "? ", "-", "\t", "é"]
-    rng = np.random.default_rng(0)
-    read = 0
-    for _ in range(6000):
-        text = "names: " * int(rng.random() < 0.5) + "".join(rng.choice(pieces, int(rng.integers(1, 12))))
-        try:
-            ours = given(tmp_path / "data.yaml", text)
-        except UserError as error:
-            assert str(error).isprintable()
-            continue
-        if not ours:  # what PyYAML may refuse for what nobody asked for
-            continue
-        try:
-            theirs = by_pyyaml(text)
-        except (yaml.YAMLError, AttributeError, TypeError):  # of a key that nobody asked for
-            continue
-        assert {key: value or (None if value == "" else value) for key, value in ours.items()} == theirs, text
-        read += 1
-    assert read > 200
 
 
 def test_long_lines_take_no_time(tmp_path):
