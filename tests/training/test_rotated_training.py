@@ -89,7 +89,8 @@ def run(*arguments) -> int:
 def test_the_published_recipe_is_the_default(dota, tmp_path):
     config = resolve(TrainConfig(task="rotated", data=dota, out=tmp_path))
     assert (config.epochs, config.batch_size, config.image_size, config.lr) == (36, 8, 1024, 2.5e-4)
-    assert config.stage2_epochs == 0 and config.train == dota / "train/labelTxt"
+    assert config.stage2_epochs == 0
+    assert [source.annotations for source in config.train_sources] == [dota / "train/labelTxt"]
     assert resolve(TrainConfig(task="rotated", data=dota, out=tmp_path, batch_size=32)).lr == pytest.approx(5e-4)
     detection = resolve(TrainConfig(train=tmp_path, train_images=tmp_path))
     assert (detection.epochs, detection.batch_size, detection.image_size, detection.stage2_epochs) == (300, 32, 640, 20)
