@@ -106,7 +106,8 @@ def test_train_eval_predict_from_the_command_line(dota, tmp_path):
     told = json.loads((tmp_path / "train.json").read_text())
     assert {"AP", "AP50", "AP75"} <= told["metrics"].keys()
     html = (out / "report.html").read_text()
-    assert "AP50" in html and html.count('src="data:image') == 8  # truth and prediction of four images
+    assert "AP50" in html and [html.count(f'alt="{what}: ') for what in ("truth", "prediction")] == [4, 4]
+    assert html.count('src="data:image') == 8 + 1  # that of training batches
     rows = read_metrics(out / "metrics.csv")
     assert [row["AP50"] != "" for row in rows if row["AP"]] == [True, True]
     model = RTMDet.from_pretrained(out / "best.pth")
