@@ -82,9 +82,9 @@ class Analysis:
 
     def worst_images(self, overlaps: Overlaps, most: int) -> list[int]:
         """The images with the most errors above the thresholds, of equals those with fewer objects; none without."""
-        wrong = (self.kept_errors.kinds >= 0).astype(np.int64)
-        errors = np.bincount(overlaps.det_images, wrong, overlaps.image_count)
-        errors += np.bincount(overlaps.gt_images, self.kept_errors.missed, overlaps.image_count)
+        wrong = overlaps.det_images[self.kept_errors.kinds >= 0]
+        missed = overlaps.gt_images[self.kept_errors.missed]
+        errors = np.bincount(np.concatenate([wrong, missed]), minlength=overlaps.image_count)
         objects = np.bincount(overlaps.gt_images, minlength=overlaps.image_count)
         order = np.lexsort((objects, -errors))
         return [int(i) for i in order[:most] if errors[i]]

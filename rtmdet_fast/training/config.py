@@ -258,7 +258,7 @@ def resolve(config: TrainConfig) -> Settings:
         raise UserError(f"--freeze {config.freeze!r} is unknown; choose backbone")
     if config.cache is not None:
         bytes_of(config.cache)
-    if config.patience is not None and val is None:
+    if config.patience is not None and not val:
         raise UserError("--patience needs validation images: --val and --val-images, or --data with a part for it")
     workers = config.num_workers
     if workers is None:

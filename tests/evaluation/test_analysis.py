@@ -78,6 +78,12 @@ def test_the_worst_images_come_first_and_are_told_of():
     assert analysis.told(o, 2) == "dog badly placed" and analysis.told(o, 0) == ""
 
 
+def test_all_is_missed_where_nothing_is_found():
+    o = overlaps([(0, 0, 0, 0, 10, 10), (2, 0, 0, 0, 10, 10), (2, 1, 50, 0, 10, 10)], [], images=3)
+    analysis = analysed(o)
+    assert analysis.worst_images(o, 9) == [2, 0] and analysis.told(o, 2) == "missed cat, missed dog"
+
+
 def test_an_analysis_can_be_written(tmp_path):
     rng = np.random.default_rng(3)
     dataset = made_dataset(tmp_path, rng)

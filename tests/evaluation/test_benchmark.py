@@ -206,7 +206,7 @@ def test_exported_files_and_several_weights_have_their_names(weights, monkeypatc
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--threads", "-1"], "--threads is -1; it must be at least 1"),
         (["--image-size", "100"], "image size 100 is not a positive multiple of 32"),
-        (["--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--data", "nowhere"], "--data nowhere is not there: give a folder or a data.yaml"),
     ],
 )
 def test_bad_options_are_named(weights, options, words, capsys):

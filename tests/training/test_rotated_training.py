@@ -89,7 +89,8 @@ def run(*arguments) -> int:
 def test_the_published_recipe_is_the_default(dota, tmp_path):
     config = resolve(TrainConfig(task="rotated", data=dota, out=tmp_path))
     assert (config.epochs, config.batch_size, config.image_size, config.lr) == (36, 8, 1024, 2.5e-4)
-    assert config.stage2_epochs == 0 and config.train_sources[0].annotations == dota / "train/labelTxt"
+    assert config.stage2_epochs == 0
+    assert [source.annotations for source in config.train_sources] == [dota / "train/labelTxt"]
     assert resolve(TrainConfig(task="rotated", data=dota, out=tmp_path, batch_size=32)).lr == pytest.approx(5e-4)
     detection = resolve(TrainConfig(train=tmp_path, train_images=tmp_path))
     assert (detection.epochs, detection.batch_size, detection.image_size, detection.stage2_epochs) == (300, 32, 640, 20)
@@ -105,7 +106,8 @@ def test_train_eval_predict_from_the_command_line(dota, tmp_path):
     told = json.loads((tmp_path / "train.json").read_text())
     assert {"AP", "AP50", "AP75"} <= told["metrics"].keys()
     html = (out / "report.html").read_text()
-    assert "AP50" in html and html.count('src="data:image') == 8  # truth and prediction of four images
+    assert "AP50" in html and [html.count(f'alt="{what}: ') for what in ("truth", "prediction")] == [4, 4]
+    assert html.count('src="data:image') == 8 + 1  # that of training batches
     rows = read_metrics(out / "metrics.csv")
     assert [row["AP50"] != "" for row in rows if row["AP"]] == [True, True]
     model = RTMDet.from_pretrained(out / "best.pth")

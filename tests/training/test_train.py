@@ -186,11 +186,11 @@ def test_a_model_learns_one_image_by_heart():
 
 
 def test_recipe_defaults():
-    at = resolve(TrainConfig(train="a", train_images="b", epochs=300, batch_size=256, device="cpu"))
+    at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=300, batch_size=256, device="cpu"))
     assert (at.lr, at.stage2_epochs, at.image_size, at.amp) == (4e-3, 20, 640, "none")
-    at = resolve(TrainConfig(train="a", train_images="b", epochs=30, size="x", batch_size=64, device="cpu"))
+    at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=30, size="x", batch_size=64, device="cpu"))
     assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 2
-    assert resolve(TrainConfig(train="a", train_images="b", size="nano", device="cpu")).image_size == 320
+    assert resolve(TrainConfig(train=Path("a"), train_images=Path("b"), size="nano", device="cpu")).image_size == 320
 
 
 def test_the_command_lines_own_options_are_no_settings_of_the_run():
@@ -200,7 +200,7 @@ def test_the_command_lines_own_options_are_no_settings_of_the_run():
     class Command(TrainConfig):
         json: Path | None = None
 
-    settings = resolve(Command(train="a", train_images="b", json=Path("x.json"), device="cpu"))
+    settings = resolve(Command(train=Path("a"), train_images=Path("b"), json=Path("x.json"), device="cpu"))
     assert settings.as_json().keys() == {field.name for field in fields(TrainConfig)}
 
 

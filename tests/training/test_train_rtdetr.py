@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -350,7 +351,7 @@ def test_the_published_recipe_is_the_default(tmp_path):
 
 def test_the_horizon_of_the_average_is_that_of_the_run():
     """As published where the run is long; in a short one its first half is no part of the last average."""
-    share = resolve(TrainConfig(train="a", train_images="b", model="rtdetr", device="cpu")).recipe.ema_share
+    share = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), model="rtdetr", device="cpu")).recipe.ema_share
     for step in (0, 100, 3000, 10**5):
         published = 0.9999 * (1 - math.exp(-(step + 1) / 2000))
         assert share(step, 200_000, None) == pytest.approx(1 - published, rel=1e-9)
