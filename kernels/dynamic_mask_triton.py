@@ -337,12 +337,14 @@ def _dfeatures_kernel(
     partial_ptr,
     images, width, pixels, feature_stride,
     tiles, groups,
-    BLOCK: tl.constexpr,
+    WIDTH_MULTIPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tile: BLOCK pixels of one image, over every groups-th of its instances -> [groups, B, 8, H, W].
 
     The instances of image b are order[start[b]] to order[start[b + 1] - 1].
     """
+    # so Triton knows, and a thread's four pixels share their y: 168 registers instead of 195 on sm_90
+    width = width // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     image = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     valid = p < pixels
@@ -504,7 +506,7 @@ def _gradients(dlogits: Tensor, instances: tuple[Tensor, ...], feature_stride: i
         dfeatures,
         *sizes,
         tiles, groups,
-        **TUNING["dfeatures"],
+        WIDTH_MULTIPLE=4 if W % 4 == 0 else 1, **TUNING["dfeatures"],
     )  # fmt: skip
     return dfeatures.sum(0).to(features.dtype), dkernels.sum(1).to(kernels.dtype)
 

@@ -281,7 +281,7 @@ def _pillow_pixel(frame, y_sides, x_sides, y, x, inside):
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "out_size", "pad"])
+@triton.jit(do_not_specialize=["capacity", "pad"])  # out_size decides how wide the stores are
 def _letterbox_kernel(
     frames_ptr, sizes_ptr, out_ptr, capacity, out_size, pad,
     MEAN: tl.constexpr, STD: tl.constexpr, SQUASH: tl.constexpr, RGB: tl.constexpr, CHANNELS_LAST: tl.constexpr,
