@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benches.confident import confident
 from rtmdet_fast import Results
 from rtmdet_fast.training.config import TrainResult
 
@@ -48,6 +49,8 @@ def test_every_cell_runs(tmp_path, monkeypatch):
             code, small = SMALL, small + 1
         if ".onnx" in code and importlib.util.find_spec("onnxscript") is None:
             continue  # extra `export`
+        if ".export(" in code:  # two epochs leave scores that rounding puts in another order: an export of these fails
+            names["model"] = confident("det", "nano", 64, names["model"].class_names)
         shown.append(run(code, names))
     assert small == 1
     result = names["result"]
