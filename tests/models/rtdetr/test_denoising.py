@@ -1,4 +1,4 @@
-"""Denoising queries against the published ones, to the bit where the draws are the same."""
+"""Denoising queries against the published ones, the same where the draws are, to the last digit of a logarithm."""
 
 import math
 
@@ -45,7 +45,8 @@ def test_the_published_queries(shared, version):
         if case["settings"]["box_noise_scale"] == 0:  # the published ones are not made logits
             boxes = inverse_sigmoid(boxes)
         assert torch.equal(found.labels, case["labels"].long())
-        assert torch.equal(found.boxes_unact, boxes)
+        # the last digit of MKL's logarithm is not the same on every processor (it is with MKL_CBWR=COMPATIBLE)
+        torch.testing.assert_close(found.boxes_unact, boxes, rtol=2**-23, atol=0)
         assert torch.equal(found.attn_mask, case["attn_mask"])
         assert found.positives.shape[1] == case["num_group"]
         for positives, expected in zip(found.positives, case["positive_idx"], strict=True):

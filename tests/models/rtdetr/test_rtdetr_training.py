@@ -117,13 +117,17 @@ def test_losses_of_the_first_step(run):
 
 
 def test_gradients_of_the_first_step(run):
+    """Where a sampling point lies at the centre of a pixel, rounding, and so the processor, decides which of two
+    slopes of the bilinear weights it has: gradients of offsets are checked closely in double precision alone."""
     vanishing = set(run.fixture["info"]["vanishing"])  # zero but for rounding
     norms = run.fixture["grad_norms_float64"]
     assert norms.keys() == run.gradients.keys()
     for name in norms.keys() - vanishing:
-        assert run.gradients[name].norm().item() == pytest.approx(norms[name], rel=1e-3), name
+        tolerance = 0.02 if "sampling_offsets" in name else 1e-3
+        assert run.gradients[name].norm().item() == pytest.approx(norms[name], rel=tolerance), name
     for name, expected in run.fixture["grads"].items():
-        assert (run.gradients[name] - expected).norm() < 5e-3 * expected.norm(), name
+        tolerance = 0.1 if "sampling_offsets" in name else 5e-3
+        assert (run.gradients[name] - expected).norm() < tolerance * expected.norm(), name
     assert not run.gradients["decoder.denoising_class_embed.weight"][80].any()  # padding
 
 
@@ -133,8 +137,14 @@ def test_batch_statistics_of_the_first_step(run):
 
 
 def test_three_steps(run):
-    """Whose first ones are signs of gradients, also of tiny ones: some are off, and most steps are the same."""
-    assert run.totals == pytest.approx([step["total"] for step in run.fixture["steps"]], rel=1e-3)
+    """Whose first ones are signs of gradients, also of tiny ones: some are off, and most steps are the same.
+
+    Which are off depends on the processor's rounding, and the loss (which falls by 5 % a step) follows from the second
+    step on; in double precision all is compared closely.
+    """
+    totals = [step["total"] for step in run.fixture["steps"]]
+    assert run.totals[0] == pytest.approx(totals[0], rel=1e-5)
+    assert run.totals == pytest.approx(totals, rel=5e-3)
     assert run.norms == pytest.approx([step["grad_norm"] for step in run.fixture["steps"]], rel=0.02)
     for ours, published in ((run.after, "params_after"), (run.average, "ema_after")):
         off = []
@@ -150,8 +160,11 @@ def test_three_steps(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_three_steps_in_double_precision(shared, version):
-    """In which no sign is off."""
+    """In which no sign is off, and no sampling point on the other side of a pixel's centre."""
     run = three_steps(shared, version, torch.float64)
+    norms = run.fixture["grad_norms_float64"]
+    for name in norms.keys() - set(run.fixture["info"]["vanishing"]):
+        assert run.gradients[name].norm().item() == pytest.approx(norms[name], rel=1e-5), name
     assert run.totals == pytest.approx([step["total_float64"] for step in run.fixture["steps"]], rel=1e-6)
 
 
