@@ -2,17 +2,66 @@
 
 import numpy as np
 import torch
+from torch import nn
 
-from benches.confident import confident
+from rtmdet_fast import RTDETR, RTMDet
 from rtmdet_fast.models.detector import Detector
 
 
 def busy(task: str) -> Detector:
-    """A small model that finds much, as `confident` makes it: of RTMDet by its task, or with "rtdetr" of RT-DETR."""
-    names = ["a", "b", "ç"]
+    """A model of random weights that finds much of every class, of every angle, no two scores alike.
+
+    Of RTMDet by its task, or with "rtdetr" of RT-DETR.
+    """
+    torch.manual_seed(0)
     if task == "rtdetr":
-        return confident(task, "r18", 96, names, num_queries=40, num_decoder_layers=2)
-    return confident(task, "nano", 96, names)
+        return busy_rtdetr()
+    model = RTMDet("nano", task, class_names=["a", "b", "ç"])
+    head = model.bbox_head
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.02, 0.1)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+    noise = torch.randn(4, 3, 96, 96)
+    predicted = {"logits": (head.rtm_cls, 2, -2), "distances": (head.rtm_reg, 0.3, 1.2)}
+    predicted |= {"angles": (head.rtm_ang, 1, 0)} if task == "rotated" else {}
+    predicted |= {"kernels": (head.rtm_kernel, 1, 0)} if task == "ins" else {}
+    with torch.no_grad():
+        for layers, _, _ in predicted.values():
+            for layer in layers:
+                nn.init.normal_(layer.weight)
+        output = model.eval()(noise)
+        for name, (layers, spread, mean) in predicted.items():
+            for level, layer in enumerate(layers):
+                values = getattr(output, name)[level]
+                layer.weight.mul_(spread * (8 * 2**level if name == "distances" else 1) / values.std())
+                nn.init.constant_(layer.bias, mean)
+    model.image_size = 96
+    return model
+
+
+def busy_rtdetr() -> RTDETR:
+    model = RTDETR("r18", class_names=["a", "b", "ç"], num_queries=40, num_decoder_layers=2).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.02, 0.1)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+    decoder = model.decoder
+    with torch.no_grad():
+        for head, spread, mean in ((decoder.dec_score_head[-1], 2, -1), (decoder.dec_bbox_head[-1].layers[-1], 0.7, 0)):
+            nn.init.normal_(head.weight)
+            nn.init.zeros_(head.bias)
+            seen = []
+            hook = head.register_forward_hook(lambda _, __, values, seen=seen: seen.append(values))
+            model(torch.rand(4, 3, 96, 96))
+            hook.remove()
+            # as far apart as that, though all queries are much alike
+            away = seen[0] - seen[0].mean((0, 1))
+            factor = spread / away.std()
+            head.weight.mul_(factor)
+            head.bias.copy_(mean - factor * seen[0].mean((0, 1)))
+    model.image_size = 96
+    return model
 
 
 def images(count: int) -> list[np.ndarray]:
