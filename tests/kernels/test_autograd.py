@@ -8,12 +8,12 @@ import weakref
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from lowering import record_launches
+from lowering import needs_lowering, record_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtmdet_fast.kernels import _dispatch, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask, dynamic_mask_triton
 
-pytestmark = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton; nothing is launched")
+pytestmark = needs_lowering
 
 
 @pytest.fixture(autouse=True)
