@@ -122,20 +122,7 @@ def test_thresholds_of_other_classes_are_not_taken_over(weights, tmp_path):
 
 
 def test_runs_side_by_side(shapes, tmp_path, capsys):
-    common = (
-        "--size",
-        "nano",
-        "--epochs",
-        2,
-        "--batch-size",
-        4,
-        "--image-size",
-        64,
-        "--num-workers",
-        0,
-        "--device",
-        "cpu",
-    )
+    common = "--size nano --epochs 2 --batch-size 4 --image-size 64 --num-workers 0 --device cpu".split()
     for name, lr in (("a", 1e-3), ("b", 2e-3)):
         assert run("train", "--data", shapes.root, *common, "--lr", lr, "--out", tmp_path / name, "--no-progress") == 0
     text = (tmp_path / "a/report.html").read_text(encoding="utf-8")
