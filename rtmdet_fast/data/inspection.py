@@ -1,7 +1,6 @@
 """What a data set holds, before anything is trained on it: images and objects in figures, and what is wrong with them.
 
-Every image is decoded once, in threads. Of its pixels a digest of 16 bytes is kept, so that a million images take some
-hundred megabytes.
+Every image is decoded in threads, and of its pixels a digest of 16 bytes is kept, whatever their number.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.rotated import boxes_to_quads
-from rtmdet_fast.images import check_image, read_image
+from rtmdet_fast.images import check_image, decode_image
 
 THREADS = 8  # at most: decoding and hashing leave Python's lock
 DIGEST = 16  # bytes
@@ -231,8 +230,9 @@ def scan_images(datasets: Sequence[CocoDataset], *, progress: bool = False) -> l
             scan, path = scans[d], datasets[d].image_dir / datasets[d].files[i]
             try:
                 whole = check_image(path)
-                image = read_image(path, datasets[d].annotated_size(i))
-                scan.files[i] = _digest(path.read_bytes())
+                content = path.read_bytes()
+                image = decode_image(content, path, datasets[d].annotated_size(i))
+                scan.files[i] = _digest(content)
             except (UserError, OSError) as error:
                 scan.faults[i] = str(error)
             else:
@@ -455,12 +455,10 @@ def _unknown_classes(inspection: Inspection) -> list[Finding]:
     names = [split.name for split in inspection.splits]
     if "train" not in names:
         return []
-    found = []
+    found, per_class = [], inspection.per_class()
     for other in names:
         unknown = {
-            name: counts[other][0]
-            for name, counts in inspection.per_class().items()
-            if counts[other][0] and not counts["train"][0]
+            name: counts[other][0] for name, counts in per_class.items() if counts[other][0] and not counts["train"][0]
         }
         if unknown:
             text = f"{counted(len(unknown), 'class')} of {other} without an object in train"

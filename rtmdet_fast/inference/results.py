@@ -164,8 +164,7 @@ class Results:
             image_id: of each entry.
             category_ids: the data set's category id of each class index; the index itself where it is not given.
         """
-        corners = self.corners()
-        low, high = corners.min(1), corners.max(1)
+        low, high = np.split(self.xyxy(), 2, 1)
         boxes = np.concatenate([low, high - low], 1).tolist()
         entries: list[dict[str, Any]] = [
             {
@@ -180,7 +179,7 @@ class Results:
             for entry, rle in zip(entries, self.rles(), strict=True):
                 entry["segmentation"] = rle
         if self.boxes.shape[1] == 5:
-            for entry, rbox, quad in zip(entries, self.boxes.tolist(), corners, strict=True):
+            for entry, rbox, quad in zip(entries, self.boxes.tolist(), self.corners(), strict=True):
                 entry |= {"rbox": rbox, "segmentation": [quad.ravel().tolist()], "area": rbox[2] * rbox[3]}
         if self.track_ids is not None:
             for entry, track_id in zip(entries, self.track_ids.tolist(), strict=True):

@@ -104,7 +104,8 @@ class Detector(nn.Module):
     @property
     def least_score(self) -> float:
         """Of a detection of `predict`, of whatever class, where no score threshold is given."""
-        return SCORE_THRESHOLD if self.score_thresholds is None else min(self.score_thresholds)
+        own = SCORE_THRESHOLD if self.score_thresholds is None else min(self.score_thresholds)
+        return max(own, self.test_settings.score_threshold)
 
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -346,7 +347,7 @@ class Detector(nn.Module):
         thresholds = None
         if score_threshold is None:
             thresholds = self.score_thresholds
-            score_threshold = max(self.least_score, published.score_threshold)
+            score_threshold = self.least_score
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold is {score_threshold}; it must lie in [0, 1]")
         settings = replace(

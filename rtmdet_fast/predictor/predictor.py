@@ -131,7 +131,7 @@ class Predictor:
         names = ("batch_size", "image_size", "score_threshold", "iou_threshold", "max_detections")
         options = {name: self._settings[name] for name in names}
         if options["score_threshold"] is None:
-            options["score_threshold"] = max(model.least_score, model.test_settings.score_threshold)
+            options["score_threshold"] = model.least_score
         export(model, path, **options)
         return self._opened(path)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtmdet_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from rtmdet_fast.data.coco import CocoDataset
     from rtmdet_fast.data.source import Source
     from rtmdet_fast.training.recipe import Recipe
 
@@ -157,6 +158,14 @@ class Settings(TrainConfig):
         from rtmdet_fast.training.recipe import RECIPES
 
         return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
+
+    def open_training_data(self) -> CocoDataset:
+        """The training images with their annotations."""
+        from rtmdet_fast.tasks import TASKS
+
+        return TASKS[self.task].open_dataset(
+            self.train_sources, skip_bad=self.skip_bad, training=True, keep_empty=self.recipe.empty_images
+        )
 
     def as_json(self) -> dict[str, Any]:
         """What config.json and the state in last.pth hold; of the data where it lies, however it was named."""

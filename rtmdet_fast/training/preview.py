@@ -18,7 +18,6 @@ from rtmdet_fast.data.plan import PlanSampler, SamplePlan, repeat_factors
 from rtmdet_fast.geometry.masks import Region
 from rtmdet_fast.images import write_image
 from rtmdet_fast.inference.drawing import draw_detections
-from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.config import Settings, TrainConfig, resolve
 from rtmdet_fast.training.schedule import random_side
 
@@ -46,15 +45,8 @@ def write_previews(config: TrainConfig) -> list[Preview]:
     not the very batches it will begin with. Raises UserError for bad input.
     """
     settings = resolve(config)
-    recipe = settings.recipe
-    dataset = TASKS[settings.task].open_dataset(
-        settings.train_sources,
-        skip_bad=settings.skip_bad,
-        training=True,
-        keep_empty=recipe.empty_images,
-    )
     made = []
-    for drawn in draw_batches(settings, dataset, BATCHES):
+    for drawn in draw_batches(settings, settings.open_training_data(), BATCHES):
         path = settings.out / "preview" / f"stage{drawn.stage}_{drawn.number}.jpg"
         write_image(path, drawn.picture)
         made.append(Preview(path, drawn.stage, drawn.images, drawn.objects, drawn.side))

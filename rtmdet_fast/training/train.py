@@ -82,12 +82,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = task.open_dataset(
-        settings.train_sources,
-        skip_bad=settings.skip_bad,
-        training=True,
-        keep_empty=recipe.empty_images,
-    )
+    dataset = settings.open_training_data()
     val_dataset = None
     if settings.val_sources:
         val_dataset = task.open_dataset(
