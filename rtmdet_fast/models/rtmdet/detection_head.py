@@ -64,6 +64,21 @@ def flatten_levels(levels: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
 
 
+def positives(gt: Tensor, room: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and prior [K] of the priors whose `gt` [B, N] is not negative, in their order, and whether they are [K].
+
+    Where there are fewer of them than `room`, other priors follow, each once; where there are more, the last are left
+    out. Without room K is their number, for which the host waits.
+    """
+    positive = (gt >= 0).flatten()
+    rank, index = positive.cumsum(0), torch.arange(positive.numel(), device=gt.device)
+    count = rank[-1]
+    place = torch.where(positive, rank - 1, count + index - rank)
+    index = torch.empty_like(index).scatter_(0, place, index)[: int(count) if room is None else room]
+    found = torch.arange(len(index), device=gt.device) < count
+    return index // gt.shape[1], index % gt.shape[1], found
+
+
 def distances_to_boxes(priors: Tensor, distances: Tensor) -> Tensor:
     """Distances [B, N, 4] to left, top, right, bottom of the prior points → xyxy pixels [B, N, 4]."""
     points = priors[:, :2]
@@ -100,6 +115,8 @@ class DetectionHead(nn.Module):
     has_masks: ClassVar = False
     in_windows: ClassVar = False
     """Whether `predict` cuts images larger than those of training into windows."""
+    most_matches: ClassVar = 13
+    """Priors that the assignment gives a ground truth, at most."""
     image_size: ClassVar[int | None] = None
     """Side of the network input in pixels that the task calls for; None where the model's size does."""
 
