@@ -126,6 +126,9 @@ class TrainConfig:
     """Start anew in an `out` that holds a run already."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    graph: str = "auto"
+    """Run each step as one CUDA graph: auto, which is for rtmdet on one GPU, without --accumulate and --compile, or
+    off."""
     report: bool = True
     """Write report.html at the end."""
     progress: bool = True
@@ -243,6 +246,8 @@ def resolve(config: TrainConfig) -> Settings:
     train, val = _sources(config)
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
+    if config.graph not in ("auto", "off"):
+        raise UserError(f"--graph {config.graph!r} is unknown; choose auto or off")
     device = pick_device(config.device)
     amp = config.amp
     if amp == "auto":

@@ -32,7 +32,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
 
 # What may differ between a run and its continuation; validation only where it does not decide on the end.
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
-RESUMABLE |= {"cache", "loggers"}
+RESUMABLE |= {"cache", "loggers", "graph"}
 
 
 def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
