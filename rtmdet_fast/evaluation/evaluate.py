@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.dota import DotaDataset
+from rtmdet_fast.data.workers import init_worker
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections
 from rtmdet_fast.evaluation.dota import dota_figures
@@ -87,7 +88,11 @@ def evaluate(
     if isinstance(dataset, DotaDataset):
         return _evaluate_rotated(model, dataset, category_ids, size, batch_size, num_workers, progress)
     loader: DataLoader = DataLoader(
-        _Canvases(dataset, model.to_canvas, size), batch_size, num_workers=num_workers, collate_fn=list
+        _Canvases(dataset, model.to_canvas, size),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=init_worker,
     )
     detections: list[dict[str, Any]] = []
     image_ids = []
@@ -129,7 +134,9 @@ def _evaluate_rotated(
     num_workers: int,
     progress: bool,
 ) -> Evaluation:
-    loader: DataLoader = DataLoader(_Images(dataset), batch_size, num_workers=num_workers, collate_fn=list)
+    loader: DataLoader = DataLoader(
+        _Images(dataset), batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=init_worker
+    )
     label_of = np.array([dataset.category_ids.index(category) for category in category_ids])
     truth, found, entries, image_ids = [], [], [], []
     with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:

@@ -35,8 +35,13 @@ def gather(value: Any, world_size: int) -> list[Any]:
 
 def any_process(value: bool, device: torch.device) -> bool:
     """Whether it is true of one of the processes, all of which ask at the same time."""
+    return bool(greatest(value, device))
+
+
+def greatest(value: int, device: torch.device) -> int:
+    """Of the values of all processes, all of which ask at the same time."""
     if process_count() == 1:
         return value
-    flag = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    values = torch.tensor(int(value), device=device)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return int(values)

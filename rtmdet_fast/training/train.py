@@ -18,11 +18,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rtmdet_fast.data.augment import Batch, collate, init_worker
+from rtmdet_fast.data.augment import Batch, collate
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
+from rtmdet_fast.data.workers import init_worker
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
@@ -42,9 +43,11 @@ from rtmdet_fast.training.callbacks import (
     random_states,
     set_random_states,
 )
+from rtmdet_fast.training.checkpoints import Checkpoints, Wish
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
+from rtmdet_fast.training.distributed import any_process, gather, greatest, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
+from rtmdet_fast.training.interruption import Interruption
 from rtmdet_fast.training.loggers import LOGGERS, check_loggers
 from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
@@ -59,11 +62,21 @@ SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input.
 
+    SIGTERM and Ctrl-C end it after the step, with a checkpoint to `resume` from, by Terminated (a SystemExit of code
+    143) and KeyboardInterrupt.
+
     Args:
         config: the settings, in which `model`, `size` and `task` are those of the model given.
         model: to start from in place of `init`; it stays as it is. Layers of other classes start fresh.
         callbacks: told of the run while it goes.
     """
+    with Interruption() as interruption:
+        return _train(config, model, callbacks, interruption)
+
+
+def _train(
+    config: TrainConfig, model: Detector | None, callbacks: Sequence[Callback], interruption: Interruption
+) -> TrainResult:
     started = clock()
     settings = resolve(config)
     check_loggers(settings.loggers)
@@ -163,7 +176,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             first_step = state["step"]
-            if first_step >= steps_per_epoch:
+            if first_step > steps_per_epoch:
                 raise ValueError(f"step {first_step} of {steps_per_epoch}")
             sampler.load_state_dict(state["samplers"][rank], skip=first_step * settings.accumulate)
             random_numbers = state["random_states"][rank]
@@ -177,7 +190,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
     elif settings.overwrite and rank == 0:
         remove_run(out)
-    log = RunLog(out, iteration) if rank == 0 else None
+    validated = first_step == 0 or epoch >= horizon.epochs
+    log = RunLog(out, iteration, validated) if rank == 0 else None
+    checkpoints = Checkpoints(last, settings.save_every, settings.keep, iteration)
     if log is not None:
         write_json(out / "config.json", settings.as_json())
     meter = Meter()
@@ -192,7 +207,34 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     training_seconds = 0.0
     stopped = False
 
+    def write_checkpoint(
+        epoch: int, step: int, horizon: Horizon, samplers: Sequence[Any], randoms: Sequence[Any]
+    ) -> None:
+        checkpoints.write(
+            ema.model,
+            {
+                "config": settings.as_json(),
+                "model": model.state_dict(),
+                "ema": ema.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "samplers": list(samplers),
+                "random_states": list(randoms),
+                "epoch": epoch,
+                "step": step,
+                "iteration": iteration,
+                "horizon": list(astuple(horizon)),
+                "seconds": [clock() - started + seconds_before, validation_seconds],
+                "best_epoch": best_epoch,
+                "best_metrics": best_metrics,
+                "score_thresholds": ema.model.score_thresholds,
+                "epoch_loss": epoch_loss.item() if step else 0.0,
+                "meter": meter.state_dict(),
+            },
+        )
+
     while epoch < horizon.epochs and not stopped:
+        interruption.hold()
         total = horizon.epochs * steps_per_epoch
         warmup = settings.warmup_iterations
         if warmup is None:
@@ -207,6 +249,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         batches = timed(iter(loader), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
+        if first_step == steps_per_epoch:  # its validation alone is left
+            next(batches, None)  # makes the plans, upon which those of the next epoch hang
         number = epoch + 1
         name = f"epoch {number}/{horizon.epochs}"
         progress = partial(
@@ -214,6 +258,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         )
         epoch_begun = clock()
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
+        done, wish = first_step, Wish.GO_ON
+        lr = settings.lr * recipe.lr_factor(max(iteration - 1, 0), total, warmup)
+        detached: dict[str, torch.Tensor] = {}
         for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
             for group in optimizer.param_groups:
@@ -243,7 +290,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model)
-            iteration += 1
+            iteration, done = iteration + 1, step + 1
             meter.step()
             bar.update()
             metrics: dict[str, float] = {}
@@ -257,31 +304,58 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 )
             detached = {key: value.detach() for key, value in losses.items()}
             listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+            wish = Wish.GO_ON
             # Several processes ask each other now and then: to do so is to wait for the device.
             if world_size == 1 or iteration % LOG_EVERY == 0:
-                out_of_time = clock() > deadline - validation_seconds
-                stopped = any_process(listeners.stopped or (rank == 0 and out_of_time), device)
-            if stopped:
+                if interruption.arrived is not None:
+                    wish = Wish.END
+                elif listeners.stopped:
+                    wish = Wish.STOP
+                elif rank == 0 and clock() > deadline - validation_seconds:
+                    wish = Wish.TIME_IS_UP
+                elif rank == 0 and checkpoints.due:
+                    wish = Wish.CHECKPOINT
+                wish = Wish(greatest(wish, device))
+            if wish > Wish.CHECKPOINT:
                 break
+            if wish == Wish.CHECKPOINT and done < steps_per_epoch:
+                stop_on_nan(previous, out, iteration)
+                states = gather((sampler_state, random_states()), world_size)
+                if log is not None:
+                    write_checkpoint(epoch, done, horizon, *zip(*states, strict=True))
         bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
-        epoch_seconds = (clock() - epoch_begun) / (step + 1 - first_step) * steps_per_epoch
+        epoch_seconds = (clock() - epoch_begun) / max(done - first_step, 1) * steps_per_epoch
+        if done == first_step:
+            epoch_seconds = (clock() - started + seconds_before) / number
         training_seconds += clock() - epoch_begun
-        step = (step + 1) % steps_per_epoch  # 0: the epoch is over
+        stopped = wish > Wish.CHECKPOINT
+        before = epoch, done, horizon
+        step = done % steps_per_epoch  # 0: the epoch is over
         if step == 0:
-            epoch, sampler_state = epoch + 1, sampler.state_dict()
+            epoch += 1
 
-        samplers, random_numbers = zip(*gather((sampler_state, random_states()), world_size), strict=True)
+        states = gather((sampler_state, sampler.state_dict(), random_states()), world_size)
+        samplers_before, samplers, random_numbers = zip(*states, strict=True)
+        if step:
+            samplers = samplers_before
+        if wish == Wish.END:
+            if log is not None:
+                write_checkpoint(*before, samplers_before, random_numbers)
+            gather(None, world_size)  # nobody leaves before it is written
+            interruption.end()
         if log is not None:  # the first process alone validates, decides and writes
             metrics = {"loss": epoch_loss.item()}
-            if stopped and not listeners.stopped and epoch < horizon.epochs:
+            if wish == Wish.TIME_IS_UP and epoch < horizon.epochs:
                 horizon = Horizon(epoch, 0, "time")
             elif step == 0 and settings.time is not None:
                 expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
                 horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
             ended = step == 0 or horizon.epochs == epoch
             if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
+                write_checkpoint(*before, samplers_before, random_numbers)
+                interruption.release()
                 validation_begun = clock()
                 with random_numbers_kept():  # how often it is validated changes nothing
                     evaluation = evaluate(
@@ -311,28 +385,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
                 tqdm.write(f"{name}: {figures}")
-            ema.model.save(
-                last,
-                training={
-                    "config": settings.as_json(),
-                    "model": model.state_dict(),
-                    "ema": ema.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "samplers": list(samplers),
-                    "random_states": list(random_numbers),
-                    "epoch": epoch,
-                    "step": step,
-                    "iteration": iteration,
-                    "horizon": list(astuple(horizon)),
-                    "seconds": [clock() - started + seconds_before, validation_seconds],
-                    "best_epoch": best_epoch,
-                    "best_metrics": best_metrics,
-                    "score_thresholds": ema.model.score_thresholds,
-                    "epoch_loss": epoch_loss.item() if step else 0.0,
-                    "meter": meter.state_dict(),
-                },
-            )
+            write_checkpoint(epoch, step, horizon, samplers, random_numbers)
             if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
             if check is not None:
@@ -341,6 +394,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
         stopped = any_process(listeners.stopped, device)
         horizon = gather(horizon, world_size)[0]
+        interruption.release()
         first_step = 0
         epoch_loss.zero_()
 
