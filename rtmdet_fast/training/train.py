@@ -385,9 +385,9 @@ def _train(
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
                 tqdm.write(f"{name}: {figures}")
-            write_checkpoint(epoch, step, horizon, samplers, random_numbers)
             if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
+            write_checkpoint(epoch, step, horizon, samplers, random_numbers)  # last: what it tells of is there
             if check is not None:
                 check.report()
             if ended:
