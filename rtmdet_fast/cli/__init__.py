@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rtmdet_fast.cli.export import ExportConfig, run_export
 from rtmdet_fast.cli.info import InfoConfig, run_info
 from rtmdet_fast.cli.output import Outcome, one_line
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
+from rtmdet_fast.cli.processes import tell_of_failure, wait_for_the_end, was_left
 from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
@@ -41,8 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rtmdet_fast.training.config import TrainConfig
 
+    alone_or_auto = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[auto]",
+        instance_from_str=lambda given: " ".join(given) or True,
+        is_instance=lambda value: isinstance(value, (bool, str)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
     @dataclass(frozen=True, kw_only=True)
     class TrainCommand(TrainConfig):
+        resume: Annotated[Any, alone_or_auto] = False
         preview: bool = False
         """Draw augmented batches, what the network would see, into the folder preview in `out`, and end without
         training."""
@@ -91,24 +102,32 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.publish(config.json)
     except UserError as error:
         # a loader process wraps the sentence in its traceback
-        print(f"error: {one_line(str(error).rpartition('rtmdet_fast.errors.UserError: ')[2])}", file=sys.stderr)
-        return 2
+        return _failed(one_line(str(error).rpartition("rtmdet_fast.errors.UserError: ")[2]))
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        print(f"error: {error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
+        return _failed(f"{error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "))
     except KeyboardInterrupt:
         begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
         print("interrupted" + ("; the training goes on with --resume" if begun else ""), file=sys.stderr)
         return 130
     except Exception as error:
+        if was_left(error):
+            wait_for_the_end()
+            return 1
         if not _is_out_of_memory(error):
+            tell_of_failure(traceback.format_exc())
             raise
         settings = [name for name in ("batch_size", "image_size", "num_workers", "workers") if hasattr(config, name)]
         options = " or ".join(f"--{name.replace('_', '-')}" for name in settings)
         hint = f"; a smaller {options} needs less" if options else ""
-        print(f"error: out of memory ({one_line(str(error)) or type(error).__name__}){hint}", file=sys.stderr)
-        return 2
+        return _failed(f"out of memory ({one_line(str(error)) or type(error).__name__}){hint}")
     return 0
+
+
+def _failed(reason: str) -> int:
+    """Tells why a command ends, and returns its exit code."""
+    tell_of_failure(reason)
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
+from rtmdet_fast.distributed import any_process, gather, join_processes, once_per_node, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
@@ -43,13 +44,12 @@ from rtmdet_fast.training.callbacks import (
     set_random_states,
 )
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import any_process, gather, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
 from rtmdet_fast.training.loggers import LOGGERS, check_loggers
 from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
-from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
+from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
 
 LOG_EVERY = 10
 SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
@@ -69,11 +69,11 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     check_loggers(settings.loggers)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
-        settings = replace(settings, progress=False, report=False)
+        settings = replace(settings, progress=False)
     task, recipe = TASKS[settings.task], settings.recipe
     device, out = torch.device(settings.device), settings.out
     last, best = out / "last.pth", out / "best.pth"
-    if not (settings.resume or settings.overwrite):
+    if rank == 0 and not (settings.resume or settings.overwrite):
         if last.exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
         if best.exists():
@@ -82,15 +82,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = settings.open_training_data()
-    val_dataset = None
-    if settings.val_sources:
-        val_dataset = task.open_dataset(
-            settings.val_sources,
-            skip_bad=settings.skip_bad,
-            class_names=dataset.class_names,  # labels are to index one list
-            match_by_position=True,
-        )
+    dataset, val_dataset = once_per_node(settings.open_data)
     if config.batch_size == "auto":
         batch_size = find_batch_size(settings, dataset)
         lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * world_size)
@@ -110,6 +102,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         rank=rank,
         world_size=world_size,
         repeats=repeats,
+        as_one=settings.as_one,
     )
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
@@ -152,12 +145,22 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
     iteration = epoch = first_step = 0
+    shift = 0  # of the count of steps against the schedule: what other numbers of processes took more, or fewer, before
     best_epoch, best_metrics = None, {}
     seconds_before = validation_seconds = 0.0  # of the last validation
     epoch_loss = torch.zeros((), device=device)
     if settings.resume:
         state = read_training_state(last, settings)
         with damage_told(last):
+            if (processes := len(state["samplers"])) != world_size:
+                state = shared_anew(state, settings, steps_per_epoch)
+                if rank == 0:
+                    warnings.warn(
+                        f"the run in {out} had {processes} processes and goes on with {world_size}, at "
+                        f"{settings.batch_size * settings.accumulate * world_size} images a step and a rate of "
+                        f"{settings.lr:.3g}: to the bit it would with {processes} alone",
+                        stacklevel=2,
+                    )
             model.load_state_dict(state["model"])
             ema.model.load_state_dict(state["ema"])
             load_optimizer_state(optimizer, state["optimizer"])
@@ -165,16 +168,18 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             first_step = state["step"]
             if first_step >= steps_per_epoch:
                 raise ValueError(f"step {first_step} of {steps_per_epoch}")
-            sampler.load_state_dict(state["samplers"][rank], skip=first_step * settings.accumulate)
-            random_numbers = state["random_states"][rank]
+            sampler.load_state_dicts(state["samplers"], skip=first_step * settings.accumulate)
+            random_numbers = state["random_states"][rank % len(state["random_states"])]
             set_random_states(random_numbers)
-            epoch_loss += state.get("epoch_loss", 0.0)
+            epoch_loss += state["epoch_losses"][rank % len(state["epoch_losses"])]
             seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
             horizon = Horizon(*state["horizon"])
             thresholds = state.get("score_thresholds")
             ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
-        ema.step = iteration = state["iteration"]
-        epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+        iteration, epoch = state["iteration"], state["epoch"]
+        best_epoch, best_metrics = state["best_epoch"], state["best_metrics"]
+        ema.step = epoch * steps_per_epoch + first_step
+        shift = iteration - ema.step
     elif settings.overwrite and rank == 0:
         remove_run(out)
     log = RunLog(out, iteration) if rank == 0 else None
@@ -183,7 +188,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     meter = Meter()
     if settings.resume:
         with damage_told(last):
-            meter.load_state_dict(state.get("meter", {}))
+            meter.load_state_dict(state["meters"][rank % len(state["meters"])])
     previous: tuple[Callable[[], float], Batch] | None = None
     listeners = Callbacks([*(LOGGERS[name][0]() for name in settings.loggers), *callbacks] if rank == 0 else ())
     listeners.tell("on_start", settings, iteration)
@@ -209,13 +214,14 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             set_random_states(random_numbers)
         number = epoch + 1
         name = f"epoch {number}/{horizon.epochs}"
+        end = total + shift
         progress = partial(
-            Progress, epoch=number, epochs=horizon.epochs, iterations=total, model=ema.model, stop=listeners.stop
+            Progress, epoch=number, epochs=horizon.epochs, iterations=end, model=ema.model, stop=listeners.stop
         )
         epoch_begun = clock()
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
         for step in range(first_step, steps_per_epoch):
-            lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
+            lr = settings.lr * recipe.lr_factor(iteration - shift, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
@@ -247,13 +253,13 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             meter.step()
             bar.update()
             metrics: dict[str, float] = {}
-            if iteration % LOG_EVERY == 0 or iteration == total:
+            if iteration % LOG_EVERY == 0 or iteration == end:
                 metrics = {"lr": lr, **meter.read()}
                 if log is not None:
                     log.write({"epoch": number, "iteration": iteration, **metrics})
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
-                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
+                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (end - iteration))}"
                 )
             detached = {key: value.detach() for key, value in losses.items()}
             listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
@@ -272,26 +278,33 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         if step == 0:
             epoch, sampler_state = epoch + 1, sampler.state_dict()
 
-        samplers, random_numbers = zip(*gather((sampler_state, random_states()), world_size), strict=True)
-        if log is not None:  # the first process alone validates, decides and writes
-            metrics = {"loss": epoch_loss.item()}
+        if log is not None:  # the first process alone decides and writes
             if stopped and not listeners.stopped and epoch < horizon.epochs:
                 horizon = Horizon(epoch, 0, "time")
             elif step == 0 and settings.time is not None:
                 expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
                 horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
-            ended = step == 0 or horizon.epochs == epoch
-            if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
-                validation_begun = clock()
-                with random_numbers_kept():  # how often it is validated changes nothing
-                    evaluation = evaluate(
-                        ema.model,
-                        val_dataset,
-                        batch_size=settings.batch_size,
-                        num_workers=settings.num_workers,
-                        progress=settings.progress,
-                    )
-                validation_seconds = clock() - validation_begun
+        horizon = gather(horizon, world_size)[0]
+        ended = step == 0 or horizon.epochs == epoch
+        evaluation = None
+        if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
+            validation_begun = clock()
+            with random_numbers_kept():  # how often it is validated changes nothing
+                evaluation = evaluate(
+                    ema.model,
+                    val_dataset,
+                    batch_size=settings.batch_size,
+                    num_workers=settings.num_workers,
+                    progress=settings.progress,
+                    together=world_size > 1,
+                )
+            validation_seconds = clock() - validation_begun
+            meter.restart()
+        of_process = (sampler_state, random_states(), epoch_loss.item(), meter.state_dict())
+        samplers, random_numbers, epoch_losses, meters = zip(*gather(of_process, world_size), strict=True)
+        if log is not None:
+            metrics = {"loss": sum(epoch_losses) / world_size}
+            if evaluation is not None:
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
                 ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
@@ -306,7 +319,6 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                             f"no better {task.criterion} for {settings.patience} epochs: "
                             + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
                         )
-                meter.restart()
             if settings.progress and ended:
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
@@ -329,8 +341,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                     "best_epoch": best_epoch,
                     "best_metrics": best_metrics,
                     "score_thresholds": ema.model.score_thresholds,
-                    "epoch_loss": epoch_loss.item() if step else 0.0,
-                    "meter": meter.state_dict(),
+                    "epoch_losses": list(epoch_losses) if step else [0.0] * world_size,
+                    "meters": list(meters),
                 },
             )
             if val_dataset is None or (stopped and best_epoch is None):
@@ -349,7 +361,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     report = None
     ended_by = "callback" if epoch < horizon.epochs else horizon.reason
     if settings.report and ended_by != "callback":
-        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
+        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace, rank)
     skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
@@ -462,16 +474,25 @@ def report_run(
     best_epoch: int | None,
     seconds: float,
     pace: float,
-) -> Path:
-    """Evaluate the best weights once more, for curves and pictures, and write report.html."""
-    model = load_model(settings.out / "best.pth").to(settings.device)
+    rank: int,
+) -> Path | None:
+    """Evaluate the best weights once more, for curves and pictures; the first process writes report.html."""
+    best = settings.out / "best.pth"
+    together = all(gather(best.is_file(), process_count()))  # not on nodes that have no disk in common
+    if rank > 0 and not (together and val_dataset is not None):
+        return None
+    model = load_model(best).to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     analysis = None
     worst: list[ReportSample] = []
     samples: list[ReportSample] = []
     if val_dataset is not None:
-        evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
+        evaluation = evaluate(
+            model, val_dataset, batch_size=settings.batch_size, progress=settings.progress, together=together
+        )
+        if rank > 0:
+            return None
         analysis = analyse(evaluation, val_dataset.class_names)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
         if analysis is not None:
