@@ -126,9 +126,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
-    optimizer = torch.optim.AdamW(
-        recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
@@ -248,7 +246,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
+            ema.update()
             iteration += 1
             meter.step()
             bar.update()
