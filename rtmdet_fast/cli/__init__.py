@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rtmdet_fast.cli.export import ExportConfig, run_export
 from rtmdet_fast.cli.info import InfoConfig, run_info
 from rtmdet_fast.cli.output import Outcome, one_line
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
+from rtmdet_fast.cli.processes import tell_of_failure, wait_for_the_end, was_left
 from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
@@ -42,8 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     from rtmdet_fast.training.config import TrainConfig
     from rtmdet_fast.training.interruption import Terminated
 
+    alone_or_auto = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[auto]",
+        instance_from_str=lambda given: " ".join(given) or True,
+        is_instance=lambda value: isinstance(value, (bool, str)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
     @dataclass(frozen=True, kw_only=True)
     class TrainCommand(TrainConfig):
+        resume: Annotated[Any, alone_or_auto] = False
         preview: bool = False
         """Draw augmented batches, what the network would see, into the folder preview in `out`, and end without
         training."""
@@ -92,23 +103,31 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.publish(config.json)
     except UserError as error:
         # a loader process wraps the sentence in its traceback
-        print(f"error: {one_line(str(error).rpartition('rtmdet_fast.errors.UserError: ')[2])}", file=sys.stderr)
-        return 2
+        return _failed(one_line(str(error).rpartition("rtmdet_fast.errors.UserError: ")[2]))
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        print(f"error: {error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
+        return _failed(f"{error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, Terminated) as end:
         interrupted = isinstance(end, KeyboardInterrupt)
         if os.environ.get("RANK", "0") == "0":
             print(("interrupted" if interrupted else "terminated") + _how_to_go_on(config), file=sys.stderr)
         return 130 if interrupted else 143
     except Exception as error:
+        if was_left(error):
+            wait_for_the_end()
+            return 1
         what = _what_the_machine_did(error, config)
         if what is None:
+            tell_of_failure(traceback.format_exc())
             raise
-        print(f"error: {what}{_how_to_go_on(config)}", file=sys.stderr)
-        return 2
+        return _failed(what + _how_to_go_on(config))
     return 0
+
+
+def _failed(reason: str) -> int:
+    """Tells why a command ends, and returns its exit code."""
+    tell_of_failure(reason)
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _how_to_go_on(config: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
+from rtmdet_fast.distributed import mean_over_processes
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
 
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Means of the losses, and the pace, since the last reading."""
+    """Means of the losses of all processes, and the pace, since the last reading."""
 
     def __init__(self) -> None:
         self.seconds_per_step = 0.0
@@ -78,8 +79,10 @@ class Meter:
         self._losses, self._batches = losses, batches
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; `data_wait` is a share of the time."""
-        losses = {name: value.item() / max(self._batches, 1) for name, value in self._losses.items()}
+        """Means since the last reading, over all processes, which read at the same time; `data_wait` is a share of the
+        time of this one."""
+        means = mean_over_processes(torch.stack([value.float() for value in self._losses.values()])) / self._batches
+        losses = dict(zip(self._losses, means.tolist(), strict=True))
         elapsed = time.perf_counter() - self._since
         self.seconds_per_step = elapsed / max(self._steps, 1)
         pace = {"images_per_second": self._images / elapsed, "data_wait": self._wait / elapsed}

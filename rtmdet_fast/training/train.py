@@ -24,6 +24,7 @@ from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.data.workers import init_worker
+from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
@@ -45,16 +46,17 @@ from rtmdet_fast.training.callbacks import (
 )
 from rtmdet_fast.training.checkpoints import Checkpoints, Wish
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
-from rtmdet_fast.training.distributed import any_process, gather, greatest, join_processes, process_count
 from rtmdet_fast.training.horizon import Horizon, clock
 from rtmdet_fast.training.interruption import Interruption
 from rtmdet_fast.training.loggers import LOGGERS, check_loggers
 from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
-from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run
+from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
 
 LOG_EVERY = 10
+OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
+"""What a checkpoint holds of each process: where its loaders and generators stand, and means of losses."""
 SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 """Of the figures of a validation, those that an epoch's line shows."""
 
@@ -82,11 +84,11 @@ def _train(
     check_loggers(settings.loggers)
     rank, world_size = join_processes(torch.device(settings.device))
     if rank > 0:
-        settings = replace(settings, progress=False, report=False)
+        settings = replace(settings, progress=False)
     task, recipe = TASKS[settings.task], settings.recipe
     device, out = torch.device(settings.device), settings.out
     last, best = out / "last.pth", out / "best.pth"
-    if not (settings.resume or settings.overwrite):
+    if rank == 0 and not (settings.resume or settings.overwrite):
         if last.exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
         if best.exists():
@@ -95,15 +97,7 @@ def _train(
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
 
-    dataset = settings.open_training_data()
-    val_dataset = None
-    if settings.val_sources:
-        val_dataset = task.open_dataset(
-            settings.val_sources,
-            skip_bad=settings.skip_bad,
-            class_names=dataset.class_names,  # labels are to index one list
-            match_by_position=True,
-        )
+    dataset, val_dataset = once_per_node(settings.open_data)
     if config.batch_size == "auto":
         batch_size = find_batch_size(settings, dataset)
         lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * world_size)
@@ -123,6 +117,7 @@ def _train(
         rank=rank,
         world_size=world_size,
         repeats=repeats,
+        as_one=settings.as_one,
     )
     loader = DataLoader(
         recipe.augment(dataset, settings.image_size),
@@ -146,9 +141,7 @@ def _train(
         match_categories(model, val_dataset)  # which cannot be seen too early
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
-    optimizer = torch.optim.AdamW(
-        recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
@@ -165,12 +158,22 @@ def _train(
     if check is not None:
         check.report(wait=CHECK_SECONDS, progress=settings.progress)
     iteration = epoch = first_step = 0
+    shift = 0  # of the count of steps against the schedule: what other numbers of processes took more, or fewer, before
     best_epoch, best_metrics = None, {}
     seconds_before = validation_seconds = 0.0  # of the last validation
     epoch_loss = torch.zeros((), device=device)
     if settings.resume:
         state = read_training_state(last, settings)
         with damage_told(last):
+            if (processes := len(state["samplers"])) != world_size:
+                state = shared_anew(state, settings, steps_per_epoch)
+                if rank == 0:
+                    warnings.warn(
+                        f"the run in {out} had {processes} processes and goes on with {world_size}, at "
+                        f"{settings.batch_size * settings.accumulate * world_size} images a step and a rate of "
+                        f"{settings.lr:.3g}: to the bit it would with {processes} alone",
+                        stacklevel=2,
+                    )
             model.load_state_dict(state["model"])
             ema.model.load_state_dict(state["ema"])
             load_optimizer_state(optimizer, state["optimizer"])
@@ -178,16 +181,18 @@ def _train(
             first_step = state["step"]
             if first_step > steps_per_epoch:
                 raise ValueError(f"step {first_step} of {steps_per_epoch}")
-            sampler.load_state_dict(state["samplers"][rank], skip=first_step * settings.accumulate)
-            random_numbers = state["random_states"][rank]
+            sampler.load_state_dicts(state["samplers"], skip=first_step * settings.accumulate)
+            random_numbers = state["random_states"][rank % len(state["random_states"])]
             set_random_states(random_numbers)
-            epoch_loss += state.get("epoch_loss", 0.0)
+            epoch_loss += state["epoch_losses"][rank % len(state["epoch_losses"])]
             seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
             horizon = Horizon(*state["horizon"])
             thresholds = state.get("score_thresholds")
             ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
-        ema.step = iteration = state["iteration"]
-        epoch, best_epoch, best_metrics = state["epoch"], state["best_epoch"], state["best_metrics"]
+        iteration, epoch = state["iteration"], state["epoch"]
+        best_epoch, best_metrics = state["best_epoch"], state["best_metrics"]
+        ema.step = epoch * steps_per_epoch + first_step
+        shift = iteration - ema.step
     elif settings.overwrite and rank == 0:
         remove_run(out)
     validated = first_step == 0 or epoch >= horizon.epochs
@@ -198,7 +203,7 @@ def _train(
     meter = Meter()
     if settings.resume:
         with damage_told(last):
-            meter.load_state_dict(state.get("meter", {}))
+            meter.load_state_dict(state["meters"][rank % len(state["meters"])])
     previous: tuple[Callable[[], float], Batch] | None = None
     listeners = Callbacks([*(LOGGERS[name][0]() for name in settings.loggers), *callbacks] if rank == 0 else ())
     listeners.tell("on_start", settings, iteration)
@@ -207,9 +212,13 @@ def _train(
     training_seconds = 0.0
     stopped = False
 
-    def write_checkpoint(
-        epoch: int, step: int, horizon: Horizon, samplers: Sequence[Any], randoms: Sequence[Any]
-    ) -> None:
+    def of_process(sampler_state: dict[str, Any]) -> OfProcess:
+        return sampler_state, random_states(), epoch_loss.item(), meter.state_dict()
+
+    def write_checkpoint(epoch: int, step: int, horizon: Horizon, processes: Sequence[OfProcess]) -> None:
+        if log is None:  # the first process alone writes
+            return
+        samplers, random_numbers, epoch_losses, meters = zip(*processes, strict=True)
         checkpoints.write(
             ema.model,
             {
@@ -219,7 +228,7 @@ def _train(
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "samplers": list(samplers),
-                "random_states": list(randoms),
+                "random_states": list(random_numbers),
                 "epoch": epoch,
                 "step": step,
                 "iteration": iteration,
@@ -228,8 +237,8 @@ def _train(
                 "best_epoch": best_epoch,
                 "best_metrics": best_metrics,
                 "score_thresholds": ema.model.score_thresholds,
-                "epoch_loss": epoch_loss.item() if step else 0.0,
-                "meter": meter.state_dict(),
+                "epoch_losses": list(epoch_losses) if step else [0.0] * world_size,
+                "meters": list(meters),
             },
         )
 
@@ -253,16 +262,17 @@ def _train(
             next(batches, None)  # makes the plans, upon which those of the next epoch hang
         number = epoch + 1
         name = f"epoch {number}/{horizon.epochs}"
+        end = total + shift
         progress = partial(
-            Progress, epoch=number, epochs=horizon.epochs, iterations=total, model=ema.model, stop=listeners.stop
+            Progress, epoch=number, epochs=horizon.epochs, iterations=end, model=ema.model, stop=listeners.stop
         )
         epoch_begun = clock()
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
         done, wish = first_step, Wish.GO_ON
-        lr = settings.lr * recipe.lr_factor(max(iteration - 1, 0), total, warmup)
+        lr = settings.lr * recipe.lr_factor(max(iteration - shift - 1, 0), total, warmup)
         detached: dict[str, torch.Tensor] = {}
         for step in range(first_step, steps_per_epoch):
-            lr = settings.lr * recipe.lr_factor(iteration, total, warmup)
+            lr = settings.lr * recipe.lr_factor(iteration - shift, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
@@ -289,18 +299,18 @@ def _train(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
+            ema.update()
             iteration, done = iteration + 1, step + 1
             meter.step()
             bar.update()
             metrics: dict[str, float] = {}
-            if iteration % LOG_EVERY == 0 or iteration == total:
+            if iteration % LOG_EVERY == 0 or iteration == end:
                 metrics = {"lr": lr, **meter.read()}
                 if log is not None:
                     log.write({"epoch": number, "iteration": iteration, **metrics})
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
-                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (total - iteration))}"
+                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (end - iteration))}"
                 )
             detached = {key: value.detach() for key, value in losses.items()}
             listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
@@ -320,9 +330,7 @@ def _train(
                 break
             if wish == Wish.CHECKPOINT and done < steps_per_epoch:
                 stop_on_nan(previous, out, iteration)
-                states = gather((sampler_state, random_states()), world_size)
-                if log is not None:
-                    write_checkpoint(epoch, done, horizon, *zip(*states, strict=True))
+                write_checkpoint(epoch, done, horizon, gather(of_process(sampler_state), world_size))
         bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
@@ -331,41 +339,46 @@ def _train(
             epoch_seconds = (clock() - started + seconds_before) / number
         training_seconds += clock() - epoch_begun
         stopped = wish > Wish.CHECKPOINT
-        before = epoch, done, horizon
+        broken_off = epoch, done, horizon
         step = done % steps_per_epoch  # 0: the epoch is over
         if step == 0:
             epoch += 1
 
-        states = gather((sampler_state, sampler.state_dict(), random_states()), world_size)
-        samplers_before, samplers, random_numbers = zip(*states, strict=True)
-        if step:
-            samplers = samplers_before
-        if wish == Wish.END:
-            if log is not None:
-                write_checkpoint(*before, samplers_before, random_numbers)
-            gather(None, world_size)  # nobody leaves before it is written
-            interruption.end()
-        if log is not None:  # the first process alone validates, decides and writes
-            metrics = {"loss": epoch_loss.item()}
+        if log is not None:  # the first process alone decides and writes
             if wish == Wish.TIME_IS_UP and epoch < horizon.epochs:
                 horizon = Horizon(epoch, 0, "time")
             elif step == 0 and settings.time is not None:
                 expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
                 horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
-            ended = step == 0 or horizon.epochs == epoch
-            if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
-                write_checkpoint(*before, samplers_before, random_numbers)
-                interruption.release()
-                validation_begun = clock()
-                with random_numbers_kept():  # how often it is validated changes nothing
-                    evaluation = evaluate(
-                        ema.model,
-                        val_dataset,
-                        batch_size=settings.batch_size,
-                        num_workers=settings.num_workers,
-                        progress=settings.progress,
-                    )
-                validation_seconds = clock() - validation_begun
+        horizon = gather(horizon, world_size)[0]
+        ended = step == 0 or horizon.epochs == epoch
+        validates = val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval)
+        if validates or wish == Wish.END:
+            write_checkpoint(*broken_off, gather(of_process(sampler_state), world_size))
+            if wish == Wish.END:
+                gather(None, world_size)  # nobody leaves before it is written
+                interruption.end()
+            interruption.release()
+        evaluation = None
+        if val_dataset is not None and validates:
+            validation_begun = clock()
+            with random_numbers_kept():  # how often it is validated changes nothing
+                evaluation = evaluate(
+                    ema.model,
+                    val_dataset,
+                    batch_size=settings.batch_size,
+                    num_workers=settings.num_workers,
+                    progress=settings.progress,
+                    together=world_size > 1,
+                )
+            validation_seconds = clock() - validation_begun
+            meter.restart()
+        if step == 0:
+            sampler_state = sampler.state_dict()
+        processes = gather(of_process(sampler_state), world_size)
+        if log is not None:
+            metrics = {"loss": sum(loss for *_, loss, _ in processes) / world_size}
+            if evaluation is not None:
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
                 ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
@@ -380,14 +393,13 @@ def _train(
                             f"no better {task.criterion} for {settings.patience} epochs: "
                             + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
                         )
-                meter.restart()
             if settings.progress and ended:
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
                 tqdm.write(f"{name}: {figures}")
             if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
-            write_checkpoint(epoch, step, horizon, samplers, random_numbers)  # last: what it tells of is there
+            write_checkpoint(epoch, step, horizon, processes)  # last: what it tells of is there
             if check is not None:
                 check.report()
             if ended:
@@ -403,7 +415,7 @@ def _train(
     report = None
     ended_by = "callback" if epoch < horizon.epochs else horizon.reason
     if settings.report and ended_by != "callback":
-        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace)
+        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace, rank)
     skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
     if val_dataset is not None:
         skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
@@ -516,16 +528,25 @@ def report_run(
     best_epoch: int | None,
     seconds: float,
     pace: float,
-) -> Path:
-    """Evaluate the best weights once more, for curves and pictures, and write report.html."""
-    model = load_model(settings.out / "best.pth").to(settings.device)
+    rank: int,
+) -> Path | None:
+    """Evaluate the best weights once more, for curves and pictures; the first process writes report.html."""
+    best = settings.out / "best.pth"
+    together = all(gather(best.is_file(), process_count()))  # not on nodes that have no disk in common
+    if rank > 0 and not (together and val_dataset is not None):
+        return None
+    model = load_model(best).to(settings.device)
     metrics: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     analysis = None
     worst: list[ReportSample] = []
     samples: list[ReportSample] = []
     if val_dataset is not None:
-        evaluation = evaluate(model, val_dataset, batch_size=settings.batch_size, progress=settings.progress)
+        evaluation = evaluate(
+            model, val_dataset, batch_size=settings.batch_size, progress=settings.progress, together=together
+        )
+        if rank > 0:
+            return None
         analysis = analyse(evaluation, val_dataset.class_names)
         metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
         if analysis is not None:
