@@ -48,7 +48,7 @@ def assert_same_files(one, other):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     moments = a["optimizer"]["state"], b["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
-    assert a["iteration"] == b["iteration"] and a["epoch_loss"] == b["epoch_loss"]
+    assert a["iteration"] == b["iteration"] and a["epoch_losses"] == b["epoch_losses"]
     a, b = (torch.load(out / "best.pth", weights_only=True)["state_dict"] for out in (one, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
     drop = {"images_per_second", "data_wait"}
