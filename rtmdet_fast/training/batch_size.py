@@ -10,8 +10,8 @@ import torch
 from rtmdet_fast.data.augment import collate
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.distributed import gather, process_count
 from rtmdet_fast.training.config import Settings
-from rtmdet_fast.training.distributed import gather, process_count
 from rtmdet_fast.training.step import targets_of
 
 ON_CPU = 8  # where larger steps are no faster, and batch norm has enough

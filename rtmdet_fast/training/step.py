@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.data.augment import Batch
+from rtmdet_fast.distributed import process_count
 from rtmdet_fast.models.detector import Detector, Targets
 from rtmdet_fast.training.config import Settings
-from rtmdet_fast.training.distributed import process_count
 from rtmdet_fast.training.schedule import ModelEMA
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
