@@ -1,6 +1,6 @@
-"""RTMDet trained from scratch with each assigner: AP, time and memory of short runs, alike in all else.
+"""RTMDet trained with each assigner: AP, time and memory of short runs, alike in all else.
 
-    python -m benches.assigners --bccd FOLDER --hit-uav FOLDER [--epochs 12] [--image-size 256] [--out FOLDER]
+    python -m benches.assigners --bccd FOLDER --hit-uav FOLDER [--init WEIGHTS] [--epochs 12] [--out FOLDER]
 
 Every run is a process of its own: its peak of memory counts model, data and all that PyTorch loads. Time is that of a
 training step with its data, the median over the run; on a CPU the processor's own, which others' work disturbs less.
@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--bccd", type=Path)
     parser.add_argument("--hit-uav", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/assigners"))
+    parser.add_argument("--init", help="weights to start from, a file or a published name; fresh ones without")
+    parser.add_argument("--freeze", choices=["backbone"], help="what stays as --init has it")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--size", default="tiny")
@@ -107,8 +109,10 @@ def main() -> None:
     if len(sets) > 1:
         del sets["drawn"]
     for name, paths in sets.items():
-        size = f"RTMDet-{arguments.size}, {arguments.batch_size} images of {arguments.image_size} px a step"
-        group = results.setdefault(f"{name}: {size}, {arguments.epochs} epochs", {})
+        start = "" if arguments.init is None else f" from {Path(arguments.init).stem}"
+        start += "" if arguments.freeze is None else f", {arguments.freeze} frozen"
+        steps = f"{arguments.batch_size} images of {arguments.image_size} px a step, {arguments.epochs} epochs"
+        group = results.setdefault(f"{name}: RTMDet-{arguments.size}{start}, {steps}", {})
         for seed in range(arguments.seeds):
             for assigner in ASSIGNERS:
                 if (key := f"{assigner}, seed {seed}") not in group:
@@ -116,6 +120,8 @@ def main() -> None:
                         **paths,
                         out=arguments.out / "run",
                         size=arguments.size,
+                        init=arguments.init,
+                        freeze=arguments.freeze,
                         assigner=assigner,
                         epochs=arguments.epochs,
                         batch_size=arguments.batch_size,

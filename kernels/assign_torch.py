@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.kernels._dispatch import at_once
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 _EPS = 1e-7  # of the published IoU cost
@@ -24,10 +25,7 @@ ROUNDING = 1e-6
 ANY_CLASS = 2**31 - 1
 """ATSS does not know how many there are."""
 _INFINITY = struct.unpack("<q", struct.pack("<d", math.inf))[0]
-# elements of a temporary: on a CPU 1 MB, so that the dozen of them stay in the cache; elsewhere each operation is a
-# launch, and 64 MB make few of them
-_CHUNKS = {"cpu": 2**18}
-_CHUNK_ELSEWHERE = 2**24
+_CHUNK = 2**18  # elements of a temporary: 1 MB, so that the dozen of them stay in the cache
 
 
 class _Options(NamedTuple):
@@ -338,7 +336,7 @@ def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(n: int, width: int, device: torch.device) -> list[slice]:
     """Slices of range(n) that make at most a chunk of rows of `width`; none of rows of nothing."""
-    step = max(1, _CHUNKS.get(device.type, _CHUNK_ELSEWHERE) // max(width, 1))
+    step = max(1, at_once(device, _CHUNK) // max(width, 1))
     return [slice(i, min(i + step, n)) for i in range(0, n if width else 0, step)]
 
 

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from lowering import TARGETS, lower, needs_lowering
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtmdet_fast.kernels import assign as m
 from rtmdet_fast.kernels import assign_torch, assign_triton
-from rtmdet_fast.kernels._dispatch import use_triton
+from rtmdet_fast.kernels._dispatch import at_once, use_triton
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -690,6 +691,31 @@ print(status("VmHWM") - before)
     )  # what is freed goes back at once
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 34e6
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@not_interpreted
+@pytest.mark.parametrize("cost", ["soft_label", "atss"])
+def test_elsewhere_than_on_a_cpu_the_reference_takes_few_operations(cost, monkeypatch):
+    """Each is a launch there; chunks for a CPU's cache make one in proportion to the ground truths."""
+    boxes, logits, priors, *truths = make_problem(0, B=16, size=256, M=100, C=2)
+    counts = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(assign_torch, "at_once", lambda _, n, device=device: at_once(torch.device(device), n))
+        with Operations() as operations:
+            if cost == "atss":
+                assign_torch.atss._init_fn(boxes, priors, *truths, [8.0, 16.0, 32.0], 9, 8.0)
+            else:
+                assign_torch.assign._init_fn(boxes, logits, priors, *truths, None, cost, 13, 3.0, 3.0, 1.0)
+        counts.append(operations.count)
+    assert counts[0] > 2 * counts[1] and counts[1] < 500
 
 
 @not_interpreted

@@ -15,15 +15,15 @@ CLASSES, STRIDES = 7, (8, 16, 32)
 
 
 def problem(seed: int, size: int, truths: int) -> list[torch.Tensor]:
-    """Boxes, scores, priors, gt_boxes, gt_labels, gt_counts, in float64: what rounding could decide is too rare."""
+    """Boxes, scores, priors, gt_boxes, gt_labels, gt_counts."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=g, dtype=torch.float64)
+        return torch.rand(*shape, generator=g)
 
     grids = [torch.meshgrid(*[torch.arange(0, size, s)] * 2, indexing="ij") for s in STRIDES]
     levels = [torch.stack([x, y, *[torch.full_like(x, s)] * 2], -1) for s, (y, x) in zip(STRIDES, grids, strict=True)]
-    priors = torch.cat([level.view(-1, 4) for level in levels]).double()
+    priors = torch.cat([level.view(-1, 4) for level in levels]).float()
     N = len(priors)
     corner, side = rand(2, truths, 2) * size * 0.9, 4 * 32 ** rand(2, truths, 2)
     gt = torch.cat([corner, corner + side], -1)
@@ -35,7 +35,7 @@ def problem(seed: int, size: int, truths: int) -> list[torch.Tensor]:
     return [boxes, rand(2, N, CLASSES) ** 2, priors, gt, labels, torch.tensor([truths, truths // 2])]
 
 
-@pytest.mark.parametrize("truths", [1, 5, 40])
+@pytest.mark.parametrize("truths", [3, 12, 40])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", ["soft_label", "simota", "task_aligned", "atss"])
 def test_batched_assigners_match_as_mmdets(method, seed, truths):
