@@ -421,21 +421,25 @@ def test_assignments_in_training(shared, model):
 # --- what ATSS has of its own
 
 
-def test_of_equally_near_priors_the_first_are_candidates():
-    """Corners at whole pixels, where many are, and where float32 is exact: the rule decides, not the way of sorting."""
+@pytest.mark.parametrize("topk", [1, 2])
+def test_of_equally_near_priors_the_first_are_candidates(topk):
+    """Corners at whole pixels, where many are, and where float32 is exact: the rule decides, not the way of sorting.
+
+    With few candidates each decides.
+    """
     priors = make_priors(64)
     rng = torch.Generator().manual_seed(0)
-    corner = torch.randint(0, 12, (2, 6, 2), generator=rng) * 4
-    gt = torch.cat([corner, corner + torch.randint(2, 10, (2, 6, 2), generator=rng) * 4], -1).float()
+    corner = torch.randint(0, 12, (2, 12, 2), generator=rng) * 4
+    gt = torch.cat([corner, corner + torch.randint(2, 10, (2, 12, 2), generator=rng) * 4], -1).float()
     boxes = torch.cat([priors[:, :2] - 10, priors[:, :2] + 11], 1).expand(2, -1, -1)
     center = (gt[..., :2] + gt[..., 2:]) / 2
     ties = 0
     for near in (priors[priors[:, 2] == 8, :2] - center[:, :, None]).square().sum(-1).flatten(0, 1).sort().values:
-        ties += int(near[8] == near[9])
+        ties += int(near[topk - 1] == near[topk])
     assert ties > 3
-    expected = [naive_atss(boxes[b], priors, gt[b]) for b in range(2)]
-    args = [x.to(DEVICE) for x in (boxes, priors, gt, torch.zeros(2, 6, dtype=torch.int64), torch.full((2,), 6))]
-    assigned, iou, _ = m.atss_assign(*args, strides=(8, 16, 32))
+    expected = [naive_atss(boxes[b], priors, gt[b], topk=topk) for b in range(2)]
+    args = [x.to(DEVICE) for x in (boxes, priors, gt, torch.zeros(2, 12, dtype=torch.int64), torch.full((2,), 12))]
+    assigned, iou, _ = m.atss_assign(*args, strides=(8, 16, 32), topk=topk)
     assert min(margin for *_, margin in expected) > 1e-5
     assert torch.equal(assigned.cpu(), torch.stack([e[0] for e in expected]))
     torch.testing.assert_close(iou.cpu().double(), torch.stack([e[1] for e in expected]), rtol=0, atol=1e-6)
@@ -462,6 +466,8 @@ def test_a_single_candidate_wins_and_other_strides_match_nothing():
     args = [x.to(DEVICE) for x in (gt.expand(1, 2, 4), priors, gt, zero, one)]
     assigned, iou, _ = m.atss_assign(*args, strides=(8, 16, 32))
     assert assigned.tolist() == [[0, -1]] and iou.tolist() == [[1, 0]]
+    # of two different overlaps neither is as great as mean + deviation of n - 1; that of n would be the greater one
+    assert (m.atss_assign(*args, strides=(8, 64))[0] == -1).all()
 
 
 def test_the_order_of_priors_does_not_matter():
