@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.kernels._dispatch import at_once
+
 PARAMETERS = (80, 64, 8, 8, 8, 1)  # of an instance: W1, W2, W3, b1, b2, b3
 CHUNK = 2**19  # elements of a layer's output: 2 MB, so that the few of them stay in the cache
 
@@ -71,7 +73,7 @@ class Instances:
         self.points, self.scale = points[:, None], 1 / (8 * strides[:, None, None])
         self.a, self.w2, self.b2, self.w3, self.b3 = layers(kernels, points, self.scale)
         # Used by every chunk in turn: memory from malloc would not be in the cache.
-        self.chunk = max(1, min(n, CHUNK // (8 * H * W)))
+        self.chunk = max(1, min(n, at_once(features.device, CHUNK) // (8 * H * W)))
         self.x1, self.x2 = (features.new_empty(self.chunk, 8, H * W, dtype=self.dtype) for _ in range(2))
 
     def sorted(self, x: Tensor) -> Tensor:

@@ -65,6 +65,9 @@ class TrainConfig:
     sampling: str | None = None
     """Of rtdetr, version 2: bilinear, or discrete, whole cells, for runtimes without grid_sample, which goes on from
     weights of bilinear sampling; bilinear where not given."""
+    assigner: str | None = None
+    """Of rtmdet, who matches predictions with objects in training: soft_label (as published), simota, task_aligned or
+    atss; soft_label where not given."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -172,7 +175,7 @@ class Settings(TrainConfig):
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling, self.assigner)
 
     def open_data(self) -> tuple[CocoDataset, CocoDataset | None]:
         """The training images with their annotations; those of validation, if any, with the same classes."""
@@ -262,7 +265,9 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
+    recipe = RECIPES[config.model](
+        config.size, config.version, config.task, config.queries, config.sampling, config.assigner
+    )
     if config.resume not in (False, True, "auto"):
         raise UserError(f"--resume {config.resume} is unknown; give it alone, or auto")
     if config.resume == "auto" and config.overwrite:

@@ -17,13 +17,15 @@ from rtmdet_fast.class_names import COCO_CLASSES
 from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, clip_boxes, have_area
 from rtmdet_fast.kernels._dispatch import unwatched
-from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
+from rtmdet_fast.kernels.assign import atss_assign, dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtmdet.layers import conv3x3
 from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
 
 STRIDES = (8, 16, 32)
+ASSIGNERS = ("soft_label", "simota", "task_aligned", "atss")
+"""Who matches priors with ground truths in training: the published one, and those that its paper compares it with."""
 
 
 class HeadOutput(NamedTuple):
@@ -34,7 +36,10 @@ class HeadOutput(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and their IoU."""
+    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and how well in [0, 1].
+
+    The quality is their IoU, of TaskAligned its normalised metric; it is the target of the score, and weighs the box.
+    """
 
     gt: Tensor
     quality: Tensor
@@ -85,6 +90,19 @@ def distances_to_boxes(priors: Tensor, distances: Tensor) -> Tensor:
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
 
 
+def normalised_alignment(gt: Tensor, iou: Tensor, metric: Tensor, truths: int) -> Tensor:
+    """TOOD's soft label (arXiv:2108.07755, section 3.2.2) [B, N], 0 for background.
+
+    The metric, scaled so that its greatest value of a ground truth is the greatest IoU of that one.
+
+    gt, iou, metric [B, N]: as `task_aligned_assign` returns them, for ground truths 0 to `truths` - 1.
+    """
+    index, nothing = gt.clamp(min=0), iou.new_zeros(len(gt), max(truths, 1))
+    most, best = (nothing.scatter_reduce(1, index, value, "amax").gather(1, index) for value in (metric, iou))
+    # a metric below the least float, with which nothing is divided
+    return torch.where(gt < 0, 0, metric / most.clamp(min=torch.finfo(metric.dtype).tiny) * best)
+
+
 def towers(channels: int, *, separable: bool = False, shared: bool = True) -> nn.ModuleList:
     """Two 3×3 convolutions for each level; `shared` ones (dense only) have one weight and BatchNorms of their own."""
     levels = [[conv3x3(channels, channels, separable=separable) for _ in range(2)] for _ in STRIDES]
@@ -115,10 +133,10 @@ class DetectionHead(nn.Module):
     has_masks: ClassVar = False
     in_windows: ClassVar = False
     """Whether `predict` cuts images larger than those of training into windows."""
-    most_matches: ClassVar = 13
-    """Priors that the assignment gives a ground truth, at most."""
     image_size: ClassVar[int | None] = None
     """Side of the network input in pixels that the task calls for; None where the model's size does."""
+    assigner = "soft_label"
+    """One of ASSIGNERS."""
 
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
         super().__init__()
@@ -127,6 +145,11 @@ class DetectionHead(nn.Module):
         self.cls_convs, self.reg_convs = (towers(channels, separable=separable) for _ in range(2))
         self.rtm_cls, self.rtm_reg = predictors(channels, num_classes), predictors(channels, 4)
         self.reset_parameters()
+
+    @property
+    def most_matches(self) -> int:
+        """Priors that the assigner gives a ground truth, at most: its topk, of ATSS on each level."""
+        return {"soft_label": 13, "simota": 10, "task_aligned": 13, "atss": 9 * len(STRIDES)}[self.assigner]
 
     def reset_parameters(self) -> None:
         """The initial weights of the published recipe."""
@@ -169,18 +192,21 @@ class DetectionHead(nn.Module):
         return self.box_losses(logits, boxes, targets, assignment)
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if any."""
-        return Assignment(
-            *dynamic_soft_label_assign(
-                boxes.detach(),
-                logits.detach(),
-                priors,
-                targets.boxes,
-                targets.labels,
-                targets.counts,
-                targets.centers,
-            )
-        )
+        """Assignment of what `decode` returns, by `assigner`.
+
+        Dynamic soft labels (section 3.3) take distances from the targets' centres, if there are any.
+        """
+        boxes, logits = boxes.detach(), logits.detach()
+        truths = targets.boxes, targets.labels, targets.counts
+        if self.assigner == "soft_label":
+            return Assignment(*dynamic_soft_label_assign(boxes, logits, priors, *truths, targets.centers))
+        if self.assigner == "atss":
+            return Assignment(*atss_assign(boxes, priors, *truths, strides=STRIDES))
+        scores = logits.to(boxes.dtype).sigmoid()
+        if self.assigner == "simota":
+            return Assignment(*simota_assign(boxes, scores, priors, *truths))
+        gt, iou, labels, metric = task_aligned_assign(boxes, scores, priors, *truths)
+        return Assignment(gt, normalised_alignment(gt, iou, metric, targets.boxes.shape[1]), labels)
 
     def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """`loss_cls` and `loss_bbox`."""

@@ -143,7 +143,7 @@ class RotatedHead(DetectionHead):
         return flatten_levels(output.logits), boxes, priors
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment on rotated IoU, with predicted sides of at least 1e-3 px as published."""
+        """Assignment on rotated IoU, with predicted sides of at least 1e-3 px as published."""
         boxes = torch.cat((boxes[..., :2], boxes[..., 2:4].clamp(min=MIN_SIDE), boxes[..., 4:]), -1)
         return super().assign(logits, boxes, priors, targets)
 
