@@ -289,10 +289,15 @@ def graph(task: str) -> None:
 
 
 def step(task: str) -> None:
-    """A step of training as it is captured on a GPU, uncaptured: first by the references, whose ops may wait."""
+    """A step of training as it is captured on a GPU, uncaptured: first by the references, whose ops may wait.
+
+    "det:atss" is of the task det with ATSS.
+    """
     global references_may_wait
+    task, _, assigner = task.partition(":")
     torch.manual_seed(0)
     model = RTMDet("nano", task, num_classes=3).to(memory_format=torch.channels_last).train()
+    model.bbox_head.assigner = assigner or "soft_label"
     for predictor in model.bbox_head.rtm_reg:
         nn.init.ones_(predictor.bias)  # boxes that are not empty
     here = copy.deepcopy(model)
@@ -333,7 +338,12 @@ def step(task: str) -> None:
     assert len(fixed._places) == 1 and len(traces[0]) > 1000
     for three in (traces[:3], traces[3:]):
         assert three[0] == three[1] == three[2], "an operation, or a size, is a matter of the values"
-    kernels = {"_match_kernel", "_moments_kernel", "_dx_kernel", "_merge_kernel"}
+    kernels = {
+        "_nearest_kernel" if assigner == "atss" else "_match_kernel",
+        "_moments_kernel",
+        "_dx_kernel",
+        "_merge_kernel",
+    }
     kernels |= {"_dice_kernel", "_dkernels_kernel"} if task == "ins" else set()
     kernels |= {"_aligned_kernel"} if task == "rotated" else set()
     assert kernels <= set(launched), set(launched)

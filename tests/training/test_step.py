@@ -113,7 +113,14 @@ def test_no_more_sizes_than_there_is_memory_for(monkeypatch):
 
 @pytest.mark.skipif(not AVAILABLE, reason="without Triton no kernel is chosen")
 @pytest.mark.parametrize(
-    "task", ["ins", pytest.param("det", marks=pytest.mark.slow), pytest.param("rotated", marks=pytest.mark.slow)]
+    "task",
+    [
+        "ins",
+        *(
+            pytest.param(task, marks=pytest.mark.slow)
+            for task in ("det", "rotated", "det:simota", "det:task_aligned", "ins:atss")
+        ),
+    ],
 )
 def test_nothing_of_a_step_makes_the_host_wait_or_has_a_size_by_the_values(task):
     script = Path(__file__).parents[1] / "fake_gpu.py"

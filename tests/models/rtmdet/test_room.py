@@ -6,7 +6,7 @@ from torch import nn
 
 from rtmdet_fast import RTMDet
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.rtmdet.detection_head import positives
+from rtmdet_fast.models.rtmdet.detection_head import ASSIGNERS, grid_priors, positives
 from rtmdet_fast.models.rtmdet.model import HEADS
 
 SIDE = 128
@@ -70,3 +70,19 @@ def test_losses_with_room_are_those_without(task):
     for name, value in losses.items():
         torch.testing.assert_close(same_losses[name], value, rtol=1e-6, atol=0)  # sums of more zeros: another order
     assert all(map(torch.equal, same_gradients, gradients)) and losses["loss_bbox"] > 0
+
+
+@pytest.mark.parametrize("assigner", ASSIGNERS)
+@pytest.mark.parametrize("task", ["det", "rotated"])
+def test_nobody_is_matched_more_often_than_there_is_room_for(task, assigner):
+    head = RTMDet("nano", task, num_classes=3).bbox_head
+    head.assigner = assigner
+    priors = grid_priors([(16, 16), (8, 8), (4, 4)], torch.device("cpu"))
+    targets = scene(task, 5)
+    first = targets.boxes[:, :1]
+    center = first[..., :2] if task == "rotated" else (first[..., :2] + first[..., 2:4]) / 2
+    near = (priors[:, :2] - center).norm(dim=-1, keepdim=True) < 30
+    boxes = torch.where(near, first, 0.0)  # all that are near predict one object, and none differently
+    gt = head.assign(torch.zeros(2, len(priors), 3), boxes, priors, targets).gt
+    counts = [(image == j).sum() for image in gt for j in range(5)]
+    assert 0 < max(counts) <= head.most_matches
