@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib.backends.backend_svg  # noqa: F401  # as what follows it: what a run would import first
 import PIL.Image
+import torch._dynamo  # noqa: F401
 
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.callbacks import Callback
