@@ -30,6 +30,15 @@ from rtmdet_fast.cli.split import SplitConfig, run_split
 from rtmdet_fast.cli.train import run_train
 from rtmdet_fast.errors import UserError
 
+ALONE_OR_AUTO = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[auto]",
+    instance_from_str=lambda given: " ".join(given) or True,
+    is_instance=lambda value: isinstance(value, (bool, str)),
+    str_from_instance=lambda value: [str(value)],
+)
+"""Of an option that is given alone, or as `--option auto`."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit code 2 and one sentence on stderr where the user's input is at fault."""
@@ -43,17 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rtmdet_fast.training.config import TrainConfig
 
-    alone_or_auto = tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[auto]",
-        instance_from_str=lambda given: " ".join(given) or True,
-        is_instance=lambda value: isinstance(value, (bool, str)),
-        str_from_instance=lambda value: [str(value)],
-    )
-
     @dataclass(frozen=True, kw_only=True)
     class TrainCommand(TrainConfig):
-        resume: Annotated[Any, alone_or_auto] = False
+        resume: Annotated[Any, ALONE_OR_AUTO] = False
         preview: bool = False
         """Draw augmented batches, what the network would see, into the folder preview in `out`, and end without
         training."""
