@@ -1,6 +1,8 @@
 """Several processes: what they train and find together is what one alone would, and what happens when one dies."""
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -186,22 +188,11 @@ def test_in_single_precision_too(config, tmp_path, task, record_property):
 
 
 def command_of(config, *more):
-    """`rtmdet-fast train` of three epochs of four steps of one image."""
-    data = ["--train", config.train, "--train-images", config.train_images, "--val", config.val]
-    data += [
-        "--val-images",
-        config.val_images,
-        "--size",
-        "nano",
-        "--epochs",
-        3,
-        "--stage2-epochs",
-        1,
-        "--batch-size",
-        2,
-    ]
-    data += ["--image-size", 64, "--num-workers", 0, "--device", "cpu", "--no-report", "--no-progress"]
-    return list(map(str, [*data, "--out", config.out, *more]))
+    """`rtmdet-fast train` of three epochs, of two images a step and process."""
+    data = ["--train", config.train, "--train-images", config.train_images, "--out", config.out]
+    data += ["--val", config.val, "--val-images", config.val_images, "--image-size", 64, "--size", "nano"]
+    data += ["--epochs", 3, "--stage2-epochs", 1, "--batch-size", 2, "--num-workers", 0, "--device", "cpu"]
+    return list(map(str, [*data, "--no-report", "--no-progress", *more]))
 
 
 def state_of(out):
@@ -246,26 +237,32 @@ def test_another_number_of_processes_goes_on_with_a_run(config, tmp_path):
     """Two processes, then three, then one: the schedule goes by epochs, steps are counted on, and it is told."""
     told = tmp_path / "told.json"
     steps = 0
-    for epochs, processes in ((1, 2), (2, 3), (3, 1)):
+    for epochs, number in ((1, 2), (2, 3), (3, 1)):
         script = {"commands": [command_of(config, "--resume", "auto")], "fails": {"rank": "0", "step": 0}}
-        if processes > 1:  # ends with the first step of the next epoch
-            script["fails"]["step"] = 18 // 2 // processes * epochs + 1
+        if number > 1:  # ends with the first step of the next epoch
+            script["fails"]["step"] = 18 // 2 // number * epochs + 1
         told.write_text(json.dumps(script))
-        done, _ = torchrun(SCRIPT, told, processes=processes)
+        done, _ = torchrun(SCRIPT, told, processes=number)
         state = state_of(config.out)
-        steps += 18 // 2 // processes
+        steps += 18 // 2 // number
         assert state["epoch"] == epochs and state["iteration"] == steps, done.stderr
-        assert len(state["samplers"]) == processes
+        assert len(state["samplers"]) == number
         assert ("to the bit it would with" in done.stderr) == (epochs > 1)
     assert done.returncode == 0
     rows = [int(row["iteration"]) for row in read_metrics(config.out / "metrics.csv") if row["loss"]]
     assert rows == list(range(1, steps + 1))
 
 
-def free_port():
+def two_nodes(told):
+    """Two torchruns of a process each that meet by c10d on loopback, ended."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
+        port = held.getsockname()[1]
+    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    node = {"processes": 1, "options": [*options, "--local-addr", "127.0.0.1"], "GLOO_SOCKET_IFNAME": "lo"}
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(torchrun, SCRIPT, told, timeout=200, **node) for _ in range(2)]
+        return [node.result()[0] for node in nodes]
 
 
 @pytest.mark.slow
@@ -275,12 +272,8 @@ def test_two_nodes_meet_and_do_what_one_process_does(config, tmp_path, record_pr
     both.mkdir()
     told = {"double": True, "trainings": trainings(config, both, 2, {"det": {}})}
     (both / "told.json").write_text(json.dumps(told))
-    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    options += ["--rdzv-id", "test", "--local-addr", "127.0.0.1"]
-    node = {"processes": 1, "options": options, "GLOO_SOCKET_IFNAME": "lo"}
-    with started(SCRIPT, both / "told.json", **node) as a, started(SCRIPT, both / "told.json", **node) as b:
-        errors = [process.communicate(timeout=300)[1] for process in (a, b)]
-    assert a.returncode == b.returncode == 0, errors
+    a, b = two_nodes(both / "told.json")
+    assert a.returncode == b.returncode == 0, a.stderr + b.stderr
     work({**told, "trainings": trainings(config, one, 4, {"det": {}})})
     record_property("steps compared of one process and of several", as_close((one / "det", both / "det")))
     left = [json.loads((both / f"process-{rank}.json").read_text()) for rank in (0, 1)]
@@ -289,15 +282,9 @@ def test_two_nodes_meet_and_do_what_one_process_does(config, tmp_path, record_pr
 
 @pytest.mark.slow
 def test_a_node_whose_process_is_killed_ends_the_other(config, tmp_path):
-    (tmp_path / "told.json").write_text(
-        json.dumps({"commands": [command_of(config)], "is killed": {"rank": "1", "step": 2}})
-    )
-    options = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    options += ["--rdzv-id", "killed", "--local-addr", "127.0.0.1"]
-    node = {"processes": 1, "options": options, "GLOO_SOCKET_IFNAME": "lo"}
-    with started(SCRIPT, tmp_path / "told.json", **node) as a, started(SCRIPT, tmp_path / "told.json", **node) as b:
-        errors = [process.communicate(timeout=120)[1] for process in (a, b)]
+    told = {"commands": [command_of(config)], "is killed": {"rank": "1", "step": 2}}
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    a, b = two_nodes(tmp_path / "told.json")
     assert a.returncode and b.returncode
-    assert any("SIGKILL" in told for told in errors) and any(
-        "another process of this run has ended" in t for t in errors
-    )
+    killed, other = (a, b) if "SIGKILL" in a.stderr else (b, a)
+    assert "SIGKILL" in killed.stderr and "another process of this run has ended" in other.stderr
