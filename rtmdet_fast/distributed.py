@@ -51,11 +51,16 @@ def gather_to_first(value: T) -> list[T] | None:
 
 def any_process(value: bool, device: torch.device) -> bool:
     """Whether it is true of one of the processes, all of which ask at the same time."""
+    return bool(greatest(value, device))
+
+
+def greatest(value: int, device: torch.device) -> int:
+    """Of the values of all processes, all of which ask at the same time."""
     if process_count() == 1:
         return value
-    flag = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    found = torch.tensor(int(value), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

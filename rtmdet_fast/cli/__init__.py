@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     from rtmdet_fast.training.config import TrainConfig
+    from rtmdet_fast.training.interruption import Terminated
 
     @dataclass(frozen=True, kw_only=True)
     class TrainCommand(TrainConfig):
@@ -106,21 +107,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(one_line(str(error).rpartition("rtmdet_fast.errors.UserError: ")[2]))
     except OSError as error:  # a disk that is full, a folder that cannot be written
         return _failed(f"{error.strerror or one_line(str(error))}: {error.filename or ''}".rstrip(": "))
-    except KeyboardInterrupt:
-        begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
-        print("interrupted" + ("; the training goes on with --resume" if begun else ""), file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as end:
+        interrupted = isinstance(end, KeyboardInterrupt)
+        if os.environ.get("RANK", "0") == "0":
+            print(("interrupted" if interrupted else "terminated") + _how_to_go_on(config), file=sys.stderr)
+        return 130 if interrupted else 143
     except Exception as error:
         if was_left(error):
             wait_for_the_end()
             return 1
-        if not _is_out_of_memory(error):
+        what = _what_the_machine_did(error, config)
+        if what is None:
             tell_of_failure(traceback.format_exc())
             raise
-        settings = [name for name in ("batch_size", "image_size", "num_workers", "workers") if hasattr(config, name)]
-        options = " or ".join(f"--{name.replace('_', '-')}" for name in settings)
-        hint = f"; a smaller {options} needs less" if options else ""
-        return _failed(f"out of memory ({one_line(str(error)) or type(error).__name__}){hint}")
+        return _failed(what + _how_to_go_on(config))
     return 0
 
 
@@ -131,13 +131,34 @@ def _failed(reason: str) -> int:
     return 2
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python and NumPy, of a GPU, of PyTorch on a CPU, of OpenCV, or of a loader process that the system ended."""
+def _how_to_go_on(config: Any) -> str:
+    """The end of a sentence on what ended a command."""
+    from rtmdet_fast.training.config import TrainConfig
+
+    begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
+    return "; the training goes on with --resume" if begun else ""
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "Insufficient memory", "is killed by signal: Killed", "Cannot allocate memory")
+"""As PyTorch tells it on a CPU, OpenCV, the loader of a process that the system ended, the system."""
+
+
+def _what_the_machine_did(error: BaseException, config: Any) -> str | None:
+    """It ran out of memory, or ended a loader process; None where the error is of another kind."""
     import torch
 
-    told = ("DefaultCPUAllocator", "Insufficient memory", "is killed by signal: Killed", "Cannot allocate memory")
+    what = one_line(str(error)) or type(error).__name__
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in told)
+    if any(isinstance(cause, kinds) or any(words in str(cause) for words in OUT_OF_MEMORY) for cause in causes):
+        settings = [name for name in ("batch_size", "image_size", "num_workers", "workers") if hasattr(config, name)]
+        options = " or ".join(f"--{name.replace('_', '-')}" for name in settings)
+        return f"out of memory ({what})" + (f"; a smaller {options} needs less" if options else "")
+    if any("DataLoader worker (pid" in str(cause) for cause in causes):
+        return f"a loader process ended ({what})"
+    return None
 
 
 def _tell_of_thread(args: threading.ExceptHookArgs) -> None:

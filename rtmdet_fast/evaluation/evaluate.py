@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.dota import DotaDataset
+from rtmdet_fast.data.workers import init_worker
 from rtmdet_fast.distributed import gather, gather_to_first, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections
@@ -95,7 +96,9 @@ def evaluate(
     if shared:
         batches = batches[torch.distributed.get_rank() :: process_count()]
     images = _Images(dataset) if rotated else _Canvases(dataset, model.to_canvas, size)
-    loader: DataLoader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+    loader: DataLoader = DataLoader(
+        images, batch_sampler=batches, num_workers=num_workers, collate_fn=list, worker_init_fn=init_worker
+    )
     found: dict[int, _Found] = {}
     total = sum(map(len, batches))
     with tqdm(total=total, desc="evaluate", unit="img", disable=not progress, leave=False) as bar:

@@ -30,6 +30,7 @@ BOUNDS = {
     "ema_momentum": (0, 1),
     "patience": (1, 10**6),
     "repeat_threshold": (0, 1),
+    "keep": (1, 10**6),
 }
 """The least and the greatest value of a setting."""
 
@@ -118,6 +119,11 @@ class TrainConfig:
     time: str | float | None = None
     """Time for the run, such as 2h, 90m or 1h30m: as many of its epochs, stage 2 and last validation included, as it
     has room for."""
+    save_every: str | float = "30m"
+    """Time between checkpoints, such as 10m, in the middle of an epoch too; besides there is one after each epoch and
+    before each validation."""
+    keep: int = 1
+    """Checkpoints that stay: last.pth and, from 2 on, older ones as last-ITERATION.pth."""
     skip_bad: bool = False
     """Go on over unreadable images and invalid annotations, and count them."""
     as_one: bool = False
@@ -155,6 +161,8 @@ class Settings(TrainConfig):
     resume: bool
     time: float | None
     """In seconds."""
+    save_every: float
+    """Likewise."""
 
     @property
     def recipe(self) -> Recipe:
@@ -223,14 +231,14 @@ def check_bounds(config: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
 
 
-def seconds_of(time: str | float) -> float:
-    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError where it is none of these."""
+def seconds_of(time: str | float, option: str = "--time") -> float:
+    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError, which names the option, for anything else."""
     number = r"(\d+(?:\.\d+)?)"
     parts = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(time).strip())
     hours, minutes, rest = map(float, parts.groups("0")) if parts else (0.0, 0.0, 0.0)
     seconds = 3600 * hours + 60 * minutes + rest
     if not 0 < seconds < math.inf:
-        raise UserError(f"--time {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
+        raise UserError(f"{option} {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
     return seconds
 
 
@@ -311,6 +319,7 @@ def resolve(config: TrainConfig) -> Settings:
         "num_workers": workers,
         "resume": resume,
         "time": None if config.time is None else seconds_of(config.time),
+        "save_every": seconds_of(config.save_every, "--save-every"),
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)
 

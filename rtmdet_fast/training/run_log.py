@@ -91,17 +91,17 @@ class Meter:
 
 
 class RunLog:
-    """metrics.csv of a run; rows past `iteration`, where a resumed run goes on, are dropped.
+    """metrics.csv of a run; rows past `iteration`, where a resumed run goes on, are dropped, and so is the validation
+    there unless it is `validated`.
 
     All of it raises UserError where the system refuses to write.
     """
 
-    def __init__(self, folder: Path, iteration: int):
+    def __init__(self, folder: Path, iteration: int, validated: bool = True):
         self.path = folder / "metrics.csv"
-        # a row that a crash cut off has no iteration
-        kept = (
-            [row for row in read_metrics(self.path) if _is_upto(row.get("iteration"), iteration)] if iteration else []
-        )
+        kept = [row for row in read_metrics(self.path) if _is_upto(row, iteration)] if iteration else []
+        if not validated:
+            kept = [row for row in kept if row["lr"] or int(row["iteration"]) < iteration]
         text = io.StringIO(newline="")
         _writer(text).writeheader()
         _writer(text).writerows(kept)
@@ -117,8 +117,10 @@ class RunLog:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
-def _is_upto(iteration: str | None, last: int) -> bool:
-    return iteration is not None and iteration.isdecimal() and int(iteration) <= last
+def _is_upto(row: dict[str, str], last: int) -> bool:
+    # a row that a crash cut off lacks its last columns, and of its iteration perhaps digits
+    whole = None not in row.values() and {"iteration", "lr"} <= row.keys()
+    return whole and row["iteration"].isdecimal() and int(row["iteration"]) <= last
 
 
 def _writer(file: TextIO) -> csv.DictWriter[str]:

@@ -18,12 +18,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rtmdet_fast.data.augment import Batch, collate, init_worker
+from rtmdet_fast.data.augment import Batch, collate
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
-from rtmdet_fast.distributed import any_process, gather, join_processes, once_per_node, process_count
+from rtmdet_fast.data.workers import init_worker
+from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
@@ -43,8 +44,10 @@ from rtmdet_fast.training.callbacks import (
     random_states,
     set_random_states,
 )
+from rtmdet_fast.training.checkpoints import Checkpoints, Wish
 from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.horizon import Horizon, clock
+from rtmdet_fast.training.interruption import Interruption
 from rtmdet_fast.training.loggers import LOGGERS, check_loggers
 from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
@@ -52,6 +55,8 @@ from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
 
 LOG_EVERY = 10
+OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
+"""What a checkpoint holds of each process: where its loaders and generators stand, and means of losses."""
 SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 """Of the figures of a validation, those that an epoch's line shows."""
 
@@ -59,11 +64,21 @@ SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Run a training to its end (or continue it), and return what came out. Raises UserError for bad input.
 
+    SIGTERM and Ctrl-C end it after the step, with a checkpoint to `resume` from, by Terminated (a SystemExit of code
+    143) and KeyboardInterrupt.
+
     Args:
         config: the settings, in which `model`, `size` and `task` are those of the model given.
         model: to start from in place of `init`; it stays as it is. Layers of other classes start fresh.
         callbacks: told of the run while it goes.
     """
+    with Interruption() as interruption:
+        return _train(config, model, callbacks, interruption)
+
+
+def _train(
+    config: TrainConfig, model: Detector | None, callbacks: Sequence[Callback], interruption: Interruption
+) -> TrainResult:
     started = clock()
     settings = resolve(config)
     check_loggers(settings.loggers)
@@ -164,7 +179,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             first_step = state["step"]
-            if first_step >= steps_per_epoch:
+            if first_step > steps_per_epoch:
                 raise ValueError(f"step {first_step} of {steps_per_epoch}")
             sampler.load_state_dicts(state["samplers"], skip=first_step * settings.accumulate)
             random_numbers = state["random_states"][rank % len(state["random_states"])]
@@ -180,7 +195,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         shift = iteration - ema.step
     elif settings.overwrite and rank == 0:
         remove_run(out)
-    log = RunLog(out, iteration) if rank == 0 else None
+    validated = first_step == 0 or epoch >= horizon.epochs
+    log = RunLog(out, iteration, validated) if rank == 0 else None
+    checkpoints = Checkpoints(last, settings.save_every, settings.keep, iteration)
     if log is not None:
         write_json(out / "config.json", settings.as_json())
     meter = Meter()
@@ -195,7 +212,38 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
     training_seconds = 0.0
     stopped = False
 
+    def of_process(sampler_state: dict[str, Any]) -> OfProcess:
+        return sampler_state, random_states(), epoch_loss.item(), meter.state_dict()
+
+    def write_checkpoint(epoch: int, step: int, horizon: Horizon, processes: Sequence[OfProcess]) -> None:
+        if log is None:  # the first process alone writes
+            return
+        samplers, random_numbers, epoch_losses, meters = zip(*processes, strict=True)
+        checkpoints.write(
+            ema.model,
+            {
+                "config": settings.as_json(),
+                "model": model.state_dict(),
+                "ema": ema.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "samplers": list(samplers),
+                "random_states": list(random_numbers),
+                "epoch": epoch,
+                "step": step,
+                "iteration": iteration,
+                "horizon": list(astuple(horizon)),
+                "seconds": [clock() - started + seconds_before, validation_seconds],
+                "best_epoch": best_epoch,
+                "best_metrics": best_metrics,
+                "score_thresholds": ema.model.score_thresholds,
+                "epoch_losses": list(epoch_losses) if step else [0.0] * world_size,
+                "meters": list(meters),
+            },
+        )
+
     while epoch < horizon.epochs and not stopped:
+        interruption.hold()
         total = horizon.epochs * steps_per_epoch
         warmup = settings.warmup_iterations
         if warmup is None:
@@ -210,6 +258,8 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         batches = timed(iter(loader), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
+        if first_step == steps_per_epoch:  # its validation alone is left
+            next(batches, None)  # makes the plans, upon which those of the next epoch hang
         number = epoch + 1
         name = f"epoch {number}/{horizon.epochs}"
         end = total + shift
@@ -218,6 +268,9 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
         )
         epoch_begun = clock()
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
+        done, wish = first_step, Wish.GO_ON
+        lr = settings.lr * recipe.lr_factor(max(iteration - shift - 1, 0), total, warmup)
+        detached: dict[str, torch.Tensor] = {}
         for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration - shift, total, warmup)
             for group in optimizer.param_groups:
@@ -247,7 +300,7 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             ema.update()
-            iteration += 1
+            iteration, done = iteration + 1, step + 1
             meter.step()
             bar.update()
             metrics: dict[str, float] = {}
@@ -261,31 +314,53 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 )
             detached = {key: value.detach() for key, value in losses.items()}
             listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+            wish = Wish.GO_ON
             # Several processes ask each other now and then: to do so is to wait for the device.
             if world_size == 1 or iteration % LOG_EVERY == 0:
-                out_of_time = clock() > deadline - validation_seconds
-                stopped = any_process(listeners.stopped or (rank == 0 and out_of_time), device)
-            if stopped:
+                if interruption.arrived is not None:
+                    wish = Wish.END
+                elif listeners.stopped:
+                    wish = Wish.STOP
+                elif rank == 0 and clock() > deadline - validation_seconds:
+                    wish = Wish.TIME_IS_UP
+                elif rank == 0 and checkpoints.due:
+                    wish = Wish.CHECKPOINT
+                wish = Wish(greatest(wish, device))
+            if wish > Wish.CHECKPOINT:
                 break
+            if wish == Wish.CHECKPOINT and done < steps_per_epoch:
+                stop_on_nan(previous, out, iteration)
+                write_checkpoint(epoch, done, horizon, gather(of_process(sampler_state), world_size))
         bar.close()
         stop_on_nan(previous, out, iteration)
         previous = None
-        epoch_seconds = (clock() - epoch_begun) / (step + 1 - first_step) * steps_per_epoch
+        epoch_seconds = (clock() - epoch_begun) / max(done - first_step, 1) * steps_per_epoch
+        if done == first_step:
+            epoch_seconds = (clock() - started + seconds_before) / number
         training_seconds += clock() - epoch_begun
-        step = (step + 1) % steps_per_epoch  # 0: the epoch is over
+        stopped = wish > Wish.CHECKPOINT
+        broken_off = epoch, done, horizon
+        step = done % steps_per_epoch  # 0: the epoch is over
         if step == 0:
-            epoch, sampler_state = epoch + 1, sampler.state_dict()
+            epoch += 1
 
         if log is not None:  # the first process alone decides and writes
-            if stopped and not listeners.stopped and epoch < horizon.epochs:
+            if wish == Wish.TIME_IS_UP and epoch < horizon.epochs:
                 horizon = Horizon(epoch, 0, "time")
             elif step == 0 and settings.time is not None:
                 expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
                 horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
         horizon = gather(horizon, world_size)[0]
         ended = step == 0 or horizon.epochs == epoch
+        validates = val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval)
+        if validates or wish == Wish.END:
+            write_checkpoint(*broken_off, gather(of_process(sampler_state), world_size))
+            if wish == Wish.END:
+                gather(None, world_size)  # nobody leaves before it is written
+                interruption.end()
+            interruption.release()
         evaluation = None
-        if val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval):
+        if val_dataset is not None and validates:
             validation_begun = clock()
             with random_numbers_kept():  # how often it is validated changes nothing
                 evaluation = evaluate(
@@ -298,10 +373,11 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 )
             validation_seconds = clock() - validation_begun
             meter.restart()
-        of_process = (sampler_state, random_states(), epoch_loss.item(), meter.state_dict())
-        samplers, random_numbers, epoch_losses, meters = zip(*gather(of_process, world_size), strict=True)
+        if step == 0:
+            sampler_state = sampler.state_dict()
+        processes = gather(of_process(sampler_state), world_size)
         if log is not None:
-            metrics = {"loss": sum(epoch_losses) / world_size}
+            metrics = {"loss": sum(loss for *_, loss, _ in processes) / world_size}
             if evaluation is not None:
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
@@ -321,36 +397,16 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
                 shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
                 figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
                 tqdm.write(f"{name}: {figures}")
-            ema.model.save(
-                last,
-                training={
-                    "config": settings.as_json(),
-                    "model": model.state_dict(),
-                    "ema": ema.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "samplers": list(samplers),
-                    "random_states": list(random_numbers),
-                    "epoch": epoch,
-                    "step": step,
-                    "iteration": iteration,
-                    "horizon": list(astuple(horizon)),
-                    "seconds": [clock() - started + seconds_before, validation_seconds],
-                    "best_epoch": best_epoch,
-                    "best_metrics": best_metrics,
-                    "score_thresholds": ema.model.score_thresholds,
-                    "epoch_losses": list(epoch_losses) if step else [0.0] * world_size,
-                    "meters": list(meters),
-                },
-            )
             if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
+            write_checkpoint(epoch, step, horizon, processes)  # last: what it tells of is there
             if check is not None:
                 check.report()
             if ended:
                 listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
         stopped = any_process(listeners.stopped, device)
         horizon = gather(horizon, world_size)[0]
+        interruption.release()
         first_step = 0
         epoch_loss.zero_()
 
