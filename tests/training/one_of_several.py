@@ -46,14 +46,14 @@ def work(told):
     """Trainings and evaluations one after the other; what this process left of it."""
     averages, read, decoded = [], [], []
     make_average, read_source = train_module.ModelEMA, CocoDataset._read_source
-    load, update = evaluate_module._Images.__getitem__, train_module.ModelEMA.update
+    load, update = evaluate_module._Images.__getitem__, make_average.update
 
     def reading(self, source, notes):
         read.append(source.annotations.name)
         return read_source(self, source, notes)
 
-    def updating(self, model):
-        update(self, model)
+    def updating(self):
+        update(self)
         if {"rank": os.environ.get("RANK"), "step": self.step} == told.get("fails") and not restarted:
             raise UserError(f"this is why process {os.environ['RANK']} ends")
         if {"rank": os.environ.get("RANK"), "step": self.step} == told.get("is killed") and not restarted:
@@ -71,7 +71,7 @@ def work(told):
         change(train_module, "ModelEMA", lambda *args: averages.append(make_average(*args)) or averages[-1])
         change(train_module, "PlanSampler", partial(PlanSampler, drop_last=told.get("drop_last", True)))
         change(CocoDataset, "_read_source", reading)
-        change(train_module.ModelEMA, "update", updating)
+        change(make_average, "update", updating)
         if told.get("double"):  # so that what Adam makes of a gradient is not what rounding made of it
             changes.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
