@@ -16,6 +16,7 @@ from rtmdet_fast.cli import main, processes
 from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.training.config import resolve
 from rtmdet_fast.training.run_log import read_metrics
+from rtmdet_fast.training.train import train
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 
@@ -123,6 +124,16 @@ def test_resume_auto_goes_on_where_there_is_a_run_and_starts_one_where_there_is_
     for given, told in (("", "--device 'meta'"), ("auto", "--device 'meta'"), ("x y", "--resume x y is unknown")):
         assert main(["train", *map(str, data), "--resume", *given.split()]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_resume_auto_starts_and_continues_and_keeps_weights_that_it_finds(config):
+    config = replace(config, epochs=1, stage2_epochs=0, val=None, val_images=None, resume="auto")
+    config.out.mkdir()
+    (config.out / "best.pth").write_bytes(b"those of a run that was killed before its first checkpoint")
+    with pytest.warns(UserWarning, match=r"is best-before\.pth now"):
+        first = train(config)
+    assert (config.out / "best-before.pth").read_bytes().startswith(b"those of") and state_of(config.out)["epoch"] == 1
+    assert train(config).seconds_per_iteration == 0 < first.seconds_per_iteration  # it had ended
 
 
 def test_a_process_tells_torchrun_why_it_ends(config, tmp_path, monkeypatch, capsys):
