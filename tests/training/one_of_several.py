@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -54,9 +55,11 @@ def work(told):
 
     def updating(self):
         update(self)
-        if {"rank": os.environ.get("RANK"), "step": self.step} == told.get("fails") and not restarted:
-            raise UserError(f"this is why process {os.environ['RANK']} ends")
-        if {"rank": os.environ.get("RANK"), "step": self.step} == told.get("is killed") and not restarted:
+        here = {"rank": os.environ.get("RANK"), "step": self.step}
+        if not restarted and here in (told.get("fails"), told.get("is killed")):
+            Path(sys.argv[1]).with_name("ended-at").write_text(str(time.time()))
+            if here == told.get("fails"):
+                raise UserError(f"this is why process {os.environ['RANK']} ends")
             os.kill(os.getpid(), signal.SIGKILL)
 
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ def together(folder, processes, told):
     """The work told, by that many processes: what each of them left."""
     folder.mkdir(exist_ok=True)
     (folder / "told.json").write_text(json.dumps(told))
-    done, _ = torchrun(SCRIPT, folder / "told.json", processes=processes)
+    done = torchrun(SCRIPT, folder / "told.json", processes=processes)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(processes)]
 
@@ -214,15 +215,15 @@ def state_of(out):
 @pytest.mark.parametrize("how", ["fails", "is killed"])
 def test_a_process_that_ends_ends_the_others_with_its_reason(config, tmp_path, how):
     (tmp_path / "told.json").write_text(json.dumps({"commands": [command_of(config)], how: {"rank": "1", "step": 2}}))
-    done, seconds = torchrun(SCRIPT, tmp_path / "told.json", timeout=120)
-    assert done.returncode != 0 and seconds < 60
+    done = torchrun(SCRIPT, tmp_path / "told.json")
+    assert done.returncode != 0 and time.time() - float((tmp_path / "ended-at").read_text()) < 60
     root = done.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in root
     if how == "fails":
         assert "this is why process 1 ends" in root and "error: this is why process 1 ends" in done.stderr
     else:
         assert "Signal 9 (SIGKILL)" in root
-    assert "Traceback" not in done.stderr  # of gloo's, in the process that was left
+    assert "gloo" not in done.stderr  # what the process that was left knows of it
 
 
 @pytest.mark.slow
@@ -233,7 +234,7 @@ def test_torchrun_restarts_what_was_killed_and_it_ends_as_unbroken(config, tmp_p
         out = tmp_path / name
         told = {"commands": [command_of(replace(config, out=out), "--resume", "auto")], **how}
         (tmp_path / f"{name}.json").write_text(json.dumps(told))
-        done, _ = torchrun(SCRIPT, tmp_path / f"{name}.json", options=("--standalone", "--max-restarts", 2))
+        done = torchrun(SCRIPT, tmp_path / f"{name}.json", options=("--standalone", "--max-restarts", 2))
         assert done.returncode == 0, done.stderr
         left[name] = state_of(out), read_metrics(out / "metrics.csv")
     assert "SIGKILL" in done.stderr  # it was
@@ -253,7 +254,7 @@ def test_another_number_of_processes_goes_on_with_a_run(config, tmp_path):
         if number > 1:  # ends with the first step of the next epoch
             script["fails"]["step"] = 18 // 2 // number * epochs + 1
         told.write_text(json.dumps(script))
-        done, _ = torchrun(SCRIPT, told, processes=number)
+        done = torchrun(SCRIPT, told, processes=number)
         state = state_of(config.out)
         steps += 18 // 2 // number
         assert state["epoch"] == epochs and state["iteration"] == steps, done.stderr
@@ -273,7 +274,7 @@ def two_nodes(told):
     node = {"processes": 1, "options": [*options, "--local-addr", "127.0.0.1"], "GLOO_SOCKET_IFNAME": "lo"}
     with ThreadPoolExecutor() as pool:
         nodes = [pool.submit(torchrun, SCRIPT, told, timeout=200, **node) for _ in range(2)]
-        return [node.result()[0] for node in nodes]
+        return [node.result() for node in nodes]
 
 
 @pytest.mark.slow
