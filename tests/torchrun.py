@@ -1,15 +1,12 @@
 """Several processes by torchrun, which end in time or with a test that fails."""
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
 
-@contextmanager
-def started(*command, processes=2, options=("--standalone",), **environment):
-    """A running torchrun with its workers, all of which are gone afterwards."""
+def torchrun(*command, processes=2, options=("--standalone",), timeout=400, **environment):
+    """Exit code, output and errors of a torchrun. TimeoutExpired where it does not end; nothing of it is left then."""
     words = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", processes, *command]
     process = subprocess.Popen(
         list(map(str, words)),
@@ -17,21 +14,11 @@ def started(*command, processes=2, options=("--standalone",), **environment):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
     )
     try:
-        yield process
+        out, err = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which have sessions of their own
-            try:
-                process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def torchrun(*command, timeout=400, **options):
-    """Exit code, output and errors of a torchrun. An error where it does not end."""
-    with started(*command, **options) as process:
-        out, err = process.communicate(timeout=timeout)
+            process.terminate()  # upon which torchrun ends its workers, if need be after half a minute
+            process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
