@@ -1,8 +1,11 @@
-"""A training that sends itself kill -9 in the middle: python killed_run.py CONFIG.json PART MOMENT.
+"""Trainings that send themselves kill -9 in the middle, each in a process of its own.
 
-A moment is a call of a Python or C function by the main thread within a part of the run; MOMENT counts them from 1.
-With MOMENT 0 the run goes to its end, and the number of moments of each part is printed. The settings are those of
-TrainConfig; once training has begun, a file `started` lies beside the run.
+Every line of stdin is a JSON list: a file with the settings of TrainConfig, a part of the run, a moment in it, a file
+for what the run prints. A moment is a call of a Python or C function by the main thread within the part, counted from
+1. With 0 the run goes to its end and prints how many there are in each part, with -1 it just goes to its end. Told are
+the process's number and then its exit code; once training has begun, a file `started` lies beside the run.
+
+The processes are forked from this one, which has imported all and done nothing: to import takes longer than to train.
 """
 
 import functools
@@ -10,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -57,19 +61,39 @@ class Started(Callback):
         settings.out.with_name("started").touch()
 
 
-def main() -> None:
-    config, part, moment = sys.argv[1:]
+def run(config: str, part: str, moment: int) -> None:
     settings = json.loads(Path(config).read_text())
     paths = ("train", "train_images", "val", "val_images", "out")
-    moments = Moments(part, int(moment))
+    moments = Moments(part, moment)
     os.register_at_fork(after_in_child=lambda: sys.setprofile(None))  # the loaders live
     for name, where in PARTS.items():
-        if moment == "0" or name == part:
+        if moment == 0 or name == part:
             moments.count(name, *where)
-    config = TrainConfig(**settings | {name: Path(settings[name]) for name in paths})
-    train_module.train(config, callbacks=[Started()])
+    train_module.train(TrainConfig(**settings | {name: Path(settings[name]) for name in paths}), callbacks=[Started()])
     print(json.dumps(moments.counts))
 
 
+def fork(*arguments: object, log: str) -> int:
+    """The number of the process that runs it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        run(*arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        *arguments, log = json.loads(line)
+        pid = fork(*arguments, log=log)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

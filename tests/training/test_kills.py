@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from told import assert_same_files
 
 from rtmdet_fast import RTMDet
 
-RUN = Path(__file__).with_name("killed_run.py")
 PATIENCE = 300  # seconds after which a process that hangs fails
 KILLS = {"checkpoint": 5, "validation": 4, "report": 3, "anywhere": 4, "by the clock": 4}
 SEED = int(os.environ.get("RTMDET_FAST_FUZZ_SEED", "0"))
@@ -25,34 +26,37 @@ SEED = int(os.environ.get("RTMDET_FAST_FUZZ_SEED", "0"))
 class Runs:
     """Runs with the same settings, one after another, each of which goes on from where it was killed."""
 
-    def __init__(self, folder, config):
-        self.folder, self.config, self.number = folder, config, 0
+    def __init__(self, folder, config, server):
+        self.folder, self.config, self.server, self.number = folder, config, server, 0
+        folder.mkdir()
 
     @property
     def out(self):
         return self.folder / str(self.number) / "run"
 
     def start(self, part, moment, seconds=None):
-        """Starts the run or goes on with it; kills it `seconds` after its start, if given. Exit code and stdout."""
+        """Starts the run or goes on with it; kills it `seconds` after its first step, if given. What it printed, and
+        whether it was killed."""
         self.out.parent.mkdir(exist_ok=True)
         config = replace(self.config, out=self.out, resume=(self.out / "last.pth").exists())
         settings, log = self.out.with_name("settings.json"), self.out.with_name("log.txt")
         settings.write_text(json.dumps(asdict(config), default=str))
         started = self.out.with_name("started")
         started.unlink(missing_ok=True)
-        command = [sys.executable, RUN, settings, part, str(moment)]
-        with log.open("w") as file:  # no pipe: loaders outlive a killed run for a moment, and hold it open
-            process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            end = time.monotonic() + PATIENCE
-            while seconds is not None and process.poll() is None and not started.exists():
-                assert time.monotonic() < end, "it does not start"
+        print(json.dumps([str(settings), part, int(moment), str(log)]), file=self.server.stdin, flush=True)
+        pid = int(self.server.stdout.readline())
+        timer = threading.Timer(PATIENCE, os.kill, (pid, signal.SIGABRT))
+        timer.start()
+        if seconds is not None:
+            while not started.exists() and timer.is_alive():
                 time.sleep(0.01)
-            if seconds is not None:
-                time.sleep(seconds)
-                process.kill()
-            code = process.wait(PATIENCE)
-        assert code in (0, -signal.SIGKILL), log.read_text()
-        return code, log.read_text()
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it came to its end
+                os.kill(pid, signal.SIGKILL)
+        code = int(self.server.stdout.readline())
+        timer.cancel()
+        assert code in (0, -signal.SIGKILL), f"exit code {code}: {log.read_text()}"
+        return log.read_text(), code != 0
 
     def look(self):
         """What there is of the run is whole."""
@@ -65,29 +69,39 @@ class Runs:
             json.loads(path.read_text())
 
 
+@pytest.fixture
+def server():
+    command = [sys.executable, Path(__file__).with_name("killed_run.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_in_the_weights_of_an_unbroken_one(config, tmp_path, record_property):
+def test_a_run_killed_at_random_moments_ends_in_the_weights_of_an_unbroken_one(
+    config, tmp_path, server, record_property
+):
     config = replace(config, num_workers=2, report=True, save_every="0.000001s", keep=2, val_interval=1)
-    whole = Runs(tmp_path / "whole", config)
-    whole.folder.mkdir()
+    whole, killed = Runs(tmp_path / "whole", config, server), Runs(tmp_path / "killed", config, server)
+    moments = json.loads(whole.start("", 0)[0].splitlines()[-1])
     begun = time.monotonic()
-    _, log = whole.start("", 0)
+    Runs(tmp_path / "timed", config, server).start("", -1)
     seconds = time.monotonic() - begun
-    moments = json.loads(log.splitlines()[-1])
-    killed = Runs(tmp_path / "killed", config)
-    killed.folder.mkdir()
     rng = np.random.default_rng(SEED)
     waiting = rng.permutation([part for part, count in KILLS.items() for _ in range(count)]).tolist()
-    survived, ended = [], 0
+    survived, ended = 0, 0
     while waiting:
         part = waiting[-1]
         if part == "by the clock":
-            code, _ = killed.start("", -1, rng.uniform(0, seconds))
+            _, was_killed = killed.start("", -1, rng.uniform(0, seconds))
         else:
-            code, _ = killed.start(part, rng.integers(1, moments[part] + 1))
+            _, was_killed = killed.start(part, rng.integers(1, moments[part] + 1))
         killed.look()
-        if code:
-            survived.append(waiting.pop())
+        if was_killed:
+            waiting.pop()
+            survived += 1
         else:  # the moment lay beyond the end of what was left
             assert_same_files(whole.out, killed.out)
             killed.number, ended = killed.number + 1, ended + 1
@@ -95,8 +109,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_weights_of_an_unbroken_one(c
     killed.start("", -1)
     assert_same_files(whole.out, killed.out)
     assert not list(killed.out.glob(".*.tmp")) and (killed.out / "report.html").exists()
-    record_property("kills survived", len(survived))
-    record_property("runs killed that ended in the weights of the unbroken one", ended + 1)
+    record_property("kills survived", survived)
+    record_property("runs killed that ended in the weights of an unbroken one", ended + 1)
 
 
 PREEMPTED = """

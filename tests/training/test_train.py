@@ -386,7 +386,7 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
         (lambda s: s.update(step=-1), "tells of epoch"),
         (lambda s: s.update(step=5), "step 5 of 4"),
         (lambda s: s.update(samplers=["x"]), "cannot be read"),
-        (lambda s: s.update(meter={"losses": {"loss_cls": torch.zeros(3)}}), "no means of losses"),
+        (lambda s: s.update(meters=[{"losses": {"loss_cls": torch.zeros(3)}}]), "no means of losses"),
     ],
 )
 def test_a_state_of_wrong_kinds_is_refused(finished, tmp_path, change, word):
@@ -400,7 +400,7 @@ def test_a_run_of_before_there_was_a_setting_had_its_default(finished, tmp_path)
     for name in ("model", "version", "queries"):
         del content["training"]["config"][name]
     content["training"]["torch_rng"] = content["training"].pop("random_states")[0][0]
-    del content["training"]["step"], content["training"]["epoch_loss"]
+    del content["training"]["step"], content["training"]["epoch_losses"], content["training"]["meters"]
     torch.save(content, tmp_path / "last.pth")
     train(replace(config, out=tmp_path, resume=True))
     with pytest.raises(UserError, match=r"--model is rtdetr, but the run in .* has rtmdet"):
