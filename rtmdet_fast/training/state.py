@@ -33,7 +33,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
 
 # What may differ between a run and its continuation; validation only where it does not decide on the end.
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
-RESUMABLE |= {"cache", "loggers", "save_every", "keep"}
+RESUMABLE |= {"cache", "loggers", "save_every", "keep", "graph"}
 OF_PROCESSES = {"batch_size", "accumulate", "lr"}
 """What may differ too where the number of processes does: images of a step, and the rate they go with."""
 
