@@ -65,6 +65,9 @@ class TrainConfig:
     sampling: str | None = None
     """Of rtdetr, version 2: bilinear, or discrete, whole cells, for runtimes without grid_sample, which goes on from
     weights of bilinear sampling; bilinear where not given."""
+    assigner: str | None = None
+    """Of rtmdet, who matches predictions with objects in training: soft_label (as published), simota, task_aligned or
+    atss; soft_label where not given."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -135,6 +138,9 @@ class TrainConfig:
     """Start anew in an `out` that holds a run already."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    graph: str = "auto"
+    """Run each step as one CUDA graph: auto, which is for rtmdet on one GPU, without --accumulate and --compile, or
+    off."""
     report: bool = True
     """Write report.html at the end."""
     progress: bool = True
@@ -169,7 +175,7 @@ class Settings(TrainConfig):
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling, self.assigner)
 
     def open_data(self) -> tuple[CocoDataset, CocoDataset | None]:
         """The training images with their annotations; those of validation, if any, with the same classes."""
@@ -259,7 +265,9 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
+    recipe = RECIPES[config.model](
+        config.size, config.version, config.task, config.queries, config.sampling, config.assigner
+    )
     if config.resume not in (False, True, "auto"):
         raise UserError(f"--resume {config.resume} is unknown; give it alone, or auto")
     if config.resume == "auto" and config.overwrite:
@@ -274,6 +282,8 @@ def resolve(config: TrainConfig) -> Settings:
     train, val = _sources(config)
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
+    if config.graph not in ("auto", "off"):
+        raise UserError(f"--graph {config.graph!r} is unknown; choose auto or off")
     device = pick_device(config.device)
     amp = config.amp
     if amp == "auto":

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WARMUP_START = 1e-5
 FINAL_FRACTION = 0.05
@@ -75,7 +75,18 @@ class ModelEMA(Generic[Model]):
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the source as it is now."""
-        torch._foreach_lerp_(*self._floating, self.share(self.step))
+        self.move(self.share(self.step))
+        self.step += 1
+
+    @torch.no_grad()
+    def move(self, share: float | Tensor) -> None:
+        """Moves it by that share of the way; a tensor stays where it is, so that a CUDA graph has another each time."""
+        if isinstance(share, Tensor):
+            averaged, current = self._floating
+            way = torch._foreach_sub(current, averaged)
+            torch._foreach_mul_(way, share)
+            torch._foreach_add_(averaged, way)
+        else:
+            torch._foreach_lerp_(*self._floating, share)
         if self._others[0]:
             torch._foreach_copy_(*self._others)
-        self.step += 1

@@ -32,7 +32,7 @@ from rtmdet_fast.evaluation.pictures import ReportSample, report_samples
 from rtmdet_fast.evaluation.report import write_report
 from rtmdet_fast.files import write_json
 from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
-from rtmdet_fast.models.detector import Detector, Targets
+from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.batch_size import find_batch_size
@@ -53,6 +53,7 @@ from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
+from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph
 
 LOG_EVERY = 10
 OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
@@ -92,7 +93,10 @@ def _train(
         if last.exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
         if best.exists():
-            raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
+            if config.resume != "auto":
+                raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
+            best.replace(out / "best-before.pth")
+            warnings.warn(f"{best} is no part of a run to continue, and is best-before.pth now", stacklevel=3)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -143,15 +147,20 @@ def _train(
     ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
     optimizer = torch.optim.AdamW(recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    amp_dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     step_model: Callable[..., Any] = model
     if world_size > 1:
         model.enable_sync_bn()
-        step_model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            # of torch 2.13, whose successor of the argument those before it do not have
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            step_model = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
     if settings.compile:
         step_model = torch.compile(step_model)
+    stepping = (GraphStep if is_graph(settings, model) else Step)(
+        model, optimizer, scaler, ema, call=step_model, amp=AMP_TYPES[settings.amp], clip_norm=recipe.clip_norm
+    )
 
     if settings.progress:
         tell_settings(config, settings, sampler)
@@ -270,36 +279,24 @@ def _train(
         bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
         done, wish = first_step, Wish.GO_ON
         lr = settings.lr * recipe.lr_factor(max(iteration - shift - 1, 0), total, warmup)
-        detached: dict[str, torch.Tensor] = {}
+        losses: dict[str, torch.Tensor] = {}
         for step in range(first_step, steps_per_epoch):
             lr = settings.lr * recipe.lr_factor(iteration - shift, total, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_factor"]
+            stepping.set_rate(lr)
             parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
             for part, batch in enumerate(itertools.islice(batches, parts)):
-                batch = batch.to(device, non_blocking=True)
-                batch = batch.resized(random_side(sides, settings.seed, iteration, part))
-                targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
+                batch = stepping.take(batch, random_side(sides, settings.seed, iteration, part))
                 try:
-                    with torch.autocast(device.type, amp_dtype, enabled=settings.amp != "none"):
-                        losses = step_model(model.normalize(batch.images), targets)
+                    losses, loss = stepping.backward(batch, parts)
                 except UserError as error:  # predictions that no loss can be made of
                     stop_on_nan(previous, out, iteration)
                     raise UserError(f"{error}; {keep_batch(batch, out, iteration)}") from error
-                loss = sum(losses.values()) / parts
-                scaler.scale(loss).backward()
                 meter.add(losses, len(batch.images) * world_size)
-                epoch_loss += loss.detach() / steps_per_epoch
+                epoch_loss += loss / steps_per_epoch
                 # Looking at the loss one batch late keeps the host one batch ahead of the device.
                 stop_on_nan(previous, out, iteration)
-                previous = (on_its_way(loss.detach()), batch)
-            if recipe.clip_norm is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
+                previous = (on_its_way(loss), batch)
+            stepping.update()
             iteration, done = iteration + 1, step + 1
             meter.step()
             bar.update()
@@ -312,8 +309,7 @@ def _train(
                     f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
                     f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (end - iteration))}"
                 )
-            detached = {key: value.detach() for key, value in losses.items()}
-            listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+            listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=losses, metrics=metrics))
             wish = Wish.GO_ON
             # Several processes ask each other now and then: to do so is to wait for the device.
             if world_size == 1 or iteration % LOG_EVERY == 0:
@@ -403,7 +399,7 @@ def _train(
             if check is not None:
                 check.report()
             if ended:
-                listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=detached, metrics=metrics))
+                listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=losses, metrics=metrics))
         stopped = any_process(listeners.stopped, device)
         horizon = gather(horizon, world_size)[0]
         interruption.release()

@@ -597,3 +597,27 @@ def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):
         "segm_AP",
         "segm_AP50",
     ]
+
+
+def test_other_assigners_train_and_go_on_by_the_same(config):
+    started = replace(config, epochs=2, stage2_epochs=0)
+    shares = []
+    for assigner in ("atss", "task_aligned"):
+        result = train(replace(started, assigner=assigner, overwrite=True))
+        shares.append(weights(result.last, "state_dict", "bbox_head.rtm_reg.0.weight"))
+        assert json.loads((config.out / "config.json").read_text())["assigner"] == assigner
+    assert not torch.equal(*shares)
+    with pytest.raises(UserError, match=r"--assigner is atss, but the run in .* has task_aligned"):
+        train(replace(started, assigner="atss", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(assigner="hungarian"), "--assigner 'hungarian' is unknown; choose one of soft_label, simota, "),
+        (dict(assigner="atss", model="rtdetr", size=None), "--assigner atss is for --model rtmdet"),
+    ],
+)
+def test_assigners_that_there_are_not(config, change, words):
+    with pytest.raises(UserError, match=words):
+        resolve(replace(config, **change))

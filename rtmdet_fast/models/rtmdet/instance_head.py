@@ -24,6 +24,7 @@ from rtmdet_fast.models.rtmdet.detection_head import (
     Assignment,
     DetectionHead,
     flatten_levels,
+    positives,
     predictors,
     towers,
 )
@@ -108,14 +109,16 @@ class InstanceHead(DetectionHead):
         """Twice the mean Dice loss of the positives, against `targets.masks`."""
         if targets.masks is None:
             raise ValueError("targets: masks are needed to train instance segmentation")
-        image, prior = (assignment.gt >= 0).nonzero(as_tuple=True)
+        image, prior, found = positives(assignment.gt, targets.room)
+        *instances, _ = _instances(output, priors, image, prior)
         dice = dynamic_mask_dice_loss(
-            *_instances(output, priors, image, prior),
+            *instances,
+            image.where(found, -1),
             targets.masks,
-            assignment.gt[image, prior],
+            assignment.gt[image, prior].clamp(min=0),
             feature_stride=MASK_STRIDE,
         )
-        return 2 * dice.sum() / loss_normaliser(dice.new_full((), len(image)))
+        return 2 * dice.sum() / loss_normaliser(found.sum().to(dice.dtype))
 
     @torch.no_grad()
     def detect(  # type: ignore[override]
