@@ -48,6 +48,15 @@ def wait_for_the_end() -> None:
     print("error: another process of this run has ended; it or torchrun tells why", file=sys.stderr)
 
 
+def leave_the_others(code: int) -> None:
+    """In good order, as NCCL wants it, at the end of a program; where it failed, torchrun sees to it."""
+    if is_several() and code == 0:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def _wait_for_the_end(seconds: float) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, which has nothing to wait for any more
     time.sleep(seconds)

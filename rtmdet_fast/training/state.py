@@ -84,7 +84,7 @@ def shared_anew(state: dict[str, Any], settings: Settings, steps_per_epoch: int)
     as many images have been shown."""
     saved, processes = state["config"], len(state["samplers"])
     shown = state["step"] * saved["accumulate"] * saved["batch_size"] * processes
-    step = min(shown // (settings.accumulate * settings.batch_size * process_count()), steps_per_epoch - 1)
+    step = min(shown // (settings.accumulate * settings.batch_size * process_count()), steps_per_epoch)
     epoch_loss = sum(state["epoch_losses"]) / processes if step else 0.0
     return {**state, "step": step, "epoch_losses": [epoch_loss], "meters": [{}]}
 

@@ -93,7 +93,10 @@ def _train(
         if last.exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
         if best.exists():
-            raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
+            if config.resume != "auto":
+                raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
+            best.replace(out / "best-before.pth")
+            warnings.warn(f"{best} is no part of a run to continue, and is best-before.pth now", stacklevel=3)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -147,9 +150,12 @@ def _train(
     step_model: Callable[..., Any] = model
     if world_size > 1:
         model.enable_sync_bn()
-        step_model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            # of torch 2.13, whose successor of the argument those before it do not have
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            step_model = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
     if settings.compile:
         step_model = torch.compile(step_model)
     stepping = (GraphStep if is_graph(settings, model) else Step)(
