@@ -116,7 +116,19 @@ def test_commands_parse(line, monkeypatch):
         assert (ROOT / words[1]).is_file(), f"{words[1]} is no script of the project"
         return
     ran = []
-    for command in ("data", "train", "eval", "compare", "predict", "export", "benchmark", "split", "demo", "info"):
+    for command in (
+        "data",
+        "train",
+        "eval",
+        "compare",
+        "predict",
+        "merge",
+        "export",
+        "benchmark",
+        "split",
+        "demo",
+        "info",
+    ):
         monkeypatch.setattr(cli, f"run_{command}", lambda config: ran.append(config) or Outcome({}, []))
     monkeypatch.setattr(Outcome, "publish", lambda self, json: None)
     try:
