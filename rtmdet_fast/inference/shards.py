@@ -61,8 +61,9 @@ class Keys:
         self._sorted = np.sort(np.fromiter(keys, f"S{KEY}"))
 
     def __contains__(self, key: bytes) -> bool:
-        at = int(np.searchsorted(self._sorted, np.bytes_(key)))
-        return at < len(self._sorted) and self._sorted[at] == np.bytes_(key)
+        bare = key.rstrip(b"\0")  # as NumPy has them
+        at = int(np.searchsorted(self._sorted, np.array(bare, f"S{KEY}")))
+        return at < len(self._sorted) and bytes(self._sorted[at]) == bare
 
     def __len__(self) -> int:
         return len(self._sorted)
