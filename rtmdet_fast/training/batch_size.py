@@ -10,9 +10,9 @@ import torch
 from rtmdet_fast.data.augment import collate
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
+from rtmdet_fast.distributed import gather, process_count
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.training.config import Settings
-from rtmdet_fast.training.distributed import gather, process_count
 
 ON_CPU = 8  # where larger steps are no faster, and batch norm has enough
 STEPS_PER_EPOCH = 16  # at least

@@ -384,7 +384,7 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
         (lambda s: s["best_metrics"].pop("AP"), "best figures"),
         (lambda s: s.update(random_states=[[torch.zeros(3)]]), "cannot be read"),
         (lambda s: s.update(step=-1), "tells of epoch"),
-        (lambda s: s.update(step=4), "step 4 of 4"),
+        (lambda s: s.update(step=5), "step 5 of 4"),
         (lambda s: s.update(samplers=["x"]), "cannot be read"),
         (lambda s: s.update(meter={"losses": {"loss_cls": torch.zeros(3)}}), "no means of losses"),
     ],

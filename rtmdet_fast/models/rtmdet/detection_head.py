@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_fast.class_names import COCO_CLASSES
+from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, clip_boxes, have_area
 from rtmdet_fast.kernels._dispatch import unwatched
 from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.layers import conv3x3
 from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
 
@@ -144,7 +144,8 @@ class DetectionHead(nn.Module):
     def loss(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
         """`loss_cls` (quality focal, weight 1) and `loss_bbox` (GIoU weighted by the soft label, weight 2).
 
-        Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1.
+        Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1 (`loss_normaliser`;
+        published is a bound of 1 on the mean over the processes).
         """
         logits, boxes, priors = self.decode(output)
         assignment = self.assign(logits, boxes, priors, targets)
@@ -166,7 +167,7 @@ class DetectionHead(nn.Module):
 
     def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """`loss_cls` and `loss_bbox`."""
-        normaliser = mean_over_processes(assignment.quality.sum()).clamp(min=1)
+        normaliser = loss_normaliser(assignment.quality.sum())
         return {
             "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
             "loss_bbox": 2 * self.box_loss(boxes, targets, assignment) / normaliser,

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.detection_head import (
     STRIDES,
     Assignment,
@@ -115,7 +115,7 @@ class InstanceHead(DetectionHead):
             assignment.gt[image, prior],
             feature_stride=MASK_STRIDE,
         )
-        return 2 * dice.sum() / mean_over_processes(dice.new_full((), len(image))).clamp(min=1)
+        return 2 * dice.sum() / loss_normaliser(dice.new_full((), len(image)))
 
     @torch.no_grad()
     def detect(  # type: ignore[override]
