@@ -237,7 +237,7 @@ def _content(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> by
         assert file is not None
         return file.read()
     except _DAMAGE as error:
-        raise _damaged(path, error) from None
+        raise _damaged(f"{path}/{member.name}", error) from None
 
 
 def _damaged(path: str, error: BaseException) -> UserError:
