@@ -139,6 +139,8 @@ def _how_to_go_on(config: Any) -> str:
     from rtmdet_fast.training.config import TrainConfig
 
     begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
+    if isinstance(config, PredictConfig) and config.shard is not None:
+        return "; the shard goes on with --resume"
     return "; the training goes on with --resume" if begun else ""
 
 

@@ -150,8 +150,9 @@ def check_same(name: object, before: dict[str, Any], now: dict[str, Any], hint: 
     for field in {**before, **now}:
         old, new = before.get(field), now.get(field)
         if old != new:
-            told = f"{shown(old)}, not {shown(new)}" if field not in ("weights", "archives") else "others"
-            raise UserError(f"{name} was made with {field.replace('_', ' ')} {told}: {hint}")
+            what = field.replace("_", " ")
+            told = f"other {what}" if field in ("weights", "archives") else f"{what} {shown(old)}, not {shown(new)}"
+            raise UserError(f"{name} was made with {told}: {hint}")
 
 
 class Merged:

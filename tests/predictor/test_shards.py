@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -108,7 +110,7 @@ def test_a_shard_goes_on_only_where_asked_and_as_it_was_begun(tmp_path):
     assert predict(folder, out, made_with=made_with).images == 7
     with pytest.raises(UserError, match="--resume goes on"):
         predict(folder, out, made_with=made_with)
-    with pytest.raises(UserError, match="weights others"):
+    with pytest.raises(UserError, match="other weights"):
         predict(folder, out, resume=True, made_with={**made_with, "weights": "b"})
     with pytest.raises(UserError, match="image size 64, not 96"):
         predict(folder, out, resume=True, made_with={**made_with, "image_size": 96})
@@ -296,6 +298,50 @@ def test_killed_at_any_step_it_goes_on(tmp_path, record_property):
     record_property("kills of predict survived", told["kills"])
     record_property("images counted after them", sum(told["counted"]))
     record_property("images lost or twice", 0)
+
+
+@pytest.mark.slow
+def test_the_example_for_ray_finds_what_predict_finds(weights, tmp_path, record_property):
+    """That of docs/scale.md, with two workers."""
+    pytest.importorskip("ray.data", reason="extra `ray` is not installed")
+    import pyarrow.parquet
+
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for i, image in enumerate(images(17)):
+        cv2.imwrite(str(folder / f"{i}.jpg"), image)
+    page = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "import ray\n" in code)
+    for before, after in (("runs/demo/data/val", folder), ("runs/demo/run/best.pth", weights), ("runs/ray", out)):
+        assert before in code
+        code = code.replace(before, str(after))
+    assert "ray.init()" in code
+    # a folder of its own for Ray's logs, whose sockets allow no long name
+    with tempfile.TemporaryDirectory(prefix="ray") as logs:
+        local = f"ray.init(num_cpus=2, include_dashboard=False, _temp_dir={logs!r})"
+        (tmp_path / "example.py").write_text(code.replace("ray.init()", local))
+        # on a busy machine workers that are nicer than the rest would wait for hours
+        environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        command = [sys.executable, "example.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run("predict", folder, "--weights", weights, "--out", tmp_path / "plain") == 0
+    told = json.loads((tmp_path / "plain/predictions.json").read_text())
+    names = {image["id"]: image["file_name"] for image in told["images"]}
+    expected = {name: [] for name in names.values()}
+    for entry in told["annotations"]:
+        expected[names[entry["image_id"]]].append((entry["category_id"] - 1, entry["score"], entry["bbox"]))
+    rows = pyarrow.parquet.read_table(out).to_pylist()
+    assert len(rows) == 17 and {row["file_name"] for row in rows} == expected.keys()
+    for row in rows:
+        bbox = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in row["boxes"]]
+        found = list(zip(row["labels"], row["scores"], bbox, strict=True))
+        # batches of eight may round otherwise
+        assert [label for label, *_ in found] == [label for label, *_ in expected[row["file_name"]]]
+        for (_, score, box), (_, other, true) in zip(found, expected[row["file_name"]], strict=True):
+            assert abs(score - other) < 1e-4 and np.allclose(box, true, atol=0.05)
+    record_property("images by Ray as by predict", len(rows))
 
 
 @pytest.mark.slow
