@@ -322,7 +322,7 @@ def test_the_example_for_ray_finds_what_predict_finds(weights, tmp_path, record_
         (tmp_path / "example.py").write_text(code.replace("ray.init()", local))
         # on a busy machine workers that are nicer than the rest would wait for hours
         environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "example.py"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
