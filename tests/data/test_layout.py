@@ -184,5 +184,5 @@ def test_annotations_that_are_a_pipe_or_a_device_are_told(tmp_path, name):
     for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
         (tmp_path / name).unlink(missing_ok=True)
         make(tmp_path / name)
-        with pytest.raises(UserError, match="pipe or device|none of its 1 images has a label file"):
+        with pytest.raises(UserError, match=r"pipe or device|none of its 1 images has a label file"):
             CocoDataset([source_of((tmp_path / name).parent if name[0] != "a" else tmp_path / name, images)])
