@@ -1,4 +1,4 @@
-"""A checkout without links, as git makes it on Windows: rtmdet_fast/kernels is a text file. It runs and packs as any."""
+"""A checkout without links, as git makes on Windows: rtmdet_fast/kernels is a text file. It runs and packs as any."""
 
 import os
 import shutil
