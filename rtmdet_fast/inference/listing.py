@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from rtmdet_fast.errors import UserError, shown
-from rtmdet_fast.images import IMAGE_SUFFIXES
+from rtmdet_fast.images import IMAGE_SUFFIXES, check_bytes
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-MAX_MEMBER = 1 << 30
-"""Bytes of an image in an archive: a bitmap of Pillow's limit of pixels has half of it."""
 MAX_HEADER = 1 << 16
 """Bytes of a member's long name or attributes, which tarfile reads into memory at once."""
 KEY = 16
@@ -227,11 +225,7 @@ with suppress(ImportError):  # a Python built without it
 
 
 def _content(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_MEMBER:
-        raise UserError(
-            f"{shown(f'{path}/{member.name}')}: this image has {member.size:,} bytes, more than the limit of "
-            f"{MAX_MEMBER:,}"
-        )
+    check_bytes(f"{path}/{member.name}", member.size)
     try:
         file = archive.extractfile(member)
         assert file is not None

@@ -16,8 +16,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+from rtmdet_fast import images as images_module
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.inference import listing as listing_module
 from rtmdet_fast.inference.listing import Listing, archive_images, key_of, shard_of
 
 FILES = (
@@ -252,7 +252,7 @@ def test_sizes_that_lie_end_in_an_error_without_memory_for_them(tmp_path, kind, 
 
 
 def test_an_image_above_the_limit_is_passed_over_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(listing_module, "MAX_MEMBER", 400)
+    monkeypatch.setattr(images_module, "most_bytes", lambda max_pixels: 400)
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, size in (("1.jpg", 300), ("2.jpg", 500), ("3.jpg", 300)):
             add(archive, name, bytes(size))
