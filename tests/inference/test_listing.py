@@ -7,6 +7,7 @@ import io
 import lzma
 import os
 import random
+import re
 import sys
 import tarfile
 import tracemalloc
@@ -202,7 +203,7 @@ def test_an_archive_that_is_cut_off_is_told_wherever_that_is(tmp_path, compress)
             found.extend((member.name, member.read()) for member in archive_images(str(path)))
             assert found == expected  # what is cut off is of the zeros behind them
         except UserError as error:
-            assert "a.tar: this tar archive is damaged, cut off or none" in str(error)
+            assert re.search(r"a\.tar(/\S+)?: this tar archive is damaged, cut off or none", str(error))
             refused += 1
         assert found == expected[: len(found)]
     assert refused > (20 if compress is bytes else 5)

@@ -345,6 +345,7 @@ def test_the_example_for_ray_finds_what_predict_finds(weights, tmp_path, record_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal there")
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_killed_at_random_moments_the_command_goes_on(form, weights, tmp_path, record_property):
     """Twenty times, of two shards side by side, with images in folders and archives; each goes on where it was."""
