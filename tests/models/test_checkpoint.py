@@ -18,7 +18,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.models.checkpoint import PRETRAINED, read_checkpoint, resolve_weights, save_atomically
-from rtmdet_fast.models.inert_pickle import INERT_PICKLE
+from rtmdet_fast.models.inert_pickle import InertUnpickler
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_file_cannot_reach_torchs_own_functions(nano, tmp_path):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "evil.pth")
     assert not hasattr(function, "evil")
-    INERT_PICKLE.load(io.BytesIO(payload))
+    InertUnpickler(io.BytesIO(payload)).load()
     assert not hasattr(function, "evil")
 
 
@@ -237,7 +237,7 @@ def test_a_pickle_of_ten_bytes_takes_no_memory():
     from full_disk import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    INERT_PICKLE.load(io.BytesIO(b"\x80\x02Nr" + (2**27).to_bytes(4, "little") + b"."))
+    InertUnpickler(io.BytesIO(b"\x80\x02Nr" + (2**27).to_bytes(4, "little") + b".")).load()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB (macOS: bytes)
 
 
