@@ -218,7 +218,7 @@ def trained_thresholds(checkpoint: Checkpoint, classes: int) -> tuple[float, ...
 
 
 def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
-    """Raises UserError for tensors larger than their file can hold, and for weights that are not finite."""
+    """Raises UserError for tensors larger than their file can hold, and for weights quantised or not finite."""
     size = path.stat().st_size
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
     large = any(value.nbytes > size for value in state_dict.values())
@@ -226,6 +226,8 @@ def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
     if large or sum(storages.values()) > size or sum(value.nbytes for value in state_dict.values()) > 100 * size:
         raise UserError(f"{path} is damaged: its weights would be larger than the file")
     for key, value in state_dict.items():
+        if key.endswith((".weight", ".bias")) and not (value.is_floating_point() or value.is_complex()):
+            raise UserError(f"{path} holds weights of {value.dtype} (first: {key}): quantised ones are not read")
         if value.is_complex() or not torch.isfinite(value.float()).all():
             raise UserError(
                 f"{path} holds weights that are no finite numbers (first: {key}): the training that wrote them had "

@@ -300,6 +300,24 @@ def test_weights_that_are_not_finite_are_refused(nano, tmp_path, value, dtype):
         read_checkpoint(tmp_path / "w.pth")
 
 
+def test_quantised_weights_are_refused(nano, tmp_path):
+    """They would load, as other numbers than they stand for."""
+    state = {k: v.to(torch.int8) if v.is_floating_point() else v for k, v in nano.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth holds weights of torch\.int8 \(first: backbone"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_safetensors_of_another_model(tmp_path):
+    from safetensors.torch import save_file
+
+    from rtmdet_fast.models.families import load_model
+
+    save_file({"bert.embeddings.weight": torch.zeros(3, 4)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"holds none of RTMDet.*first key is 'bert\.embeddings\.weight'"):
+        load_model(tmp_path / "w.safetensors")
+
+
 def test_weights_of_another_model(nano, tmp_path):
     torch.save({"state_dict": {"layer1.0.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
     with pytest.raises(UserError, match=r"no RTMDet or CSPNeXt"):
