@@ -146,9 +146,9 @@ def test_deformable_attention_forward_and_backward(dtype):
 
 
 def test_other_ops_exist_and_say_that_they_are_missing():
-    assert hasattr(ext, "roi_align_forward")
-    with pytest.raises(NotImplementedError, match=r"deform_conv_forward needs the compiled mmcv"):
-        ext.deform_conv_forward(torch.zeros(1), stride=1)
+    assert hasattr(ext, "three_nn_forward")
+    with pytest.raises(NotImplementedError, match=r"roiaware_pool3d_forward needs the compiled mmcv"):
+        ext.roiaware_pool3d_forward(torch.zeros(1), pool_method=1)
     assert not hasattr(ext, "__wrapped__")
     assert "rtmdet_fast" in ext.get_compiler_version() and ext.get_compiling_cuda_version()
 
