@@ -40,6 +40,7 @@ from functools import wraps
 from multiprocessing import spawn
 from typing import Any, NoReturn
 
+from rtmdet_fast.compat.mmcv_ext import _pkg_resources
 from rtmdet_fast.compat.mmcv_ext._boxes import (
     bbox_overlaps,
     box_iou_rotated,
@@ -164,6 +165,8 @@ def install(replace: bool = False) -> bool:
     A compiled `mmcv._ext` that is installed keeps its place, unless `replace`. Raises RuntimeError if `mmcv.ops`
     has been imported with it: its functions are bound by then.
     """
+    if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
+        sys.modules["pkg_resources"] = _pkg_resources  # mmengine imports it, and setuptools has it no more
     this = sys.modules[__name__]
     if sys.modules.get("mmcv._ext") is this:
         return True

@@ -5,6 +5,7 @@ Legend: N images, C channels in, O out, D deformable groups, taps of a kernel KH
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ def modulated_deform_conv_forward(
     geometry = _Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
+    offset, mask = _leading(input, offset, mask, geometry)
     _check(input, offset, weight, geometry, mask=mask)
     result = _convolve(input, offset, weight, mask, geometry=geometry)
     output.copy_(result + bias.view(-1, 1, 1) if with_bias else result)
@@ -170,8 +172,13 @@ def modulated_deform_conv_backward(
     geometry = _Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
-    _check(input, offset, weight, geometry, grad_output, mask)
-    found = gradients(partial(_convolve, geometry=geometry), [input, offset, weight, mask], grad_output)
+    _check(input, *_leading(input, offset, mask, geometry)[:1], weight, geometry, grad_output)
+
+    def convolve(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        offset, mask = _leading(input, offset, mask, geometry)
+        return _convolve(input, offset, weight, mask, geometry=geometry)
+
+    found = gradients(convolve, [input, offset, weight, mask], grad_output)
     for into, gradient in zip((grad_input, grad_offset, grad_weight, grad_mask), found, strict=True):
         into.copy_(gradient)
     if with_bias:
@@ -214,6 +221,18 @@ def _check(
     for name, x in {"offset": offset, "mask": mask, "grad_output": grad_output}.items():
         if x is not None and tuple(x.shape) != expected[name]:
             raise RuntimeError(f"{name} has shape {tuple(x.shape)}: expected {expected[name]}")
+
+
+def _leading(input: Tensor, offset: Tensor, mask: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
+    """Offset and mask; of larger maps than the output, as DyHead passes, mmcv reads the first numbers."""
+    size = _size(input, geometry)
+    taps = geometry.kernel[0] * geometry.kernel[1] * geometry.deform_groups
+    parts = []
+    for x, channels in ((offset, 2 * taps), (mask, taps)):
+        shape = (len(x), channels, *size)
+        larger = x.ndim == 4 and min(size) > 0 and x.shape[1] == channels and x[:1].numel() > math.prod(shape[1:])
+        parts.append(x.flatten(1)[:, : math.prod(shape[1:])].view(shape) if larger else x)
+    return parts[0], parts[1]
 
 
 def _places(count: int, geometry: _Geometry, axis: int, device: torch.device) -> Tensor:

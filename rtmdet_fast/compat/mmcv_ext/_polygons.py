@@ -42,19 +42,22 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
 def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
     """Point sets [N, 18] -> corners of the rectangle of least area around each into polygons [N, 8].
 
-    One of its sides lies along two of the points: every pair of them is tried.
+    One of its sides lies along an edge of the hull. Of equal ones it is, as in mmcv, the first going round from the
+    lowest point.
     """
     check(pointsets)
     points = pointsets.double().view(-1, 9, 2)
-    i, j = torch.triu_indices(9, 9, 1, device=points.device)
-    x, y = (points[:, j] - points[:, i]).unbind(-1)
-    angle = torch.atan2(y, x).remainder(math.pi / 2)
-    cos, sin = angle.cos(), angle.sin()
-    along = points[:, None, :, 0] * cos[..., None] + points[:, None, :, 1] * sin[..., None]  # [N, 36, 9]
+    is_edge, end = _edges(points)
+    x, y = (points.gather(1, end[..., None].expand_as(points)) - points).unbind(-1)
+    turn = torch.atan2(y, x).remainder(2 * math.pi)
+    cos, sin = turn.remainder(math.pi / 2).cos(), turn.remainder(math.pi / 2).sin()
+    along = points[:, None, :, 0] * cos[..., None] + points[:, None, :, 1] * sin[..., None]  # [N, edge, 9]
     across = points[:, None, :, 1] * cos[..., None] - points[:, None, :, 0] * sin[..., None]
     bounds = torch.stack([along.amax(-1), along.amin(-1), across.amin(-1), across.amax(-1), cos, sin], -1)
     area = (bounds[..., 0] - bounds[..., 1]) * (bounds[..., 3] - bounds[..., 2])
-    best = area.argmin(1)[:, None, None].expand(-1, 1, 6)
+    least = area.masked_fill(~is_edge, torch.inf).amin(1, keepdim=True)
+    turn = turn.masked_fill(~is_edge | (area > least * (1 + 1e-6)), torch.inf)  # float32 holds such ones for equal
+    best = turn.argmin(1)[:, None, None].expand(-1, 1, 6)
     right, left, top, bottom, cos, sin = bounds.gather(1, best)[:, 0].unbind(-1)
     along, across = torch.stack([right, left, left, right], -1), torch.stack([top, top, bottom, bottom], -1)
     cos, sin = cos[:, None], sin[:, None]
@@ -136,16 +139,21 @@ def _ordered(quad: Tensor) -> Tensor:
     return torch.where(backwards[..., None, None], quad.flip(-2), quad)
 
 
+def _edges(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether an edge of the hull of points [N, P, 2], from x towards y, begins at each, and which ends it [N, P]."""
+    way = points[:, None] - points[:, :, None]  # [N, from, to, 2]
+    side = way[:, :, :, None, 0] * way[:, :, None, :, 1] - way[:, :, :, None, 1] * way[:, :, None, :, 0]
+    length = way.norm(dim=-1)
+    # an edge leaves every point on its left, or on it but for rounding; the longest one passes by those on it
+    edge = (side >= -1e-12 * length[..., None] * length[:, :, None]).all(3) & (length > 0)
+    return edge.any(2), torch.where(edge, length, 0).argmax(2)
+
+
 def _hull(points: Tensor) -> Tensor:
     """Points [N, P, 2] -> the corners of their convex hull from x towards y [N, P, 2], the first again at the end."""
     with torch.no_grad():
-        way = points[:, None] - points[:, :, None]  # [N, from, to, 2]
-        side = way[:, :, :, None, 0] * way[:, :, None, :, 1] - way[:, :, :, None, 1] * way[:, :, None, :, 0]
-        length = way.norm(dim=-1)
-        # an edge leaves every point on its left, or on it but for rounding; the longest one passes by those on it
-        edge = (side >= -1e-12 * length[..., None] * length[:, :, None]).all(3) & (length > 0)
-        end = torch.where(edge, length, 0).argmax(2)
-        corner = torch.zeros_like(points[..., 0]).scatter_reduce_(1, end, edge.any(2).to(points), "amax") > 0
+        is_edge, end = _edges(points)
+        corner = torch.zeros_like(points[..., 0]).scatter_reduce_(1, end, is_edge.to(points), "amax") > 0
         x, y = (points - points.mean(1, keepdim=True)).unbind(-1)
         angle = torch.atan2(y, x).masked_fill(~corner, torch.inf)
         order = angle.argsort(1)
@@ -162,8 +170,8 @@ def _clipped(polygon: Tensor, quad: Tensor) -> Tensor:
         start, end = quad[:, i, None], quad[:, (i + 1) % 4, None]
         side = _cross(end - start, polygon - start)  # [B, V]
         following, side_after = polygon.roll(-1, 1), side.roll(-1, 1)
-        inside = side >= 0
-        crosses = (inside != (side_after >= 0)) & (side != 0) & (side_after != 0)
+        inside = side > 0
+        crosses = side.sign() != side_after.sign()
         part = side / torch.where(crosses, side - side_after, 1)
         crossing = polygon + part[..., None] * (following - polygon)
         corners = torch.stack([polygon, crossing], 2).flatten(1, 2)
