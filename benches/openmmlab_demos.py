@@ -45,7 +45,6 @@ MMDET = {
     "RTMDet": "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
     "Guided anchoring": "guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco.py",
     "CARAFE": "carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py",
-    "CornerNet": "cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py",
 }
 MMROTATE = {
     "Oriented R-CNN": "oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py",
