@@ -5,7 +5,7 @@
 `--source` is a clone of their repository at the tag of the installed version, of which `tests` and `configs` are read.
 `--without` leaves mmcv-lite as it is, `--patch` runs mmdet's heads with `rtmdet_fast.compat.mmdet.patch()` as well, and
 `--fake-gpu` runs the tests that ask for a GPU too: on the CPU, with "cuda" taken for it. Tests that cannot pass stand
-in CANNOT, with the reason; the command fails if another one does, or if one of these passes.
+in CANNOT, with the reason; the command fails if another one does, or if all that one of its lines names pass.
 
 Needs an environment of `make test-openmmlab` with `parameterized`; nothing of theirs is kept here.
 """
@@ -24,7 +24,25 @@ import tempfile
 from pathlib import Path
 
 SUITES = {"mmcv": "tests/test_ops", "mmdet": "tests/test_models", "mmrotate": "tests/test_models"}
-CANNOT: dict[str, dict[str, str]] = {"mmcv": {}, "mmdet": {}, "mmrotate": {}}
+_SPACE = (
+    "assign_score_withk|ball_query|chamfer_distance|furthest_point_sample|gather_points|group_points|iou3d|knn|"
+    "roiaware_pool3d|roipoint_pool3d|scatter_points|spconv|three_interpolate|three_nn|voxelization"
+)
+CANNOT: dict[str, dict[str, str]] = {
+    "mmcv": {
+        rf"test_ops/test_({_SPACE})\.py": "points in space: out of scope",
+        r"test_ops/test_(bezier_align|contour_expand|pixel_group)\.py": "text in images: out of scope",
+        r"test_ops/test_(correlation|tin_shift)\.py": "video: out of scope",
+        r"test_ops/test_deform_roi_pool\.py": "no published detector's: out of scope",
+        r"test_filtered_lrelu\.py$": "asks CUDA's version while it is collected, with --fake-gpu",
+        r"::test_box_iou_quadri": "expects 1.0000 of two quadrilaterals whose IoU is 7/9 (see `_polygons`)",
+        r"test_onnx\.py": "asks for torch.onnx's exporter of TorchScript: fails over a compiled mmcv too",
+        r"::test_convex_giou": "at corners that coincide the derivative depends on the side; mmcv takes another one",
+        r"::test_(deform|md)conv_half\[cuda": "asks for autocast on CUDA, which a CPU taken for a GPU has not",
+    },
+    "mmdet": {},
+    "mmrotate": {},
+}
 """Of each suite, regular expressions of tests, and why these do not pass."""
 
 
@@ -70,18 +88,20 @@ def main() -> None:
     counts = collections.Counter(outcome["outcome"] for outcome in found.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     if not arguments.without:
-        sys.exit(_surprises(found, CANNOT[arguments.suite]))
+        sys.exit(_surprises(found, CANNOT[arguments.suite], arguments.fake_gpu))
 
 
-def _surprises(found: dict[str, dict[str, str]], cannot: dict[str, str]) -> str | None:
-    """What fails and is not listed, or is listed and passes."""
+def _surprises(found: dict[str, dict[str, str]], cannot: dict[str, str], all_ran: bool) -> str | None:
+    """What fails and is not listed, and what is listed and passes, if tests for GPUs ran: else many just return."""
     told = []
     for test, outcome in found.items():
         listed = any(re.search(pattern, test) for pattern in cannot)
         if outcome["outcome"] in ("failed", "error") and not listed:
             told.append(f"{test}: {outcome.get('why', '')}")
-        elif outcome["outcome"] == "passed" and listed:
-            told.append(f"{test} passes: strike it from CANNOT")
+    for pattern in cannot:
+        outcomes = {outcome["outcome"] for test, outcome in found.items() if re.search(pattern, test)}
+        if all_ran and "passed" in outcomes and not outcomes & {"failed", "error"}:
+            told.append(f"{pattern} passes: strike it from CANNOT")
     return "\n".join(["", *told]) if told else None
 
 
