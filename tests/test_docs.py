@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benches import openmmlab_table
 from rtmdet_fast import cli
 from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.models.checkpoint import PRETRAINED
@@ -192,3 +193,8 @@ def test_long_description_leads_nowhere_outside_of_it(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     assert given["long_description"].startswith("# rtmdet_fast")
     assert all(target.startswith("https://") for target in LINK.findall(given["long_description"]))
+
+
+def test_the_table_of_mmcvs_ops_has_each():
+    page = openmmlab_table.PAGE.read_text(encoding="utf-8")
+    assert [op for op in openmmlab_table.OPS if f"\n| `{op}` |" not in page] == []
