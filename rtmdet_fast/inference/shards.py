@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +76,16 @@ class ShardWriter:
     counts: of images, unreadable files and detections, in all parts written
     """
 
-    def __init__(self, folder: Path, made_with: dict[str, Any], part_size: int):
+    def __init__(self, folder: Path, made_with: dict[str, Any], part_size: int, progress: bool):
         self.folder, self._made_with, self._part_size = folder, made_with, part_size
         parts = parts_of(folder, made_with["format"])
         self._next = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
         self._rows: list[Row] = []
         self.counts = {"images": 0, "unreadable": 0, "detections": 0}
-        self.done = Keys(self._keys(parts))
+        bar = tqdm(parts, desc="resume", unit="file", disable=not (progress and parts))
+        self.done = Keys(self._keys(bar))
 
-    def _keys(self, parts: Sequence[Path]) -> Iterator[bytes]:
+    def _keys(self, parts: Iterable[Path]) -> Iterator[bytes]:
         for part in parts:
             for row in read_part(part):
                 self._count(row)
@@ -117,7 +118,7 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(
-    out: Path, shard: Shard, made_with: dict[str, Any], *, resume: bool, part_size: int
+    out: Path, shard: Shard, made_with: dict[str, Any], *, resume: bool, part_size: int, progress: bool = False
 ) -> Iterator[ShardWriter]:
     """A shard that no other process writes, new or, with `resume`, as it was left.
 
@@ -142,7 +143,7 @@ def open_shard(
             check_same(folder, before, made_with, "--out elsewhere starts anew")
         else:
             write_json(folder / "shard.json", made_with)
-        yield ShardWriter(folder, made_with, part_size)
+        yield ShardWriter(folder, made_with, part_size, progress)
 
 
 def check_same(name: object, before: dict[str, Any], now: dict[str, Any], hint: str) -> None:

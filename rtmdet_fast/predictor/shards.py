@@ -96,7 +96,8 @@ def predict_shard(
         **(made_with or {}),
     }
     own = set(archives[shard.index :: shard.count])
-    with open_shard(out, shard, settings, resume=resume, part_size=part_size) as writer:
+    options = dict(resume=resume, part_size=part_size, progress=progress)
+    with open_shard(out, shard, settings, **options) as writer:
         before = writer.counts["images"]
 
         def keep(frame: Frame, results: Results) -> None:
