@@ -55,9 +55,9 @@ class Choice:
 
 FACTORS: dict[str, tuple] = {
     "ema": ("constant", "length", "none"),
-    "lr": (0.1, 0.25, 0.5, 1.0, 2.0),
-    "warmup": (None, 0.0, 0.02, 0.05),
-    "plain": (0.0, 20 / 300, 0.2, 0.5, 1.0),
+    "lr": (0.25, 0.5, 1.0, 2.0),
+    "warmup": (None, 0.0, 0.05),
+    "plain": (20 / 300, 0.2, 0.5),
 }
 
 

@@ -146,11 +146,13 @@ def test_every_size_runs_forward_and_backward(size):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_compiled_model_equals_the_eager_one(model):
+# All of a compilation but the C++, which takes long.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_model_equals_the_eager_one(model, backend):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)
-        found = torch.compile(model, fullgraph=True)(images)
+        found = torch.compile(model, fullgraph=True, backend=backend)(images)
     for a, b in zip(expected, found, strict=True):
         for x, y in zip(a, b, strict=True):
             assert relative_error(y, x) < 1e-4
