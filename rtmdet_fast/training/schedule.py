@@ -66,11 +66,12 @@ class ModelEMA(Generic[Model]):
         self.share = share
         self.step = 0
         averaged, current = ([*model.parameters(), *model.buffers()] for model in (self.model, source))
-        pairs = list(zip(averaged, current, strict=True))
-        self._floating, self._others = (
-            tuple([pair[i] for pair in pairs if pair[0].is_floating_point() == floating] for i in range(2))
-            for floating in (True, False)
-        )
+        self._floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._others: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for ours, theirs in zip(averaged, current, strict=True):
+            kind = self._floating if ours.is_floating_point() else self._others
+            kind[0].append(ours)
+            kind[1].append(theirs)
 
     @torch.no_grad()
     def update(self) -> None:
