@@ -138,9 +138,9 @@ class TrainConfig:
     """Start anew in an `out` that holds a run already."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    graph: str = "auto"
+    graph: str = "off"
     """Run each step as one CUDA graph: auto, which is for rtmdet on one GPU, without --accumulate and --compile, or
-    off."""
+    off, which stays the default until GPUs have run it."""
     report: bool = True
     """Write report.html at the end."""
     progress: bool = True
