@@ -47,7 +47,7 @@ def read_image(
     """
     try:
         with open_regular(path) as file:
-            _check_bytes(path, os.fstat(file.fileno()).st_size, max_pixels)
+            check_bytes(path, os.fstat(file.fileno()).st_size, max_pixels)
             content = file.read()
     except UserError:
         raise
@@ -66,7 +66,7 @@ def decode_image(
     name = shown(str(path))
     if not content:
         raise UserError(f"{name}: this image file is empty")
-    _check_bytes(path, len(content), max_pixels)
+    check_bytes(path, len(content), max_pixels)
     header = _open_header(io.BytesIO(content))
     size = header.size if header else _told_size(content)
     if size is None:
@@ -161,7 +161,8 @@ def most_bytes(max_pixels: int = MAX_PIXELS) -> int:
     return MOST_BYTES * _most_pixels(max_pixels) + (1 << 26)
 
 
-def _check_bytes(path: str | Path, size: int, max_pixels: int) -> None:
+def check_bytes(path: str | Path, size: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UserError where a file of `size` bytes is larger than an image of so many pixels."""
     if size > most_bytes(max_pixels):
         raise UserError(
             f"{shown(str(path))}: this file has {size:,} bytes, more than an image of {_most_pixels(max_pixels):,} "

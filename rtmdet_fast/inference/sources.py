@@ -21,6 +21,7 @@ import numpy as np
 
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.images import IMAGE_SUFFIXES, check_pixels, has_several, most_bytes, read_image
+from rtmdet_fast.inference.listing import is_archive
 
 # What a drawn, coloured picture can be written as.
 WRITABLE_SUFFIXES = IMAGE_SUFFIXES - {".pgm"}
@@ -165,6 +166,8 @@ def _at_behind_host(address: str) -> bool:
 def _find_files(text: str) -> tuple[list[Path], int]:
     """The images and videos that a path or pattern names, and the number of other entries."""
     path = Path(text).expanduser()
+    if path.is_file() and is_archive(text):
+        raise UserError(f"{shown(text)} is a tar archive: --shard 0/1 reads them, and writes no pictures")
     if path.is_file():
         return [path], 0
     if path.is_dir():

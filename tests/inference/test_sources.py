@@ -105,6 +105,9 @@ def test_errors_name_the_file(tmp_path):
         iter_sources(f"{tmp_path}/*.jpg")
     with pytest.raises(UserError, match="no image or video"):
         iter_sources(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.tar is a tar archive: --shard"):
+        iter_sources(tmp_path / "a.tar")
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError, match=r"bad\.mp4"):
         list(iter_sources(tmp_path / "bad.mp4"))
