@@ -84,6 +84,12 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     In Python: for a memo index of 2^31 in a file of ten bytes, the unpickler in C fills 32 GB.
     """
 
+    # of the unpickler in Python, of which types know nothing
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
         own = {
@@ -94,7 +100,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
             pickle.TUPLE2: lambda self: self._join(2),
             pickle.TUPLE3: lambda self: self._join(3),
         }
-        self.dispatch = _Operations({**super().dispatch, **{code[0]: load for code, load in own.items()}})
+        operations = {**super().dispatch, **{code[0]: load for code, load in own.items()}}
+        self.dispatch = _Operations(operations)  # type: ignore[misc]
         self._depths: dict[int, int] = {}  # of all tuples, by their id
         self._copies = MOST_OPERATIONS
 
