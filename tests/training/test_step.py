@@ -132,11 +132,12 @@ def test_nothing_of_a_step_makes_the_host_wait_or_has_a_size_by_the_values(task)
 
 
 def test_which_runs_it_is_for(config, monkeypatch):
-    settings = resolve(config)
+    settings = resolve(replace(config, graph="auto"))
     detector, detr = RTMDet("nano", num_classes=1), RTDETR("r18", num_classes=1, num_decoder_layers=1)
     assert not is_graph(settings, detector)  # on a CPU
     monkeypatch.setattr(step_module, "GRAPHED", {"cpu"})
     assert is_graph(settings, detector)
+    assert not is_graph(resolve(config), detector)  # unless asked for
     assert not is_graph(settings, detr)  # whose matching is the host's
     for change in (dict(graph="off"), dict(accumulate=2), dict(compile=True)):
         assert not is_graph(replace(settings, **change), detector)
@@ -147,7 +148,7 @@ def test_which_runs_it_is_for(config, monkeypatch):
 
 
 def test_a_run_is_the_plain_one_and_goes_on_as_either(config, monkeypatch, tmp_path):
-    config = replace(config, epochs=2, stage2_epochs=0, val=None, val_images=None)
+    config = replace(config, epochs=2, stage2_epochs=0, val=None, val_images=None, graph="auto")
     steps = []
 
     class Noted(GraphStep):
@@ -185,7 +186,7 @@ def test_a_nan_stops_a_run(config, monkeypatch):
         RTMDet, "normalize", staticmethod(lambda x: normalize(x) * (torch.nan if next(calls) == 2 else 1))
     )
     with pytest.raises(UserError, match="the loss is nan near iteration"):
-        train(config)
+        train(replace(config, graph="auto"))
     assert len(torch.load(config.out / "nan_batch.pt", weights_only=True)["images"]) == 4
 
 
