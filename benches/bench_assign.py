@@ -1,4 +1,4 @@
-"""Assignment of a whole batch, against mmdet's assigner called image by image as its heads do."""
+"""Assignment of a whole batch, against mmdet's assigners called image by image as its heads do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benches.harness import Case, Contender, Parity, few_differ, own
-from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, dynamic_soft_label_assign_reference
+from rtmdet_fast.kernels import assign_torch
+from rtmdet_fast.kernels.assign import atss_assign, dynamic_soft_label_assign, dynamic_soft_label_assign_reference
 
-CLASSES, SIZE = 80, 640
+CLASSES, SIZE, STRIDES = 80, 640, (8, 16, 32)
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -21,6 +22,7 @@ def cases(device: torch.device) -> list[Case]:
         _case(device, batch, 100),
         _case(device, batch, 300, headline=device.type == "cpu"),
         _case(device, batch, 10, headline=False),
+        _atss(device, batch, 100),
     ]
 
 
@@ -43,12 +45,39 @@ def _case(device: torch.device, batch: int, gts: int, headline: bool = True) -> 
     )
 
 
+def _atss(device: torch.device, batch: int, gts: int) -> Case:
+    """ATSS, which takes no logits and reads the boxes only of what it has matched."""
+
+    def ours(boxes: Tensor, logits: Tensor, *problem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return atss_assign(boxes, *problem, strides=STRIDES)
+
+    def reference(boxes: Tensor, logits: Tensor, *problem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return assign_torch.atss(boxes, *problem, list(map(float, STRIDES)), 9, 8.0)
+
+    def expected(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return reference(*(x.double() if x.is_floating_point() else x for x in inputs))[:2]
+
+    return Case(
+        op="assign",
+        name=f"ATSS: {batch} images, 8400 priors, {gts} ground truths each",
+        shapes={"boxes": [batch, 8400, 4], "gt_boxes": [batch, gts, 4]},
+        inputs=partial(scene, batch, gts, device),
+        expected=expected,
+        compare=_compare,
+        contenders=[
+            *own(device, ours, reference, result=lambda out: out[:2]),
+            Contender(name="mmdet, per image", build=_mmdet_atss, result=lambda gt: (gt, None)),
+        ],
+        headline=False,
+    )
+
+
 def scene(batch: int, gts: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
     """Boxes of 8 to 256 px all over the image, and predictions half of which lie near a ground truth."""
     g = torch.Generator(device).manual_seed(seed)
     rand = partial(torch.rand, generator=g, device=device)
     randn = partial(torch.randn, generator=g, device=device)
-    grids = [torch.arange(s // 2, SIZE, s, device=device).float() for s in (8, 16, 32)]
+    grids = [torch.arange(s // 2, SIZE, s, device=device).float() for s in STRIDES]
     priors = torch.cat(
         [torch.stack([grid.repeat(len(grid)), grid.repeat_interleave(len(grid))], 1).repeat(1, 2) for grid in grids]
     )
@@ -123,6 +152,24 @@ def _mmdet() -> Any:
     return run
 
 
+def _mmdet_atss() -> Any:
+    from mmdet.models.task_modules.assigners import ATSSAssigner  # type: ignore[import-not-found]
+    from mmengine.structures import InstanceData  # type: ignore[import-not-found]
+
+    assigner = ATSSAssigner(topk=9)
+
+    def run(boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, counts: Tensor):
+        anchors = torch.cat([priors[:, :2] - 4 * priors[:, 2:], priors[:, :2] + 4 * priors[:, 2:]], 1)
+        of_levels = [(SIZE // stride) ** 2 for stride in STRIDES]
+        found = [
+            assigner.assign(InstanceData(priors=anchors), of_levels, InstanceData(bboxes=gt, labels=label))
+            for gt, label in zip(gt_boxes, gt_labels, strict=True)
+        ]
+        return torch.stack([result.gt_inds - 1 for result in found])
+
+    return run
+
+
 def _mmdet_result(results: list[Any]) -> tuple[Tensor, Tensor]:
     gt = torch.stack([result.gt_inds - 1 for result in results])
     iou = torch.stack([result.max_overlaps for result in results])
@@ -135,10 +182,12 @@ def _expected(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     return gt, iou
 
 
-def _compare(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
+def _compare(result: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor]) -> str:
     same = result[0] == expected[0]
+    told = few_differ(int((~same).sum()), int((expected[0] >= 0).sum()), "matches")
+    if result[1] is None:  # mmdet's is the anchors'
+        return told
     error = (result[1] - expected[1])[same].abs().max().item()
     if not error < 1e-4:
         raise Parity(f"IoU differs by {error:.1e}")
-    matched = int((expected[0] >= 0).sum())
-    return few_differ(int((~same).sum()), matched, "matches") + f", IoU within {error:.0e}"
+    return f"{told}, IoU within {error:.0e}"

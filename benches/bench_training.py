@@ -181,8 +181,7 @@ class Step:
     ):
         self.model = ours(size, classes, device, torch.float64 if dtype == torch.float64 else torch.float32).train()
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, WEIGHT_DECAY), lr=LEARNING_RATE, fused=fused)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, WEIGHT_DECAY), lr=LEARNING_RATE, fused=True)
         self.ema = ModelEMA(self.model, lambda step: ema_share(step, EMA_MOMENTUM))
         self.loss = backend(torch.compile(self.model, dynamic=False) if compiled else self.model)
         self.device, self.dtype = device, dtype
@@ -196,7 +195,7 @@ class Step:
             losses = self.loss(x, Targets(*targets))
         sum(losses.values()).backward()
         self.optimizer.step()
-        self.ema.update(self.model)
+        self.ema.update()
         return self, torch.stack([loss.detach() for loss in losses.values()])
 
 

@@ -300,14 +300,14 @@ def _extra_memory(call: Callable[..., Any], inputs: tuple[Any, ...], device: tor
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew from the present size
-        before = _status("VmRSS")
+        before = status("VmRSS")
         call(*inputs)
-        return max(_status("VmHWM") - before, 0)
+        return max(status("VmHWM") - before, 0)
     except (OSError, AttributeError):  # not Linux, not glibc
         return None
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith(f"{field}:"):

@@ -68,6 +68,14 @@ def multiprocessors(x: torch.Tensor) -> int:
     return _multiprocessors(x.device) if x.is_cuda and type(x) is torch.Tensor else 132
 
 
+def at_once(device: torch.device, on_cpu: int) -> int:
+    """Elements of a temporary that a reference computes at once: on a CPU as many as stay in its cache.
+
+    Elsewhere each operation is a launch, of which chunks for a cache would take thousands: 64 times as many.
+    """
+    return on_cpu if device.type == "cpu" else 64 * on_cpu
+
+
 def is_aligned(x: torch.Tensor, elements: int) -> bool:
     """Whether `x` starts at a multiple of so many elements.
 

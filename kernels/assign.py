@@ -1,4 +1,4 @@
-"""Label assignment for a whole batch: RTMDet's dynamic soft labels, and SimOTA and TaskAligned as other costs.
+"""Label assignment for a whole batch: RTMDet's dynamic soft labels, SimOTA and TaskAligned as other costs, and ATSS.
 
 Dynamic soft labels (arXiv:2212.07784). A candidate is a prior inside at least one ground truth (rotated: inside by
 0.01 px), and a candidate for all of them. With logit x, p = sigmoid(x) and y = IoU, ground truth j costs prior i
@@ -21,7 +21,17 @@ center_radius * stride around a centre,
 TaskAligned (arXiv:2108.07755): ground truth j wins the topk greatest p^alpha y^beta over all priors, as far as they are
 above 0 and inside j by 0.01 px; a prior that several won goes to the greatest IoU among them.
 
-What cannot match: ground truths from `gt_counts` on, with a label outside [0, C), a non-finite coordinate or centre, or
+ATSS (arXiv:1912.02424) goes by priors alone, each of which has one anchor around it, a square of side anchor_scale *
+stride. Candidates of ground truth j are on each level the topk priors nearest to its centre, of equally near ones the
+first. It wins those with
+
+    IoU of the anchor with j  >=  mean + standard deviation (n - 1) of that IoU over the candidates
+
+that lie inside j by 0.01 px; a prior that several won goes to the anchor's greatest IoU among them. The IoU that comes
+back, to learn from, is that of the predicted boxes, as generalised focal loss has it (arXiv:2006.04388).
+
+What cannot match: ground truths from `gt_counts` on, with a label outside [0, C) (ATSS,
+which knows no C: below 0), a non-finite coordinate or centre, or
 x2 < x1 or y2 < y1 (w < 0 or h < 0); priors with a non-finite box, logit or score (SimOTA: a score outside [0, 1]) or
 a stride <= 0; pairs whose cost overflows. None of them changes what others get. As in the published assigners a
 zero-size ground truth still competes for candidates, and a zero-size or inverted prediction has IoU 0 with all: it
@@ -29,6 +39,9 @@ counts for no k, and matches only where nothing costs less.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -129,6 +142,34 @@ def task_aligned_assign(
     return gt, iou, label, torch.where(gt < 0, 0, score**alpha * iou**beta)
 
 
+def atss_assign(
+    boxes: Tensor,
+    priors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor,
+    *,
+    strides: Sequence[float],
+    topk: int = 9,
+    anchor_scale: float = 8.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `dynamic_soft_label_assign` by ATSS, for which neither scores nor boxes matter; of rotated boxes anchors have
+    the angle 0.
+
+    Args:
+        strides: of the levels, in pixels; priors of one stride are a level, and those of none of these match nothing.
+        topk: candidates of a level, for each ground truth.
+        anchor_scale: sides of an anchor, in strides.
+    """
+    names = "boxes", "priors", "gt_boxes", "gt_labels", "gt_counts"
+    tensors = _checked(dict(zip(names, (boxes, priors, gt_boxes, gt_labels, gt_counts), strict=True)), topk)
+    levels = [float(stride) for stride in strides]
+    if len(set(levels)) < len(levels) or not all(0 < level < math.inf for level in levels):
+        raise ValueError(f"strides={strides!r}: expected different numbers of pixels above 0")
+    op = assign_triton.atss if _takes_triton(boxes) else assign_torch.atss
+    return op(*tensors.values(), levels, topk, float(anchor_scale))
+
+
 def _assign(
     inputs: tuple[Tensor | None, ...],
     method: str,
@@ -140,8 +181,19 @@ def _assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = "logits" if method == "soft_label" else "scores"
     names = "boxes", name, "priors", "gt_boxes", "gt_labels", "gt_counts", "gt_centers"
-    tensors = {key: x.detach() for key, x in zip(names, inputs, strict=True) if x is not None}
-    boxes, scores, gt_boxes = tensors["boxes"], tensors[name], tensors["gt_boxes"]
+    tensors = _checked({key: x for key, x in zip(names, inputs, strict=True) if x is not None}, topk)
+    op = assign_triton.assign if _takes_triton(tensors["boxes"]) and not reference else assign_torch.assign
+    return op(*map(tensors.get, names), method, topk, float(radius), float(iou_weight), float(cls_weight))
+
+
+def _takes_triton(boxes: Tensor) -> bool:
+    return use_triton(boxes) and boxes.dtype != torch.float64  # in which the kernels do not compute
+
+
+def _checked(inputs: dict[str, Tensor], topk: int) -> dict[str, Tensor]:
+    """The inputs by name, detached. Raises ValueError or TypeError where one does not fit."""
+    tensors = {key: x.detach() for key, x in inputs.items()}
+    boxes, gt_boxes = tensors["boxes"], tensors["gt_boxes"]
     for key, x in tensors.items():
         integer = key in ("gt_labels", "gt_counts")
         if x.is_floating_point() == integer or x.is_complex() or x.dtype == torch.bool:
@@ -150,8 +202,10 @@ def _assign(
             raise ValueError(f"{key} is on {x.device}, boxes on {boxes.device}")
     if boxes.ndim != 3 or boxes.shape[2] not in (4, 5):
         raise ValueError(f"boxes has shape {tuple(boxes.shape)}: expected [B, N, 4 or 5]")
-    if scores.ndim != 3 or scores.shape[:2] != boxes.shape[:2] or scores.shape[2] == 0:
-        raise ValueError(f"{name} has shape {tuple(scores.shape)}: expected {[*boxes.shape[:2]]} and C > 0 classes")
+    for key in tensors.keys() & {"logits", "scores"}:
+        shape = tensors[key].shape
+        if len(shape) != 3 or shape[:2] != boxes.shape[:2] or shape[2] == 0:
+            raise ValueError(f"{key} has shape {tuple(shape)}: expected {[*boxes.shape[:2]]} and C > 0 classes")
     if gt_boxes.ndim != 3:
         raise ValueError(f"gt_boxes has shape {tuple(gt_boxes.shape)}: expected [B, M, {boxes.shape[2]}]")
     (B, N, D), M = boxes.shape, gt_boxes.shape[1]
@@ -161,7 +215,4 @@ def _assign(
             raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}: expected {list(shapes[key])}")
     if not isinstance(topk, int) or not 1 <= topk <= 64:
         raise ValueError(f"topk={topk!r}: expected an integer from 1 to 64")
-    # the kernels do not compute in float64
-    takes_triton = use_triton(boxes) and boxes.dtype != torch.float64 and not reference
-    op = assign_triton.assign if takes_triton else assign_torch.assign
-    return op(*map(tensors.get, names), method, topk, float(radius), float(iou_weight), float(cls_weight))
+    return tensors

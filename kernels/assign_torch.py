@@ -7,20 +7,25 @@ It works through the ground truths in chunks, [B, chunk, candidates] at a time. 
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.kernels._dispatch import at_once
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 _EPS = 1e-7  # of the published IoU cost
 _LOG2_10 = math.log2(10)
-# elements of a temporary: on a CPU 1 MB, so that the dozen of them stay in the cache; elsewhere each operation is a
-# launch, and 64 MB make few of them
-_CHUNKS = {"cpu": 2**18}
-_CHUNK_ELSEWHERE = 2**24
+ROUNDING = 1e-6
+"""How much of ATSS's threshold an IoU may lack: where all are equal, rounding must not decide."""
+ANY_CLASS = 2**31 - 1
+"""ATSS does not know how many there are."""
+_INFINITY = struct.unpack("<q", struct.pack("<d", math.inf))[0]
+_CHUNK = 2**18  # elements of a temporary: 1 MB, so that the dozen of them stay in the cache
 
 
 class _Options(NamedTuple):
@@ -99,11 +104,7 @@ def assign(
         won.append((i, wins, torch.where(wins, value, torch.inf)))
     i, wins, value = (torch.cat(t, 1).flatten(1) for t in zip(*won, strict=True))
 
-    # of the ground truths that won a prior the least value, and of equal ones the first
-    least = value.new_full((B, Q), torch.inf).scatter_reduce_(1, i, value, "amin")
-    winner = torch.arange(M, device=boxes.device).repeat_interleave(k)
-    winner = torch.where(wins & (value == least.gather(1, i)), winner, M)
-    matched = i.new_full((B, Q), M).scatter_reduce_(1, i, winner, "amin")
+    matched = _matched(i, wins, value, M, Q)
     if method != "task_aligned":
         contested, valid = _compact(i.new_zeros((B, Q)).scatter_add_(1, i, wins.long()) > 1)
         rivals = prior.take(contested)
@@ -122,10 +123,89 @@ def assign(
     return assigned_gt, assigned_iou, assigned_labels
 
 
+@torch.library.custom_op("rtmdet_fast::atss_reference", mutates_args=())
+def atss(
+    boxes: Tensor,
+    priors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor,
+    strides: Sequence[float],
+    topk: int,
+    anchor_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, BOX), M = boxes.shape, gt_boxes.shape[1]
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    assigned_gt = boxes.new_full((B, N), -1, dtype=torch.int64)
+    assigned_iou, assigned_labels = boxes.new_zeros((B, N), dtype=dtype), assigned_gt.clone()
+    gts = _ground_truths(gt_boxes.to(dtype), gt_labels.long(), gt_counts, None, ANY_CLASS)
+    x, y, stride, _ = priors.to(dtype).T.contiguous()
+    levels = [(stride == s).nonzero()[:, 0] for s in strides]
+    if B * M * sum(map(len, levels)) == 0:
+        return assigned_gt, assigned_iou, assigned_labels
+    box, side = boxes.to(dtype).movedim(-1, 0), anchor_scale * stride
+    usable = _is_finite(box) & (x + y).isfinite()
+    half = side / 2
+    anchor = torch.stack([x, y, side, side, 0 * x] if BOX == 5 else [x - half, y - half, x + half, y + half])
+
+    won = []
+    for j in _chunks(M, B * N, boxes.device):
+        part = gts.part(j)
+        near = [_nearest(x, y, usable, level, part.center, topk) for level in levels]
+        i, real = (torch.cat(found, -1) for found in zip(*near, strict=True))  # [B, m, topk of each level]
+        pairs = part.box[..., None].expand(-1, *i.shape).flatten(1), anchor[:, i.flatten()]
+        iou = torch.where(real, _iou(*pairs, aligned=True).view(i.shape), 0)
+        count = real.sum(-1, keepdim=True)
+        mean = iou.sum(-1, keepdim=True) / count
+        deviation = ((iou - mean).square() * real).sum(-1, keepdim=True).div((count - 1).clamp(min=1)).sqrt()
+        wins = real & (iou >= (mean + deviation) * (1 - ROUNDING)) & (_depth(x[i], y[i], part.box[..., None]) > 0.01)
+        won.append((i, wins, torch.where(wins, -iou, torch.inf)))
+    i, wins, value = (torch.cat(t, 1).flatten(1) for t in zip(*won, strict=True))
+
+    matched = _matched(i, wins, value, M, N)
+    b, i = (matched < M).nonzero(as_tuple=True)
+    winner = matched[b, i]
+    assigned_gt[b, i], assigned_labels[b, i] = winner, gts.label[b, winner]
+    assigned_iou[b, i] = _iou(gts.box[:, b, winner], box[:, b, i], aligned=True)
+    return assigned_gt, assigned_iou, assigned_labels
+
+
 @assign.register_fake
-def _(boxes: Tensor, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+@atss.register_fake
+def _(boxes: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     gt = boxes.new_empty(boxes.shape[:2], dtype=torch.int64)
     return gt, boxes.new_empty(boxes.shape[:2], dtype=torch.promote_types(boxes.dtype, torch.float32)), gt.clone()
+
+
+def _matched(i: Tensor, wins: Tensor, value: Tensor, M: int, Q: int) -> Tensor:
+    """Of the ground truths that won prior i the one of the least value, and of equal ones the first: [B, Q], or M.
+
+    i, wins, value [B, M * k]: what each ground truth has chosen; value is inf where it does not win.
+    """
+    least = value.new_full((len(i), Q), torch.inf).scatter_reduce_(1, i, value, "amin")
+    winner = torch.arange(M, device=i.device).repeat_interleave(i.shape[1] // M)
+    winner = torch.where(wins & (value == least.gather(1, i)), winner, M)
+    return i.new_full((len(i), Q), M).scatter_reduce_(1, i, winner, "amin")
+
+
+def _nearest(x: Tensor, y: Tensor, usable: Tensor, level: Tensor, center: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The usable priors of a level nearest to m centres [2, B, m], of equal ones the first: indices, and which of them
+    are real [B, m, k]."""
+    dx, dy = x[level] - center[0, ..., None], y[level] - center[1, ..., None]
+    distance = torch.where(usable[:, None, level], dx.square_().addcmul_(dy, dy), torch.inf)
+    # The bits of floats above 0 are in the order of the floats. The last ones, of which float32 uses none, make way for
+    # the place in the level: no two are equal, whichever way the least are found.
+    bits = len(level).bit_length()
+    place = torch.arange(len(level), device=x.device)
+    key = distance.double().view(torch.int64).bitwise_and_(-1 << bits).bitwise_or_(place)
+    value, i = _least(key, min(topk, len(level)))
+    return level[i], value < _INFINITY
+
+
+def _is_finite(box: Tensor) -> Tensor:
+    """Whether boxes [4 or 5, ...] and their areas are."""
+    area = box[2] * box[3] if len(box) == 5 else (box[2] - box[0]) * (box[3] - box[1])
+    return box.isfinite().all(0) & area.isfinite()
 
 
 def _ground_truths(boxes: Tensor, label: Tensor, counts: Tensor, centers: Tensor | None, classes: int) -> _GroundTruths:
@@ -159,9 +239,8 @@ def _candidates(
     index, valid = _compact(inside)
     image = torch.arange(B, device=boxes.device)[:, None]
     box = boxes[image, index].to(priors.dtype).movedim(-1, 0)
-    area = box[2] * box[3] if len(box) == 5 else (box[2] - box[0]) * (box[3] - box[1])
     class_sum = _class_sums(scores, index, method, priors.dtype) * cls_weight
-    valid = valid & box.isfinite().all(0) & area.isfinite() & (class_sum < 1e30)
+    valid = valid & _is_finite(box) & (class_sum < 1e30)
     class_sum, box = torch.where(valid, class_sum, torch.inf), torch.where(valid, box, 0).contiguous()
     return index, _Candidates((image * N + index) * C, x[index], y[index], stride[index], class_sum, box)
 
@@ -257,7 +336,7 @@ def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(n: int, width: int, device: torch.device) -> list[slice]:
     """Slices of range(n) that make at most a chunk of rows of `width`; none of rows of nothing."""
-    step = max(1, _CHUNKS.get(device.type, _CHUNK_ELSEWHERE) // max(width, 1))
+    step = max(1, at_once(device, _CHUNK) // max(width, 1))
     return [slice(i, min(i + step, n)) for i in range(0, n if width else 0, step)]
 
 

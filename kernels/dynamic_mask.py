@@ -55,6 +55,9 @@ def dynamic_mask_dice_loss(
             [feature_stride / 4 :: feature_stride / 2] along both sides; may be padded along M.
         gt_index: [K] int64, the instance's ground truth among the M of its image.
         eps: is added to both squared sums (see the module).
+
+    Where `image_index` is -1 there is no instance: loss and gradients are 0, and its other values do not matter but for
+    `gt_index`, which is one of the M.
     """
     instances = features, kernels, points, strides, image_index
     _check(*instances, feature_stride)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.kernels._dispatch import at_once
+
 PARAMETERS = (80, 64, 8, 8, 8, 1)  # of an instance: W1, W2, W3, b1, b2, b3
 CHUNK = 2**19  # elements of a layer's output: 2 MB, so that the few of them stay in the cache
 
@@ -47,34 +49,40 @@ def places(height: int, width: int, stride: int, dtype: torch.dtype, device: tor
 class Instances:
     """Instances in the order of their images, in chunks small enough for the cache, and their layers.
 
-    The first layer is one product for all instances of a chunk.
+    The first layer is one product for all instances of a chunk. Those of image -1 are left out if `padded`.
     """
 
     def __init__(
-        self, features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, index: Tensor, feature_stride: int
-    ):
-        (B, _, H, W), n = features.shape, len(kernels)
+        self, features: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, index: Tensor, feature_stride: int,
+        *, padded: bool = False,
+    ):  # fmt: skip
+        B, _, H, W = features.shape
         images = index.tolist()
-        if n and not 0 <= min(images) <= max(images) < B:
+        real = [image for image in images if image != -1] if padded else images
+        n = len(real)
+        if n and not 0 <= min(real) <= max(real) < B:
             raise ValueError(f"image_index: expected indices in [0, {B})")
         self.features, self.feature_stride, self.dtype = features, feature_stride, precision(features, kernels)
-        self.counts = [images.count(image) for image in range(B)]
-        self.order = None if images == sorted(images) else index.argsort(stable=True)
+        self.counts = [real.count(image) for image in range(B)]
+        self.all = len(images)
+        self.order = None
+        if n < self.all or images != sorted(images):
+            self.order = index.argsort(stable=True)[self.all - n :]
 
         kernels, points, strides = (self.sorted(x).to(self.dtype) for x in (kernels, points, strides))
         self.points, self.scale = points[:, None], 1 / (8 * strides[:, None, None])
         self.a, self.w2, self.b2, self.w3, self.b3 = layers(kernels, points, self.scale)
         # Used by every chunk in turn: memory from malloc would not be in the cache.
-        self.chunk = max(1, min(n, CHUNK // (8 * H * W)))
+        self.chunk = max(1, min(n, at_once(features.device, CHUNK) // (8 * H * W)))
         self.x1, self.x2 = (features.new_empty(self.chunk, 8, H * W, dtype=self.dtype) for _ in range(2))
 
     def sorted(self, x: Tensor) -> Tensor:
-        """x [K, ...] in the order of the images."""
+        """x [K, ...] in the order of the images, without padding."""
         return x if self.order is None else x[self.order]
 
     def unsorted(self, x: Tensor) -> Tensor:
-        """x [K, ...] in the caller's order."""
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        """`sorted` x in the caller's order, with 0 for padding."""
+        return x if self.order is None else x.new_zeros(self.all, *x.shape[1:]).index_copy_(0, self.order, x)
 
     def chunks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """(image, some of its instances, its pixels [11, H W]: the features, x and y in input pixels, 1)."""
@@ -162,17 +170,16 @@ def dice(
     """Losses [K], and what the backward pass needs of each instance: [K, 2] with sum(p t) and the denominator."""
     if len(gt_index) and not 0 <= int(gt_index.amin()) <= int(gt_index.amax()) < gt_masks.shape[1]:
         raise ValueError(f"gt_index: expected indices in [0, {gt_masks.shape[1]})")
-    sums = features.new_empty((len(kernels), 2), dtype=precision(features, kernels))
     with torch.autocast(features.device.type, enabled=False):
-        instances = Instances(features, kernels, points, strides, image_index, feature_stride)
+        instances = Instances(features, kernels, points, strides, image_index, feature_stride, padded=True)
         gt_index = instances.sorted(gt_index)
+        sums = features.new_empty((len(gt_index), 2), dtype=instances.dtype)
         for image, k, pixels in instances.chunks():
             p = instances.probabilities(k, pixels).flatten(1)
             t = gt_masks[image, gt_index[k]].bool().to(p.dtype).flatten(1)
             sums[k, 0] = (p * t).sum(1)
             sums[k, 1] = p.square_().sum(1) + t.sum(1) + 2 * eps
-        sums = instances.unsorted(sums)
-    return 1 - 2 * sums[:, 0] / sums[:, 1], sums
+    return instances.unsorted(1 - 2 * sums[:, 0] / sums[:, 1]), instances.unsorted(sums)
 
 
 @torch.library.custom_op("rtmdet_fast::dynamic_mask_dice_reference_backward", mutates_args=())
@@ -183,10 +190,11 @@ def dice_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of features and kernels."""
     H, W = features.shape[2:]
-    dfeatures, dkernels = features.new_zeros(features.shape, dtype=sums.dtype), torch.empty_like(kernels)
+    dfeatures = features.new_zeros(features.shape, dtype=sums.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        instances = Instances(features, kernels, points, strides, image_index, feature_stride)
+        instances = Instances(features, kernels, points, strides, image_index, feature_stride, padded=True)
         gt_index, sums, dloss = (instances.sorted(x) for x in (gt_index, sums, dloss))
+        dkernels = kernels.new_empty(len(gt_index), kernels.shape[1])
         for image, k, pixels in instances.chunks():
             p = instances.probabilities(k, pixels)
             t = gt_masks[image, gt_index[k]].bool().to(p.dtype)

@@ -186,6 +186,8 @@ def _dice_kernel(
 ):  # fmt: skip
     """Tile: `rows` rows of one instance -> `out`: sums [K, tiles, 3] of p t, p^2 and t^2; backward dlogits [K, H, W].
 
+    Of padding, image -1, the sums are 0 and the gradients of the logits what they were.
+
     First the logits of the tile and of its halo, the row above and below, into `logits` [K, H, W]: what neighbouring
     programs write to the same place is equal. Then, at each pixel, its neighbours' logits from there and the four
     outputs it lies nearest to; backward, all sixteen it has a share in.
@@ -194,13 +196,17 @@ def _dice_kernel(
     tile = tl.program_id(0) % tiles
     first_row = tile * rows
     last_row = tl.minimum(first_row + rows, height)  # exclusive, as `end` is
+    image, gt = tl.load(index_ptr + k), tl.load(gt_index_ptr + k)
+    if image == -1:
+        last_row = first_row
     pixels = height * width
     instances = features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr, images
     halo_start, halo_end = tl.maximum(first_row - 1, 0) * width, tl.minimum(last_row + 1, height) * width
+    if image == -1:
+        halo_end = halo_start
     _store_logits(instances, (width, pixels, feature_stride), logits_ptr, k, halo_start, halo_end, BLOCK)
     memory_barrier(AMD)  # other threads of this program read them
 
-    image, gt = tl.load(index_ptr + k), tl.load(gt_index_ptr + k)
     valid_gt = (image >= 0) & (image < images) & (gt >= 0) & (gt < masks)
     gt_masks_ptr += tl.where(valid_gt, image * masks + gt, 0) * 4 * pixels
     logits_ptr += k * pixels
@@ -247,7 +253,7 @@ def _dice_kernel(
         start += BLOCK
     if not BACKWARD:
         out_ptr += (k * tiles + tile) * 3
-        tl.store(out_ptr, tl.where(valid_gt, tl.sum(pt, 0), float("nan")))
+        tl.store(out_ptr, tl.where(valid_gt | (image == -1), tl.sum(pt, 0), float("nan")))
         tl.store(out_ptr + 1, tl.sum(pp, 0))
         tl.store(out_ptr + 2, tl.sum(tt, 0))
 
@@ -278,7 +284,7 @@ def _dkernels_kernel(
     k = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     grid = width, pixels, feature_stride
-    prior, image, _valid = _load_prior((features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr, images), k)
+    prior, image, valid_image = _load_prior((features_ptr, kernels_ptr, points_ptr, strides_ptr, index_ptr, images), k)
     features_ptr += image * 8 * pixels
     dlogits_ptr += k * pixels
     w = kernels_ptr + k * 169
@@ -286,7 +292,7 @@ def _dkernels_kernel(
     for _i in tl.static_range(SUMS):
         sums = sums + (tl.zeros([BLOCK // 2], tl.float32),)
     start = tile * tile_pixels
-    end = tl.minimum(start + tile_pixels, pixels)
+    end = tl.minimum(start + tile_pixels, tl.where(valid_image, pixels, 0))
     while start < end:
         p = start + tl.arange(0, BLOCK)
         valid = p < end
@@ -436,7 +442,8 @@ def dice(
         _launch_dice(instances, gt_masks, gt_index, feature_stride, partial)
     inter, squares, inside = partial.sum(1).unbind(1)
     total = squares + inside + 2 * eps
-    return 1 - 2 * inter / total, torch.stack([inter, total], 1)
+    loss = torch.where(image_index == -1, 0, 1 - 2 * inter / total)
+    return loss, torch.stack([inter, total], 1)
 
 
 @triton_op("rtmdet_fast::dynamic_mask_dice_backward", opaque=CLONES_WHAT_IS_READ)

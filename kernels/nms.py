@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.kernels import _dispatch
-from rtmdet_fast.kernels._dispatch import cdiv, memory_barrier, tl, triton, triton_op, use_triton, wrap_triton
+from rtmdet_fast.kernels._dispatch import at_once, cdiv, memory_barrier, tl, triton, triton_op, use_triton, wrap_triton
 from rtmdet_fast.kernels.rotated_iou import HUGE, box_iou_rotated_reference, load_box, rotated_iou_pair
 
 NEVER = 2**30  # start of the class of a dropped box; slots are 32-bit integers below it
@@ -144,7 +144,7 @@ def in_rounds(
     while len(rank):
         count = group.unique_consecutive(return_counts=True)[1]
         tile = TUNING["tile_of_many" if len(count) > TUNING["many_classes"] else "tile"]
-        chunk = max(1, TUNING["pairs"] // tile**2)  # tiles at once
+        chunk = max(1, at_once(boxes.device, TUNING["pairs"]) // tile**2)  # tiles at once
         slot = torch.arange(tile, device=boxes.device)
         end = count.cumsum(0)
         first = end - count

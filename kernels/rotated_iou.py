@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, use_triton, wrap_triton
+from rtmdet_fast.kernels._dispatch import at_once, cdiv, tl, triton, triton_op, use_triton, wrap_triton
 
 HUGE = 1e18  # from here on squares near the end of float32
 
@@ -126,7 +126,7 @@ def _pairwise_reference(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     iou = boxes1.new_zeros(*boxes1.shape[:-1], M)
     if iou.numel() == 0:
         return iou
-    rows = max(1, TUNING["reference_pairs"] // M)
+    rows = max(1, at_once(boxes1.device, TUNING["reference_pairs"]) // M)
     for image, one, two in zip(iou.view(-1, N, M), boxes1.reshape(-1, N, 5), boxes2.reshape(-1, M, 5), strict=True):
         x2, y2 = two[:, 0], two[:, 1]
         r2 = _radius(two)

@@ -1,8 +1,8 @@
 """A second device made of CPU tensors, for finding out without a GPU where code mixes tensors of host and device.
 
-`python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`
-or `graph` in place of `train`, whatever would make the host wait for the device raises. Own process: the device stays
-registered for good.
+`python tests/fake_gpu.py train TASK` trains and predicts one step on it, `train rtdetr` one of RT-DETR; with `detect`,
+`graph` or `step` in place of `train`, whatever would make the host wait for the device raises. Own process: the device
+stays registered for good.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from rtmdet_fast import RTMDet
+from rtmdet_fast.data.augment import Batch
 from rtmdet_fast.inference.detections import Detections
-from rtmdet_fast.kernels import _dispatch, deformable_attention_triton, dynamic_mask_triton, letterbox, nms
+from rtmdet_fast.kernels import (
+    _dispatch,
+    assign_triton,
+    batch_norm,
+    bn_silu,
+    deformable_attention_triton,
+    dwconv_bn_silu,
+    dynamic_mask_triton,
+    letterbox,
+    nms,
+    rotated_iou,
+)
 from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.predictor.graphs import GraphDetector
+from rtmdet_fast.training.schedule import ModelEMA, parameter_groups
+from rtmdet_fast.training.step import GraphStep
 
 _setup_privateuseone_for_python_backend("fake")
 torch.fake.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
@@ -43,8 +57,11 @@ WAITS = {
 """For which CUDA makes the host wait: their result, or its size, is a matter of the values."""
 INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put")
 refusing_to_wait = False
+references_may_wait = False
 arrived: list[str] = []
 """Operations whose outcome, of tensors on the device, the host got to see."""
+trace: list[tuple[str, list[torch.Size]]] = []
+"""All operations, and the shapes of what they made."""
 
 
 class FakeGpuTensor(Tensor):
@@ -118,6 +135,7 @@ def would_wait(name: str, ours: list[Tensor], others: list[Tensor], devices: lis
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `func` on the values; what CUDA would refuse raises."""
+    global refusing_to_wait
     leaves = tree_leaves((args, kwargs))
     ours = [x for x in leaves if isinstance(x, FakeGpuTensor)]
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeGpuTensor)]
@@ -132,8 +150,15 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if wrong:
             raise RuntimeError(f"{name} mixes devices: {[(tuple(x.shape), x.dtype) for x in wrong]} are on the host")
     if ours and func.namespace == "rtmdet_fast":
+        refused, before = refusing_to_wait, list(trace)
+        if references_may_wait:
+            refusing_to_wait = False
         with FakeGpu(), FakeGpuFactory():
-            return OPDEFS[name]._init_fn(*args, **kwargs)
+            result = OPDEFS[name]._init_fn(*args, **kwargs)
+        if references_may_wait:
+            refusing_to_wait, trace[:] = refused, before
+        trace.append((name, [x.shape for x in tree_leaves(result)]))
+        return result
 
     def to_host(x: Any) -> Any:
         if isinstance(x, FakeGpuTensor):
@@ -148,11 +173,14 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return known[id(x)] if id(x) in known else FakeGpuTensor(x)
 
     result = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
+    if _dispatch.BACKEND == "triton" and "empty" in name:  # which nothing writes: indices are to be indices
+        result.zero_()
     if devices := [x for x in leaves if isinstance(x, torch.device)]:
         stays = devices[0] == DEVICE
     else:
         stays = any(isinstance(x, FakeGpuTensor) for x in ([args[0]] if copies else leaves))
     result = tree_map(to_fake, result) if stays else result
+    trace.append((name, [x.shape for x in tree_leaves(result) if isinstance(x, Tensor)]))
     if ours and (name == "aten::nonzero" or not any(isinstance(x, FakeGpuTensor) for x in tree_leaves(result))):
         arrived.append(name)
     return result
@@ -260,8 +288,85 @@ def graph(task: str) -> None:
     assert launched == ["_letterbox_kernel", "_words_kernel", "_scan_kernel", *["_logits_kernel"] * (task == "ins")]
 
 
-def launch_nothing() -> list[str]:
-    """From now on kernels are chosen and prepared as on a GPU, but what would be launched is named in this list."""
+def step(task: str) -> None:
+    """A step of training as it is captured on a GPU, uncaptured: first by the references, whose ops may wait.
+
+    "det:atss" is of the task det with ATSS.
+    """
+    global references_may_wait
+    task, _, assigner = task.partition(":")
+    torch.manual_seed(0)
+    model = RTMDet("nano", task, num_classes=3).to(memory_format=torch.channels_last).train()
+    model.bbox_head.assigner = assigner or "soft_label"
+    for predictor in model.bbox_head.rtm_reg:
+        nn.init.ones_(predictor.bias)  # boxes that are not empty
+    here = copy.deepcopy(model)
+    move(model)
+    steps = []
+    for made in (here, model):
+        optimizer = torch.optim.AdamW(parameter_groups(made, 0.05), lr=1e-3, fused=True)
+        ema = ModelEMA(made, lambda step: 1.0 if step == 0 else 0.1)
+        with FakeGpu():
+            steps.append(GraphStep(made, optimizer, torch.amp.GradScaler("cpu", enabled=False), ema))
+    near, fixed = steps
+    pairs = [(5, 1), (7, 9), (0, 6)]
+    batches = [drawn_batch(task, pair, seed) for seed, pair in enumerate(pairs)]
+
+    def run(batch: Batch) -> list[tuple[str, list[torch.Size]]]:
+        """The trace of the step of a batch."""
+        there = Batch(*(None if x is None else FakeGpuTensor(x) for x in astuple(batch)))
+        with FakeGpu():
+            fixed._objects = int(batch.gt_counts.sum())
+            places = fixed._fitting(there)
+            places.fill(there)
+            fixed._share.fill_(fixed.ema.share(fixed.ema.step))
+            trace.clear()
+            with no_waiting():
+                fixed.step(places)
+            fixed.ema.step += 1
+        return list(trace)
+
+    references_may_wait = True
+    run(batches[0])  # makes the moments
+    ((_, places),) = fixed._places.items()
+    expected = near.backward(near.take(batches[0], 64))
+    torch.testing.assert_close(places.losses.host, torch.stack([expected[1], *expected[0].values()]), rtol=1e-4, atol=0)
+    traces = [run(batch) for batch in batches]
+    references_may_wait = False
+    launched = launch_nothing(assign_triton, batch_norm, bn_silu, dwconv_bn_silu, rotated_iou)
+    traces += [run(batch) for batch in batches]
+    assert len(fixed._places) == 1 and len(traces[0]) > 1000
+    for three in (traces[:3], traces[3:]):
+        assert three[0] == three[1] == three[2], "an operation, or a size, is a matter of the values"
+    kernels = {
+        "_nearest_kernel" if assigner == "atss" else "_match_kernel",
+        "_moments_kernel",
+        "_dx_kernel",
+        "_merge_kernel",
+    }
+    kernels |= {"_dice_kernel", "_dkernels_kernel"} if task == "ins" else set()
+    kernels |= {"_aligned_kernel"} if task == "rotated" else set()
+    assert kernels <= set(launched), set(launched)
+
+
+def drawn_batch(task: str, objects: tuple[int, ...], seed: int) -> Batch:
+    """Images of noise with as many objects each."""
+    torch.manual_seed(seed)
+    images, most = len(objects), max(objects)
+    start = torch.rand(images, most, 2) * 30
+    boxes = torch.cat((start, start + 20), -1)
+    if task == "rotated":
+        boxes = torch.cat((start + 10, torch.full_like(start, 20), start[..., :1]), -1)
+    more = (start + 10, torch.ones(images, most, 16, 16, dtype=torch.uint8)) if task == "ins" else ()
+    pictures = torch.randint(256, (images, 3, 64, 64), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    return Batch(pictures, boxes, torch.zeros(images, most, dtype=torch.int64), torch.tensor(objects), *more)
+
+
+def launch_nothing(*more: Any) -> list[str]:
+    """From now on kernels are chosen and prepared as on a GPU, but what would be launched is named in this list.
+
+    `more` modules that launch kernels, besides those of inference.
+    """
     launched: list[str] = []
 
     class Recorder:
@@ -272,7 +377,7 @@ def launch_nothing() -> list[str]:
             return lambda *args, **kwargs: launched.append(self.kernel.__name__)
 
     _dispatch.BACKEND = "triton"
-    for module in (nms, deformable_attention_triton, dynamic_mask_triton, letterbox):
+    for module in (nms, deformable_attention_triton, dynamic_mask_triton, letterbox, *more):
         module.wrap_triton = Recorder
     return launched
 
@@ -299,5 +404,5 @@ if __name__ == "__main__":
     if (command, task) == ("train", "rtdetr"):
         train_rtdetr()
     else:
-        {"train": train, "detect": detect, "graph": graph}[command](task)
+        {"train": train, "detect": detect, "graph": graph, "step": step}[command](task)
     print("fine")

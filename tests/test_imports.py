@@ -86,7 +86,7 @@ def test_the_names_of_the_package_are_found_when_asked_for():
 PACKAGE = Path(rtmdet_fast.__file__).parent
 FLOORS = (
     "errors",
-    "files class_names devices",
+    "files class_names devices distributed",
     "images pages",
     "kernels geometry",
     "ops inference",

@@ -53,7 +53,7 @@ def test_every_module_imports():
         (rtmdet_fast, "Acceleration RTMDet Results UserError accelerate revert"),
         (
             rtmdet_fast.ops,
-            "batched_nms batched_nms_padded bn_silu box_iou_rotated dwconv_bn_silu dynamic_mask_dice_loss "
+            "atss_assign batched_nms batched_nms_padded bn_silu box_iou_rotated dwconv_bn_silu dynamic_mask_dice_loss "
             "dynamic_mask_logits dynamic_soft_label_assign nms nms_rotated rotated_iou_loss simota_assign soft_nms "
             "task_aligned_assign",
         ),

@@ -37,16 +37,23 @@ def state(result):
 
 
 def assert_same_run(one, other):
-    a, b = state(one), state(other)
+    assert_same_files(one.last.parent, other.last.parent)
+    assert one.metrics == other.metrics and one.best_epoch == other.best_epoch
+
+
+def assert_same_files(one, other):
+    """The folders of two runs: weights, moments and figures, to the bit."""
+    a, b = (torch.load(out / "last.pth", weights_only=True)["training"] for out in (one, other))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     moments = a["optimizer"]["state"], b["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
-    assert one.metrics == other.metrics and one.best_epoch == other.best_epoch
-    assert a["iteration"] == b["iteration"] and a["epoch_loss"] == b["epoch_loss"]
+    assert a["iteration"] == b["iteration"] and a["epoch_losses"] == b["epoch_losses"]
+    a, b = (torch.load(out / "best.pth", weights_only=True)["state_dict"] for out in (one, other))
+    assert all(torch.equal(a[key], b[key]) for key in a)
     drop = {"images_per_second", "data_wait"}
     rows = [
-        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(result.last.with_name("metrics.csv"))]
-        for result in (one, other)
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(out / "metrics.csv")]
+        for out in (one, other)
     ]
     assert rows[0] == rows[1]

@@ -3,6 +3,9 @@
 import sys
 
 from rtmdet_fast.cli import main
+from rtmdet_fast.cli.processes import leave_the_others
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    leave_the_others(code)
+    sys.exit(code)

@@ -50,6 +50,8 @@ class EvalConfig:
 def run_eval(config: EvalConfig) -> Outcome:
     from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
     from rtmdet_fast.data.layout import find_sources, source_of
+    from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.distributed import join_processes, once_per_node
     from rtmdet_fast.evaluation.analysis import analyse
     from rtmdet_fast.evaluation.evaluate import evaluate
     from rtmdet_fast.evaluation.pictures import report_samples
@@ -69,17 +71,29 @@ def run_eval(config: EvalConfig) -> Outcome:
         sources = (source_of(config.ann, config.images),)
     options = {} if config.decoder_layers is None else {"decoder_layers": config.decoder_layers}
     model = load_detector(config.weights, config.device, config.dtype, **options)
-    dataset = TASKS[model.task].open_dataset(
-        sources,
-        skip_bad=config.skip_bad,
-        class_names=model.class_names,
-        match_by_position=config.match_by_position,
+    rank, world_size = join_processes(pick_device(config.device))
+    dataset = once_per_node(
+        lambda: TASKS[model.task].open_dataset(
+            sources,
+            skip_bad=config.skip_bad,
+            class_names=model.class_names,
+            match_by_position=config.match_by_position,
+        )
     )
-    ImageCheck(dataset).report(wait=CHECK_SECONDS, progress=True)
+    if rank == 0:
+        ImageCheck(dataset).report(wait=CHECK_SECONDS, progress=True)
     started = time.perf_counter()
     evaluation = evaluate(
-        model, dataset, image_size=config.image_size, batch_size=config.batch_size, num_workers=config.num_workers
+        model,
+        dataset,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        progress=rank == 0,
+        together=world_size > 1,
     )
+    if rank > 0:  # the first process has it all, and tells it
+        return Outcome({}, [])
     seconds = time.perf_counter() - started
     lines = [f"{name:10} {figure(value)}" for name, value in evaluation.metrics.items()]
     width = max(len(name) for name in evaluation.per_class)

@@ -84,11 +84,6 @@ def collate(samples: list[tuple[Tensor, ...]]) -> Batch:
     return Batch(stacked, gt_boxes, gt_labels, counts, *padded)
 
 
-def init_worker(worker_id: int) -> None:
-    """For DataLoader(worker_init_fn=...): one thread per worker, or OpenCV's threads fight over the cores."""
-    cv2.setNumThreads(0)
-
-
 class _Images(Protocol):
     def __len__(self) -> int: ...
 

@@ -69,6 +69,8 @@ class CocoDataset:
     """
 
     box_dim = 4
+    real_sizes: torch.Tensor
+    """[images, 2] int64, (width, height) of those loaded so far that have another than the annotated one, else 0."""
     cache: ImageCache | None = None
     """Keeps decoded images for `load`, where one was set before loader processes begin."""
 
@@ -137,6 +139,11 @@ class CocoDataset:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for shared in (self._unreadable, self.real_sizes):  # which a pickle outside of multiprocessing does not keep
+            shared.share_memory_()
+
     def load(self, index: int) -> Sample:
         """Decodes an image. UserError where that fails; with skip_bad in training, the next one serves."""
         if not (self.skip_bad and self.training):
@@ -160,7 +167,7 @@ class CocoDataset:
     @property
     def resized_count(self) -> int:
         """Images loaded so far whose size was not the annotated one."""
-        return int((self._real_sizes[:, 0] > 0).sum())
+        return int((self.real_sizes[:, 0] > 0).sum())
 
     @property
     def longest_side(self) -> int:
@@ -233,7 +240,7 @@ class CocoDataset:
             # masks are compared in pixels of the images as they are
             real = {
                 ident: {"width": width, "height": height}
-                for ident, (width, height) in zip(self.image_ids, self._real_sizes.tolist(), strict=True)
+                for ident, (width, height) in zip(self.image_ids, self.real_sizes.tolist(), strict=True)
                 if width
             }
             images = [{**e, **real.get(e["id"], {})} for e in images]
@@ -269,13 +276,13 @@ class CocoDataset:
                 self.cache.put(index, image)
         h, w = image.shape[:2]
         if width and (w, h) != (width, height):
-            if not self._real_sizes.any():
+            if not self.real_sizes.any():
                 warnings.warn(
                     f"{shown(str(path))} has {w}x{h} pixels where {self.annotation_path} says {width}x{height}; "
                     "the real size is used, here and for any other image like it",
                     stacklevel=2,
                 )
-            self._real_sizes[index] = torch.tensor([w, h])
+            self.real_sizes[index] = torch.tensor([w, h])
         start, stop = self._starts[index : index + 2]
         boxes, kept = self._within(self._boxes[start:stop], w, h)
         masks = None if self._masks is None else self._masks.load(start, stop, w, h).take(kept)
@@ -594,8 +601,7 @@ class CocoDataset:
                 self._notice(what, "polygon that crosses itself, filled by the even-odd rule")
         # in shared memory: loader workers write, the main process reads
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
-        # (width, height) of images loaded so far that have another than the annotated one
-        self._real_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
+        self.real_sizes = torch.zeros(len(images), 2, dtype=torch.int64).share_memory_()
 
     def _trainable(
         self,

@@ -72,12 +72,15 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         rank: int = 0,
         world_size: int = 1,
         repeats: np.ndarray | None = None,
+        as_one: bool = False,
     ) -> None:
         """A `recipe` of None is one without mosaic and mixup: the plans have no caches in either stage.
 
         `drop_last` leaves out an incomplete batch, unless it is the only one.
 
-        Each of `world_size` processes shows a part of its own of every epoch; `rank` counts them from 0.
+        Each of `world_size` processes shows a part of its own of every epoch; `rank` counts them from 0. Each has
+        caches of its own, as in the reference; with `as_one` they show together, step by step, what one process with
+        `batch_size` times `world_size` images would: the same pixels in the same steps.
 
         repeats: how often an epoch shows each image, [dataset_length], 1 or more; once where not given. Of a fraction
             an epoch shows the image once more or not, at random and as often as it says.
@@ -85,35 +88,44 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         if dataset_length < 1 or batch_size < 1:
             raise UserError(f"an epoch needs images and a batch size of 1 or more, got {dataset_length}, {batch_size}")
         self.dataset_length, self.batch_size, self.drop_last = dataset_length, batch_size, drop_last
-        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self.recipe, self.rank, self.world_size, self.as_one = recipe, rank, world_size, as_one
         self.repeats = repeats
         self.epoch_length = dataset_length if repeats is None else int(repeats.sum())
         """Images that an epoch shows, in all processes together."""
+        if as_one and self.epoch_length < world_size:
+            raise UserError(f"{self.epoch_length} training images are too few for {world_size} processes as one")
         self._order = np.random.default_rng((seed, 0))  # the same in every process
-        self._rng = np.random.default_rng((seed, 1, rank))
+        self._rng = np.random.default_rng((seed, 1, 0 if as_one else rank))
         self._streams = [_Stream() for _ in range(max(num_workers, 1))]
         self._stage2 = False
         self._skip = 0
 
     def __len__(self) -> int:
-        # All processes take the same number of steps, or the last would wait for the others.
-        share = max(self.epoch_length // self.world_size, 1)
-        whole, rest = divmod(share, self.batch_size)
+        # All processes take the same number of steps, or the last would wait for the others: as one they leave out a
+        # batch of fewer images than processes.
+        if self.as_one:
+            whole, rest = divmod(self.epoch_length, self.batch_size * self.world_size)
+            rest //= self.world_size
+        else:
+            whole, rest = divmod(max(self.epoch_length // self.world_size, 1), self.batch_size)
         return whole + (rest > 0 and (not self.drop_last or whole == 0))
 
     def __iter__(self) -> Iterator[list[SamplePlan]]:
         order = self._order.permutation(self.dataset_length)
         if self.repeats is not None:
             order = self._repeated(order)
-        order = np.roll(order, -self.rank)[:: self.world_size]
+        batch_size, mine = self.batch_size * self.world_size, slice(self.rank, None, self.world_size)
+        if not self.as_one:
+            order = np.roll(order, -self.rank)[:: self.world_size]
+            batch_size, mine = self.batch_size, slice(None)
         skip, self._skip = self._skip, 0
         for b in range(len(self)):
             stream = self._streams[b % len(self._streams)]
-            indices = order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
+            indices = order[b * batch_size : (b + 1) * batch_size].tolist()
             seeds = self._rng.integers(2**63, size=len(indices)).tolist()
             plans = [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
             if b >= skip:
-                yield plans
+                yield plans[mine]
 
     def set_stage2(self, enabled: bool) -> None:
         """From the next epoch on: with True no strong augmentation; either way the caches start empty."""
@@ -155,6 +167,20 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             for mosaic, mixup in zip(state["mosaic"], state["mixup"], strict=True)
         ]
         self._skip = skip
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], skip: int = 0) -> None:
+        """Continues where each process of a run took its state, of whatever number they were.
+
+        Of another number than now, and not as one, the order of the images goes on, so that an epoch shows each once
+        still; random numbers are others, and the caches start empty. UserError as of `load_state_dict`.
+        """
+        state = states[self.rank % len(states)]
+        if len(states) == self.world_size or self.as_one:
+            return self.load_state_dict(state, skip)
+        fresh = {part: [[] for _ in self._streams] for part in ("mosaic", "mixup")}
+        self.load_state_dict({**state, **fresh}, skip)
+        jumps = self.rank // len(states)  # no two processes draw the same numbers
+        self._rng = np.random.Generator(self._rng.bit_generator.jumped(jumps))  # type: ignore[attr-defined]
 
     def _repeated(self, order: np.ndarray) -> np.ndarray:
         """`order` with every image as often as it is to be shown, in a new random order."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.dota import DotaDataset
+from rtmdet_fast.data.workers import init_worker
+from rtmdet_fast.distributed import gather, gather_to_first, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.coco import Evaluation, score_detections
 from rtmdet_fast.evaluation.dota import dota_figures
@@ -67,12 +69,16 @@ def evaluate(
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
+    together: bool = False,
 ) -> Evaluation:
     """Detect on every image of `dataset` with the task's published test settings, and compare with its ground truth.
 
     Images larger than the `patch_size` of a model of rotated boxes are cut into windows. For a model with masks the
     data set is one made with masks=True, and masks are compared too. The data set's classes are matched with the
     model's by name; raises UserError where they cannot be.
+
+    With `together` all processes that torchrun started call this, and each detects on batches of its own. The first
+    then has what it would have found alone, to the bit; the others have the figures, without detections and overlaps.
     """
     size = check_image_size(model.image_size if image_size is None else image_size)
     if batch_size < 1 or num_workers < 0:
@@ -84,72 +90,78 @@ def evaluate(
         boxes = "rotated" if rotated else "upright"
         raise UserError(f"{dataset.annotation_path} was read for {boxes} boxes, but the model's task is {model.task!r}")
     category_ids = match_categories(model, dataset)
-    if isinstance(dataset, DotaDataset):
-        return _evaluate_rotated(model, dataset, category_ids, size, batch_size, num_workers, progress)
+    shared = together and process_count() > 1
+    # Whole batches are shared out: the company of an image in its batch can change the last bits of what is found.
+    batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))
+    if shared:
+        batches = batches[torch.distributed.get_rank() :: process_count()]
+    images = _Images(dataset) if rotated else _Canvases(dataset, model.to_canvas, size)
     loader: DataLoader = DataLoader(
-        _Canvases(dataset, model.to_canvas, size), batch_size, num_workers=num_workers, collate_fn=list
+        images, batch_sampler=batches, num_workers=num_workers, collate_fn=list, worker_init_fn=init_worker
     )
-    detections: list[dict[str, Any]] = []
-    image_ids = []
-    with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
+    found: dict[int, _Found] = {}
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
         for items in loader:
             bar.update(len(items))
             items = [item for item in items if item is not None]
             if not items:
                 continue
-            canvases, scales, shapes, indices = zip(*items, strict=True)
-            for index, found in zip(indices, model.detect(torch.stack(canvases), scales, shapes), strict=True):
-                image_ids.append(dataset.image_ids[index])
+            if rotated:
+                detected = model.detect_images([image for image, _ in items], size, batch_size=batch_size)
+            else:
+                canvases, scales, shapes, _ = zip(*items, strict=True)
+                detected = model.detect(torch.stack(canvases), scales, shapes)
+            for (*_, index), detections in zip(items, detected, strict=True):
+                boxes, scores, labels = (field.cpu() for field in detections[:3])
                 results = Results(
-                    None,
-                    found.boxes.float().cpu(),
-                    found.scores.float().cpu(),
-                    found.labels.cpu(),
-                    model.class_names,
-                    predicted_masks=found.masks,
+                    None, boxes.float(), scores.float(), labels, model.class_names, predicted_masks=detections.masks
                 )
-                detections += results.to_coco(image_ids[-1], category_ids)
-    skipped = len(dataset) - len(image_ids)
+                found[index] = _Found(
+                    results.to_coco(dataset.image_ids[index], category_ids),
+                    (results.boxes.numpy(), results.scores.numpy(), labels.numpy()) if rotated else None,
+                )
+    if not shared:
+        return _score(model, dataset, found, category_ids)
+    every = gather_to_first((found, dataset.real_sizes))
+    figures = None
+    if every is not None:
+        for theirs, real_sizes in every:
+            found |= theirs
+            dataset.real_sizes.copy_(torch.maximum(dataset.real_sizes, real_sizes))
+        evaluation = _score(model, dataset, dict(sorted(found.items())), category_ids)
+        figures = replace(evaluation, detections=[], overlaps=None, image_ids=())
+    figures = gather(figures, process_count())[0]
+    return figures if every is None else evaluation  # type: ignore[return-value]
+
+
+class _Found(NamedTuple):
+    """In an image: COCO results entries, and of rotated boxes these [n, 5] with their scores [n] and labels [n]."""
+
+    entries: list[dict[str, Any]]
+    rotated: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+def _score(model: Detector, dataset: CocoDataset, found: dict[int, _Found], category_ids: list[int]) -> Evaluation:
+    """The figures of what was found in images, by their index in `dataset`; those missing could not be read."""
+    image_ids = tuple(dataset.image_ids[index] for index in found)
+    detections = [entry for of_image in found.values() for entry in of_image.entries]
+    skipped = len(dataset) - len(found)
+    if isinstance(dataset, DotaDataset):
+        label_of = np.array([dataset.category_ids.index(category) for category in category_ids])
+        boxes = [(b, s, label_of[k]) for b, s, k in (f.rotated for f in found.values() if f.rotated is not None)]
+        overlaps = rotated_overlaps([dataset.ground_truth(index) for index in found], boxes)
+        figures = dota_figures(overlaps, dataset.class_names)
+        metrics = {key.removeprefix("m"): value for key, value in figures.metrics.items()}
+        return Evaluation(metrics, figures.per_class, figures.pr_curves, detections, skipped, overlaps, image_ids)
     evaluation = score_detections(dataset, detections, image_ids, skipped)
     if not model.has_masks:
         return evaluation
     of_masks = score_detections(dataset, detections, image_ids, skipped, iou_type="segm")
-    for name, figures in of_masks.per_class.items():
-        evaluation.per_class[name].update((f"segm_{key}", value) for key, value in figures.items())
+    for name, of_class in of_masks.per_class.items():
+        evaluation.per_class[name].update((f"segm_{key}", value) for key, value in of_class.items())
     evaluation.metrics.update((f"segm_{key}", value) for key, value in of_masks.metrics.items())
     return replace(evaluation, overlaps=of_masks.overlaps)
-
-
-def _evaluate_rotated(
-    model: Detector,
-    dataset: DotaDataset,
-    category_ids: list[int],
-    image_size: int,
-    batch_size: int,
-    num_workers: int,
-    progress: bool,
-) -> Evaluation:
-    loader: DataLoader = DataLoader(_Images(dataset), batch_size, num_workers=num_workers, collate_fn=list)
-    label_of = np.array([dataset.category_ids.index(category) for category in category_ids])
-    truth, found, entries, image_ids = [], [], [], []
-    with tqdm(total=len(dataset), desc="evaluate", unit="img", disable=not progress, leave=False) as bar:
-        for items in loader:
-            bar.update(len(items))
-            items = [item for item in items if item is not None]
-            images = [image for image, _ in items]
-            all_found = model.detect_images(images, image_size, batch_size=batch_size)
-            for (_, index), detections in zip(items, all_found, strict=True):
-                boxes, scores, labels = (field.cpu() for field in detections[:3])
-                truth.append(dataset.ground_truth(index))
-                found.append((boxes.numpy(), scores.numpy(), label_of[labels.numpy()]))
-                results = Results(None, boxes, scores, labels, model.class_names)
-                image_ids.append(dataset.image_ids[index])
-                entries += results.to_coco(image_ids[-1], category_ids)
-    overlaps = rotated_overlaps(truth, found)
-    figures = dota_figures(overlaps, dataset.class_names)
-    metrics = {key.removeprefix("m"): value for key, value in figures.metrics.items()}
-    skipped = len(dataset) - len(truth)
-    return Evaluation(metrics, figures.per_class, figures.pr_curves, entries, skipped, overlaps, tuple(image_ids))
 
 
 def match_categories(model: Detector, dataset: CocoDataset) -> list[int]:

@@ -42,6 +42,9 @@ class Targets(NamedTuple):
 
     For masks also centers [B, M, 2], their centres of mass (x, y) in pixels, and masks [B, M, H/4, W/4] uint8, the
     full-size masks sampled at [2::4, 2::4].
+
+    `room` is the number of matched predictions that a loss has room for, for losses whose tensors are all of a fixed
+    size. Where it is None they are counted, for which the host waits.
     """
 
     boxes: Tensor
@@ -49,6 +52,7 @@ class Targets(NamedTuple):
     counts: Tensor
     centers: Tensor | None = None
     masks: Tensor | None = None
+    room: int | None = None
 
 
 D = TypeVar("D", bound="Detector")
@@ -100,6 +104,11 @@ class Detector(nn.Module):
     def title(self) -> str:
         """The model's published name."""
         raise NotImplementedError
+
+    @property
+    def most_matches(self) -> int | None:
+        """Predictions that training matches with a ground truth, at most; None where its losses make the host wait."""
+        return None
 
     @property
     def least_score(self) -> float:

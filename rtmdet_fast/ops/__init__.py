@@ -3,7 +3,7 @@
 `rtmdet_fast.ops.torchvision` has `nms` and `batched_nms` with torchvision's signatures.
 """
 
-from rtmdet_fast.kernels.assign import dynamic_soft_label_assign, simota_assign, task_aligned_assign
+from rtmdet_fast.kernels.assign import atss_assign, dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.bn_silu import bn_silu
 from rtmdet_fast.kernels.deformable_attention import box_deformable_attention, deformable_attention
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
@@ -21,6 +21,7 @@ from rtmdet_fast.ops.mmcv import (
 
 __all__ = [
     "MultiScaleDeformableAttnFunction",
+    "atss_assign",
     "batched_nms",
     "batched_nms_padded",
     "bn_silu",

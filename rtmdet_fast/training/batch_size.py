@@ -10,9 +10,9 @@ import torch
 from rtmdet_fast.data.augment import collate
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.plan import PlanSampler
-from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.distributed import gather, process_count
 from rtmdet_fast.training.config import Settings
-from rtmdet_fast.training.distributed import gather, process_count
+from rtmdet_fast.training.step import targets_of
 
 ON_CPU = 8  # where larger steps are no faster, and batch norm has enough
 STEPS_PER_EPOCH = 16  # at least
@@ -73,11 +73,10 @@ def step_memory(settings: Settings, dataset: CocoDataset) -> Callable[[int], int
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         plans = next(iter(PlanSampler(len(dataset), images, recipe.caches, settings.seed, 1)))
         batch = collate([samples[plans[i % len(plans)]] for i in range(images)]).to(device).resized(side)
-        targets = Targets(batch.gt_boxes, batch.gt_labels, batch.gt_counts, batch.gt_centers, batch.gt_masks)
         dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
         for _ in range(2):  # the first chooses algorithms, which takes memory of its own
             with torch.autocast(device.type, dtype, enabled=settings.amp != "none"):
-                losses = model(model.normalize(batch.images), targets)
+                losses = model(model.normalize(batch.images), targets_of(batch))
             sum(losses.values()).backward()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         moments = 4 * weights  # two of AdamW, the averaged weights, what processes send each other

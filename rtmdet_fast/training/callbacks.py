@@ -34,7 +34,7 @@ class Progress:
     lr: float
     """Base learning rate of the last step."""
     losses: Mapping[str, Tensor]
-    """Of the last batch, scalars where they were computed: to read one is to wait for the GPU."""
+    """Of the last batch of this process, scalars where they were computed: to read one is to wait for the GPU."""
     metrics: Mapping[str, float]
     """After every tenth step the row of metrics.csv, else nothing; after an epoch its mean `loss`, and the figures of a
     validation where there was one."""

@@ -30,6 +30,7 @@ BOUNDS = {
     "ema_momentum": (0, 1),
     "patience": (1, 10**6),
     "repeat_threshold": (0, 1),
+    "keep": (1, 10**6),
 }
 """The least and the greatest value of a setting."""
 
@@ -64,6 +65,9 @@ class TrainConfig:
     sampling: str | None = None
     """Of rtdetr, version 2: bilinear, or discrete, whole cells, for runtimes without grid_sample, which goes on from
     weights of bilinear sampling; bilinear where not given."""
+    assigner: str | None = None
+    """Of rtmdet, who matches predictions with objects in training: soft_label (as published), simota, task_aligned or
+    atss; soft_label where not given."""
     task: str = "det"
     """What to detect: det (boxes), ins (boxes and masks) or rotated (rotated boxes)."""
     init: str | None = None
@@ -118,14 +122,25 @@ class TrainConfig:
     time: str | float | None = None
     """Time for the run, such as 2h, 90m or 1h30m: as many of its epochs, stage 2 and last validation included, as it
     has room for."""
+    save_every: str | float = "30m"
+    """Time between checkpoints, such as 10m, in the middle of an epoch too; besides there is one after each epoch and
+    before each validation."""
+    keep: int = 1
+    """Checkpoints that stay: last.pth and, from 2 on, older ones as last-ITERATION.pth."""
     skip_bad: bool = False
     """Go on over unreadable images and invalid annotations, and count them."""
-    resume: bool = False
-    """Continue the run in `out` from its last checkpoint."""
+    as_one: bool = False
+    """Of several processes: show together, step by step, the images that one with all of their batch sizes would. Else
+    each fills mosaics from the images of its own, as published."""
+    resume: bool | Literal["auto"] = False
+    """Continue the run in `out` from its last checkpoint; auto: where there is one, else start the run."""
     overwrite: bool = False
     """Start anew in an `out` that holds a run already."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    graph: str = "auto"
+    """Run each step as one CUDA graph: auto, which is for rtmdet on one GPU, without --accumulate and --compile, or
+    off."""
     report: bool = True
     """Write report.html at the end."""
     progress: bool = True
@@ -149,15 +164,32 @@ class Settings(TrainConfig):
     """Of the first step after warm-up."""
     weight_decay: float
     num_workers: int
+    resume: bool
     time: float | None
     """In seconds."""
+    save_every: float
+    """Likewise."""
 
     @property
     def recipe(self) -> Recipe:
         """What the settings leave to the family."""
         from rtmdet_fast.training.recipe import RECIPES
 
-        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling)
+        return RECIPES[self.model](self.size, self.version, self.task, self.queries, self.sampling, self.assigner)
+
+    def open_data(self) -> tuple[CocoDataset, CocoDataset | None]:
+        """The training images with their annotations; those of validation, if any, with the same classes."""
+        from rtmdet_fast.tasks import TASKS
+
+        dataset = self.open_training_data()
+        if not self.val_sources:
+            return dataset, None
+        return dataset, TASKS[self.task].open_dataset(
+            self.val_sources,
+            skip_bad=self.skip_bad,
+            class_names=dataset.class_names,  # labels are to index one list
+            match_by_position=True,
+        )
 
     def open_training_data(self) -> CocoDataset:
         """The training images with their annotations."""
@@ -205,14 +237,14 @@ def check_bounds(config: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie between {least} and {most}")
 
 
-def seconds_of(time: str | float) -> float:
-    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError where it is none of these."""
+def seconds_of(time: str | float, option: str = "--time") -> float:
+    """Of 2h, 90m, 45s or 1h30m, or of a number of seconds. UserError, which names the option, for anything else."""
     number = r"(\d+(?:\.\d+)?)"
     parts = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(time).strip())
     hours, minutes, rest = map(float, parts.groups("0")) if parts else (0.0, 0.0, 0.0)
     seconds = 3600 * hours + 60 * minutes + rest
     if not 0 < seconds < math.inf:
-        raise UserError(f"--time {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
+        raise UserError(f"{option} {time} is no time; 2h, 90m, 1h30m or a number of seconds is expected")
     return seconds
 
 
@@ -223,9 +255,9 @@ def resolve(config: TrainConfig) -> Settings:
 
     from rtmdet_fast.data.image_cache import bytes_of
     from rtmdet_fast.devices import pick_device
+    from rtmdet_fast.distributed import process_count
     from rtmdet_fast.models.detector import check_image_size
     from rtmdet_fast.tasks import TASKS
-    from rtmdet_fast.training.distributed import process_count
     from rtmdet_fast.training.recipe import RECIPES
 
     if config.task not in TASKS:
@@ -233,8 +265,15 @@ def resolve(config: TrainConfig) -> Settings:
     if config.model not in RECIPES:
         raise UserError(f"--model {config.model!r} is unknown; choose one of {', '.join(RECIPES)}")
     check_bounds(config)
-    recipe = RECIPES[config.model](config.size, config.version, config.task, config.queries, config.sampling)
-    if config.sampling == "discrete" and config.init is None and not config.resume:
+    recipe = RECIPES[config.model](
+        config.size, config.version, config.task, config.queries, config.sampling, config.assigner
+    )
+    if config.resume not in (False, True, "auto"):
+        raise UserError(f"--resume {config.resume} is unknown; give it alone, or auto")
+    if config.resume == "auto" and config.overwrite:
+        raise UserError("--resume auto goes on with the run that --overwrite would remove: give one of them")
+    resume = (config.out / "last.pth").exists() if config.resume == "auto" else config.resume
+    if config.sampling == "discrete" and config.init is None and not resume:
         raise UserError(
             "--sampling discrete leaves as it is where heads look: give bilinear weights to go on from, --init"
         )
@@ -243,6 +282,8 @@ def resolve(config: TrainConfig) -> Settings:
     train, val = _sources(config)
     if config.amp not in ("auto", "none", "bf16", "fp16"):
         raise UserError(f"--amp {config.amp!r} is unknown; choose none, bf16, fp16 or auto")
+    if config.graph not in ("auto", "off"):
+        raise UserError(f"--graph {config.graph!r} is unknown; choose auto or off")
     device = pick_device(config.device)
     amp = config.amp
     if amp == "auto":
@@ -286,7 +327,9 @@ def resolve(config: TrainConfig) -> Settings:
         "lr": lr,
         "weight_decay": recipe.weight_decay if config.weight_decay is None else config.weight_decay,
         "num_workers": workers,
+        "resume": resume,
         "time": None if config.time is None else seconds_of(config.time),
+        "save_every": seconds_of(config.save_every, "--save-every"),
     }
     return Settings(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)} | resolved)
 

@@ -11,10 +11,11 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rtmdet_fast.data.augment import Batch, collate, init_worker
+from rtmdet_fast.data.augment import Batch, collate
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.masks import MASK_STRIDE
 from rtmdet_fast.data.plan import PlanSampler, SamplePlan, repeat_factors
+from rtmdet_fast.data.workers import init_worker
 from rtmdet_fast.geometry.masks import Region
 from rtmdet_fast.images import write_image
 from rtmdet_fast.inference.drawing import draw_detections

@@ -25,6 +25,7 @@ from rtmdet_fast.models.detector import Detector
 from rtmdet_fast.models.rtdetr.decoder import Sampling
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtdetr.recipe import LR, training_recipe
+from rtmdet_fast.models.rtmdet.detection_head import ASSIGNERS
 from rtmdet_fast.models.rtmdet.model import RTMDet, default_image_size
 from rtmdet_fast.training.schedule import ema_share, learning_rate_factor, parameter_groups, warmup_factor
 
@@ -76,17 +77,24 @@ class Recipe:
 
 
 def rtmdet_recipe(
-    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
+    size: str | None,
+    version: int | None,
+    task: str,
+    queries: int | None,
+    sampling: str | None = None,
+    assigner: str | None = None,
 ) -> Recipe:
     """Of RTMDet; the size is tiny where not given. UserError where there is no such model."""
     size = "tiny" if size is None else size
     for name, value in (("version", version), ("queries", queries), ("sampling", sampling)):
         if value is not None:
             raise UserError(f"--{name} {value} is for --model rtdetr: rtmdet has no such thing")
+    if assigner not in (None, *ASSIGNERS):
+        raise UserError(f"--assigner {assigner!r} is unknown; choose one of {', '.join(ASSIGNERS)}")
     image_size = default_image_size(size, task)
     shared: dict[str, Any] = dict(
         size=size,
-        build=partial(RTMDet, size, task),
+        build=partial(_build_rtmdet, size, task, assigner or ASSIGNERS[0]),
         image_size=image_size,
         lr_factor=learning_rate_factor,
         warmup=1000,
@@ -107,6 +115,12 @@ def rtmdet_recipe(
         caches=recipe_for(size, image_size),
         augment=partial(_augment, size),
     )
+
+
+def _build_rtmdet(size: str, task: str, assigner: str, **options: Any) -> RTMDet:
+    model = RTMDet(size, task, **options)
+    model.bbox_head.assigner = assigner
+    return model
 
 
 def _one_side(image_size: int) -> tuple[int, ...]:
@@ -141,7 +155,12 @@ def _rtmdet_share(published: int, step: int, total: int, momentum: float | None)
 
 
 def rtdetr_recipe(
-    size: str | None, version: int | None, task: str, queries: int | None, sampling: str | None = None
+    size: str | None,
+    version: int | None,
+    task: str,
+    queries: int | None,
+    sampling: str | None = None,
+    assigner: str | None = None,
 ) -> Recipe:
     """Of RT-DETR; r18, version 1 (h: 2) and bilinear where not given. UserError where there is no such model."""
     size = "r18" if size is None else size
@@ -149,6 +168,8 @@ def rtdetr_recipe(
         version = 2 if size == "h" else 1
     if task != "det":
         raise UserError(f"--task {task} is for --model rtmdet: rtdetr finds boxes, det, alone")
+    if assigner is not None:
+        raise UserError(f"--assigner {assigner} is for --model rtmdet: rtdetr matches each object with one query")
     if sampling not in (None, "bilinear", "discrete"):
         raise UserError(f"--sampling {sampling!r} is unknown; choose bilinear or discrete")
     if sampling == "discrete" and version == 1:
@@ -189,8 +210,9 @@ def _rtdetr_share(step: int, total: int, momentum: float | None) -> float:
     return ema_share(step, momentum, min(2000, total / 100))
 
 
-RECIPES: dict[str, Callable[[str | None, int | None, str, int | None, str | None], Recipe]] = {
+RECIPES: dict[str, Callable[[str | None, int | None, str, int | None, str | None, str | None], Recipe]] = {
     "rtmdet": rtmdet_recipe,
     "rtdetr": rtdetr_recipe,
 }
-"""By the names that a user gives the families: size, version, task, queries, sampling → recipe; None: not given."""
+"""By the names that a user gives the families: size, version, task, queries, sampling, assigner → recipe; None:
+not given."""

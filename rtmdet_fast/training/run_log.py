@@ -11,6 +11,7 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
+from rtmdet_fast.distributed import mean_over_processes
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
 
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Means of the losses, and the pace, since the last reading."""
+    """Means of the losses of all processes, and the pace, since the last reading."""
 
     def __init__(self) -> None:
         self.seconds_per_step = 0.0
@@ -78,8 +79,10 @@ class Meter:
         self._losses, self._batches = losses, batches
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; `data_wait` is a share of the time."""
-        losses = {name: value.item() / max(self._batches, 1) for name, value in self._losses.items()}
+        """Means since the last reading, over all processes, which read at the same time; `data_wait` is a share of the
+        time of this one."""
+        means = mean_over_processes(torch.stack([value.float() for value in self._losses.values()])) / self._batches
+        losses = dict(zip(self._losses, means.tolist(), strict=True))
         elapsed = time.perf_counter() - self._since
         self.seconds_per_step = elapsed / max(self._steps, 1)
         pace = {"images_per_second": self._images / elapsed, "data_wait": self._wait / elapsed}
@@ -88,17 +91,17 @@ class Meter:
 
 
 class RunLog:
-    """metrics.csv of a run; rows past `iteration`, where a resumed run goes on, are dropped.
+    """metrics.csv of a run; rows past `iteration`, where a resumed run goes on, are dropped, and so is the validation
+    there unless it is `validated`.
 
     All of it raises UserError where the system refuses to write.
     """
 
-    def __init__(self, folder: Path, iteration: int):
+    def __init__(self, folder: Path, iteration: int, validated: bool = True):
         self.path = folder / "metrics.csv"
-        # a row that a crash cut off has no iteration
-        kept = (
-            [row for row in read_metrics(self.path) if _is_upto(row.get("iteration"), iteration)] if iteration else []
-        )
+        kept = [row for row in read_metrics(self.path) if _is_upto(row, iteration)] if iteration else []
+        if not validated:
+            kept = [row for row in kept if row["lr"] or int(row["iteration"]) < iteration]
         text = io.StringIO(newline="")
         _writer(text).writeheader()
         _writer(text).writerows(kept)
@@ -114,8 +117,10 @@ class RunLog:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
-def _is_upto(iteration: str | None, last: int) -> bool:
-    return iteration is not None and iteration.isdecimal() and int(iteration) <= last
+def _is_upto(row: dict[str, str], last: int) -> bool:
+    # a row that a crash cut off lacks its last columns, and of its iteration perhaps digits
+    whole = None not in row.values() and {"iteration", "lr"} <= row.keys()
+    return whole and row["iteration"].isdecimal() and int(row["iteration"]) <= last
 
 
 def _writer(file: TextIO) -> csv.DictWriter[str]:

@@ -55,28 +55,38 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelEMA(Generic[Model]):
-    """Exponential moving average of all parameters and floating-point buffers; other buffers are copied.
+    """Exponential moving average of all parameters and floating-point buffers of `source`; other buffers are copied.
 
     `share` gives the share of the new weights at a step counted from 0. A tensor that the head shares between levels is
-    averaged once.
+    averaged once. Tensors are looked for once, not at every step: neither model may be given others afterwards.
     """
 
-    def __init__(self, model: Model, share: Callable[[int], float]):
-        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, source: Model, share: Callable[[int], float]):
+        self.model: Model = copy.deepcopy(source).eval().requires_grad_(False)
         self.share = share
         self.step = 0
+        averaged, current = ([*model.parameters(), *model.buffers()] for model in (self.model, source))
+        pairs = list(zip(averaged, current, strict=True))
+        self._floating, self._others = (
+            tuple([pair[i] for pair in pairs if pair[0].is_floating_point() == floating] for i in range(2))
+            for floating in (True, False)
+        )
 
     @torch.no_grad()
-    def update(self, model: Model) -> None:
-        averaged = [*self.model.parameters(), *self.model.buffers()]
-        current = [*model.parameters(), *model.buffers()]
-        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
-        others: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for ours, theirs in zip(averaged, current, strict=True):
-            kind = floating if ours.is_floating_point() else others
-            kind[0].append(ours)
-            kind[1].append(theirs)
-        torch._foreach_lerp_(floating[0], floating[1], self.share(self.step))
-        if others[0]:
-            torch._foreach_copy_(others[0], others[1])
+    def update(self) -> None:
+        """Moves the average towards the source as it is now."""
+        self.move(self.share(self.step))
         self.step += 1
+
+    @torch.no_grad()
+    def move(self, share: float | Tensor) -> None:
+        """Moves it by that share of the way; a tensor stays where it is, so that a CUDA graph has another each time."""
+        if isinstance(share, Tensor):
+            averaged, current = self._floating
+            way = torch._foreach_sub(current, averaged)
+            torch._foreach_mul_(way, share)
+            torch._foreach_add_(averaged, way)
+        else:
+            torch._foreach_lerp_(*self._floating, share)
+        if self._others[0]:
+            torch._foreach_copy_(*self._others)

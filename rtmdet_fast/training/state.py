@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from rtmdet_fast.distributed import process_count
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.checkpoint import check_tensors, damage_told, load_archive
+from rtmdet_fast.models.checkpoint import check_tensors, damage_told
+from rtmdet_fast.models.torch_file import load_archive
 from rtmdet_fast.tasks import TASKS
+from rtmdet_fast.training.checkpoints import numbered
 from rtmdet_fast.training.config import Settings, TrainConfig
-from rtmdet_fast.training.distributed import process_count
 
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": Mapping,
@@ -32,13 +34,17 @@ STATE: dict[str, type | tuple[type, ...]] = {
 
 # What may differ between a run and its continuation; validation only where it does not decide on the end.
 RESUMABLE = {"out", "resume", "overwrite", "device", "val_interval", "report", "progress", "val", "val_images"}
-RESUMABLE |= {"cache", "loggers"}
+RESUMABLE |= {"cache", "loggers", "save_every", "keep", "graph"}
+OF_PROCESSES = {"batch_size", "accumulate", "lr"}
+"""What may differ too where the number of processes does: images of a step, and the rate they go with."""
 
 
 def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
     """The state to continue from. Raises UserError where there is none, or where it is another run's."""
     if not last.is_file():
-        raise UserError(f"there is nothing to resume: {last}, written after each epoch, does not exist")
+        raise UserError(
+            f"there is nothing to resume: {last}, written after each epoch and every --save-every, does not exist"
+        )
     with damage_told(last):
         state = load_archive(last).get("training")
         if state is None:
@@ -54,11 +60,13 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
         if not (complete and all(isinstance(value, float) for value in figures.values())):
             raise UserError(f"{last} is damaged: its best figures are missing, or no numbers")
     may_differ = RESUMABLE if settings.patience is None else RESUMABLE - {"val_interval", "val", "val_images"}
+    if len(state["samplers"]) != process_count():
+        may_differ = may_differ | OF_PROCESSES
     for key, value in settings.as_json().items():
         before = state["config"].get(key, getattr(TrainConfig, key))  # of a run older than the setting
         if key not in may_differ and before != value:
             raise UserError(f"--{key.replace('_', '-')} is {value}, but the run in {last.parent} has {before!s:.80}")
-    # the step of an epoch that was broken off; at the end of one, as runs of before had it always, 0
+    # steps of an epoch that was broken off: all of them before its validation; 0 after it, as always in runs of before
     step = state.setdefault("step", 0)
     known = type(step) is int and 0 <= step <= state["iteration"] and (step or state["epoch"])
     if not (known and 0 <= state["epoch"] <= settings.epochs and 0 < state["iteration"] < 2**53):
@@ -66,12 +74,20 @@ def read_training_state(last: Path, settings: Settings) -> dict[str, Any]:
     plan = state.setdefault("horizon", [settings.epochs, settings.stage2_epochs, None])
     if not (isinstance(plan, list) and len(plan) == 3 and type(plan[0]) is type(plan[1]) is int):
         raise UserError(f"{last} is damaged: its training state lacks 'horizon', or holds something else there")
-    processes = process_count()
-    if len(state["samplers"]) != processes:
-        raise UserError(
-            f"the run in {last.parent} had {len(state['samplers'])} processes, and now there are {processes}"
-        )
+    # of each process; of a run of before, of the first alone
+    state.setdefault("epoch_losses", [state.get("epoch_loss", 0.0)] * len(state["samplers"]))
+    state.setdefault("meters", [state.get("meter", {})] * len(state["samplers"]))
     return state
+
+
+def shared_anew(state: dict[str, Any], settings: Settings, steps_per_epoch: int) -> dict[str, Any]:
+    """The state as one of the number of processes that there are now: in mid-epoch it goes on at the step up to which
+    as many images have been shown."""
+    saved, processes = state["config"], len(state["samplers"])
+    shown = state["step"] * saved["accumulate"] * saved["batch_size"] * processes
+    step = min(shown // (settings.accumulate * settings.batch_size * process_count()), steps_per_epoch)
+    epoch_loss = sum(state["epoch_losses"]) / processes if step else 0.0
+    return {**state, "step": step, "epoch_losses": [epoch_loss], "meters": [{}]}
 
 
 def _tensors(content: Any, name: str = "training") -> Iterator[tuple[str, torch.Tensor]]:
@@ -101,5 +117,6 @@ def remove_run(out: Path) -> None:
     The state that a run goes on from is the first to go: whatever comes between, no later `--resume` meets a mixture.
     """
     files = ("last.pth", "best.pth", "metrics.csv", "metrics.json", "detections.json", "report.html", "nan_batch.pt")
-    for path in (*(out / name for name in (*files, "config.json", "loggers.json")), *out.glob("events.out.tfevents.*")):
+    named = (out / name for name in (*files, "config.json", "loggers.json"))
+    for path in (*named, *numbered(out).values(), *out.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)

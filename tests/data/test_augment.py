@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from rtmdet_fast.data import augment
-from rtmdet_fast.data.augment import Augmenter, Batch, collate, init_worker
+from rtmdet_fast.data.augment import Augmenter, Batch, collate
 from rtmdet_fast.data.coco import CocoDataset, Sample
 from rtmdet_fast.data.masks import MaskStore, Segmentation
 from rtmdet_fast.data.plan import PlanSampler, SamplePlan
 from rtmdet_fast.data.recipes import AugmentRecipe, recipe_for
+from rtmdet_fast.data.workers import init_worker
 from rtmdet_fast.errors import UserError
 
 S = 96

@@ -187,3 +187,55 @@ def test_processes_share_the_repeats_of_an_epoch():
     _, alone = repeated()
     order = [p.index for batch in list(alone) for p in batch]
     assert sorted(indices) == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("length", "drop_last", "sizes", "count"),
+    [(17, False, [6, 6, 5], 3), (17, True, [6, 6], 3), (13, False, [6, 6], 1)],
+)
+def test_processes_as_one_show_what_one_would(length, drop_last, sizes, count):
+    """Three of two images each: the plans of one with six, shared out as evenly as they go; none takes a step alone."""
+    one = epochs(PlanSampler(length, 6, LARGE, 3, 2, drop_last), count)
+    parts = [PlanSampler(length, 2, LARGE, 3, 2, drop_last, rank, 3, as_one=True) for rank in range(3)]
+    assert {len(part) for part in parts} == {len(sizes)}
+    for epoch, *shared in zip(one, *(epochs(part, count) for part in parts), strict=True):
+        assert [sum(map(len, batches)) for batches in zip(*shared, strict=True)] == sizes
+        for batch, *of_processes in zip(epoch[: len(sizes)], *shared, strict=True):
+            assert max(map(len, of_processes)) - min(map(len, of_processes)) <= 1
+            assert sorted(p.seed for part in of_processes for p in part) == sorted(p.seed for p in batch)
+            assert all(plan in batch for part in of_processes for plan in part)
+
+
+def test_too_few_images_for_processes_as_one():
+    with pytest.raises(UserError, match="2 training images are too few for 3 processes"):
+        PlanSampler(2, 2, LARGE, 3, 2, world_size=3, as_one=True)
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_another_number_of_processes_goes_on_with_the_epoch(as_one):
+    """Two processes of three images stop in mid-epoch; three of two show the rest of its images, each once."""
+    before = [PlanSampler(48, 3, LARGE, 5, 0, rank=r, world_size=2, as_one=as_one) for r in range(2)]
+    first = [list(part) for part in before]
+    states = [part.state_dict() for part in before]
+    second = [list(part) for part in before]
+    after = [PlanSampler(48, 2, LARGE, 5, 0, rank=r, world_size=3, as_one=as_one) for r in range(3)]
+    for part in after:
+        part.load_state_dicts(states, skip=5)
+    rest = [list(part) for part in after]
+    shown = Counter(p.index for part in second for batch in part[:5] for p in batch)
+    shown += Counter(p.index for part in rest for batch in part for p in batch)
+    assert len(rest[0]) == 3 and shown == Counter(range(48))
+    seeds = [p.seed for part in [*first, *rest] for batch in part for p in batch]
+    if not as_one:  # else each process has made the plans of all
+        assert len(set(seeds)) == len(seeds)
+    else:
+        assert [sorted(p.seed for part in rest for p in part[b]) for b in range(3)] == [
+            sorted(p.seed for part in second for p in part[b + 5]) for b in range(3)
+        ]
+
+
+def test_one_process_alone_goes_on_to_the_bit():
+    sampler, other = (PlanSampler(20, 3, LARGE, 5, 2, rank=1, world_size=2) for _ in range(2))
+    list(sampler)
+    other.load_state_dicts([PlanSampler(20, 3, LARGE, 5, 2, world_size=2).state_dict(), sampler.state_dict()])
+    assert list(other) == list(sampler)

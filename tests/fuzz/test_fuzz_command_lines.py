@@ -193,7 +193,7 @@ def test_an_odd_command_line_works_or_is_one_sentence(library, tmp_path, monkeyp
     def offline(*args, **kwargs):
         raise URLError("no network")
 
-    def few_steps(self, model):
+    def few_steps(self):
         self.step += 1
         if self.step > STEPS:
             raise TooLong

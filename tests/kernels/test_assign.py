@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from lowering import TARGETS, lower, needs_lowering
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtmdet_fast.kernels import assign as m
 from rtmdet_fast.kernels import assign_torch, assign_triton
-from rtmdet_fast.kernels._dispatch import use_triton
+from rtmdet_fast.kernels._dispatch import at_once, use_triton
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +33,7 @@ ASSIGN: dict[str, Any] = {
     "soft_label": m.dynamic_soft_label_assign,
     "simota": m.simota_assign,
     "task_aligned": m.task_aligned_assign,
+    "atss": lambda boxes, scores, *problem, **options: m.atss_assign(boxes, *problem, strides=(8, 16, 32), **options),
 }
 
 
@@ -48,6 +51,8 @@ def naive(
     noise: float = 0.0,
 ) -> tuple[Tensor, Tensor, float]:
     """Assigned ground truth [N] or -1, IoU [N], and the least relative margin by which anything was decided."""
+    if cost_name == "atss":
+        return naive_atss(boxes, priors, gt, noise=noise)
     boxes, scores, priors, gt = boxes.double(), scores.double(), priors.double(), gt.double()
     (N, C), M = scores.shape, len(gt)
     assigned, assigned_iou, margin = torch.full((N,), -1), torch.zeros(N, dtype=torch.float64), math.inf
@@ -63,10 +68,7 @@ def naive(
     else:
         center = (gt[:, :2] + gt[:, 2:]) / 2
         depth = torch.cat([point - gt[:, :2], gt[:, 2:] - point], -1).amin(-1)
-        sides = torch.minimum(boxes[:, None, 2:], gt[:, 2:]) - torch.maximum(boxes[:, None, :2], gt[:, :2])
-        inter = sides.clamp(min=0).prod(-1)
-        area, gt_area = (boxes[:, 2:] - boxes[:, :2]).prod(-1), (gt[:, 2:] - gt[:, :2]).prod(-1)
-        iou = inter / (area[:, None] + gt_area - inter).clamp(min=1e-6)
+        iou = upright_iou(boxes, gt)
     iou = iou + noise * torch.rand(iou.shape, dtype=iou.dtype, generator=torch.Generator().manual_seed(0))
     center = center if centers is None else centers.double()
     one_hot = F.one_hot(labels, C).double()[None]
@@ -109,6 +111,64 @@ def naive(
         if won:
             assigned[i], assigned_iou[i] = won[0], iou[i, won[0]]
     return assigned, assigned_iou, margin
+
+
+def naive_atss(
+    boxes: Tensor, priors: Tensor, gt: Tensor, scale: float = 8.0, topk: int = 9, noise: float = 0.0
+) -> tuple[Tensor, Tensor, float]:
+    """`naive` of ATSS, step by step as its paper has it."""
+    boxes, priors, gt = boxes.double(), priors.double(), gt.double()
+    rotated, N = gt.shape[1] == 5, len(priors)
+    side = scale * priors[:, 2:3]
+    if rotated:
+        anchors = torch.cat([priors[:, :2], side, side, 0 * side], 1)
+        gt = torch.cat([gt[:, :2], gt[:, 2:4].clamp(min=1e-3), gt[:, 4:]], 1)
+    else:
+        anchors = torch.cat([priors[:, :2] - side / 2, priors[:, :2] + side / 2], 1)
+    overlaps, predicted = (
+        (box_iou_rotated_reference if rotated else upright_iou)(these, gt) for these in (anchors, boxes)
+    )
+    overlaps += noise * torch.rand(overlaps.shape, dtype=overlaps.dtype, generator=torch.Generator().manual_seed(0))
+    center = gt[:, :2] if rotated else (gt[:, :2] + gt[:, 2:]) / 2
+    size, angle = (gt[:, 2:4], gt[:, 4]) if rotated else (gt[:, 2:] - gt[:, :2], 0 * gt[:, 0])
+    dx, dy = (priors[:, None, :2] - center).unbind(-1)  # [N, M]
+    inside = torch.minimum(
+        size[:, 0] / 2 - (dx * angle.cos() + dy * angle.sin()).abs(),
+        size[:, 1] / 2 - (dy * angle.cos() - dx * angle.sin()).abs(),
+    )
+    distances, insides = (dx**2 + dy**2).T.tolist(), (inside - 0.01).T.tolist()
+    levels = [(priors[:, 2] == stride).nonzero()[:, 0].tolist() for stride in (8, 16, 32)]
+    won: dict[int, list[tuple[float, int]]] = {}
+    margin = math.inf
+    for j, (distance, inner, ious) in enumerate(zip(distances, insides, overlaps.T.tolist(), strict=True)):
+        near = []
+        for level in levels:
+            order = sorted(level, key=lambda i: (distance[i], i))
+            near += order[:topk]
+            if len(order) > topk:  # of equally near ones the first
+                ahead, behind = distance[order[topk - 1]], distance[order[topk]]
+                margin = min(margin, (behind - ahead) / behind if behind > ahead else 1)
+        values = [ious[i] for i in near]
+        threshold = statistics.mean(values) + (statistics.stdev(values) if len(values) > 1 else 0)
+        for i, value in zip(near, values, strict=True):
+            if threshold > 0 and max(values) - min(values) > 1e-9 and inner[i] > -1e-3:
+                margin = min(margin, abs(value - threshold) / threshold, abs(inner[i]))
+            if value >= threshold * (1 - 1e-9) and inner[i] > 0:
+                won.setdefault(i, []).append((-value, j))
+    assigned, assigned_iou = torch.full((N,), -1), torch.zeros(N, dtype=torch.float64)
+    for i, claims in won.items():
+        first, *others = sorted(claims)
+        margin = min([margin, *(other[0] - first[0] for other in others if other[0] > first[0])])
+        assigned[i], assigned_iou[i] = first[1], predicted[i, first[1]]
+    return assigned, assigned_iou, margin
+
+
+def upright_iou(boxes: Tensor, gt: Tensor) -> Tensor:
+    """IoU [N, M] of xyxy boxes."""
+    sides = torch.minimum(boxes[:, None, 2:], gt[:, 2:]) - torch.maximum(boxes[:, None, :2], gt[:, :2])
+    inter = sides.clamp(min=0).prod(-1)
+    area, gt_area = (boxes[:, 2:] - boxes[:, :2]).prod(-1), (gt[:, 2:] - gt[:, :2]).prod(-1)
+    return inter / (area[:, None] + gt_area - inter).clamp(min=1e-6)
 
 
 def resolution(cost: float) -> float:
@@ -284,6 +344,7 @@ def test_options(cost):
         "soft_label": dict(topk=3, center_radius=1.0, iou_weight=0.5),
         "simota": dict(topk=3, center_radius=1.0, iou_weight=0.5, cls_weight=4.0),
         "task_aligned": dict(topk=3, alpha=0.5, beta=2.0),
+        "atss": dict(topk=3, anchor_scale=5.0),
     }[cost]
     out = ASSIGN[cost](*problem, **options)
     assert not torch.equal(out[0], ASSIGN[cost](*problem)[0])
@@ -357,26 +418,71 @@ def test_assignments_in_training(shared, model):
         torch.testing.assert_close(out[1][b].cpu()[positive], image["max_overlaps"][positive], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cost", ASSIGN)
-def test_equals_mmdet(cost):
-    pytest.importorskip("mmdet")
-    from mmdet.models.task_modules import DynamicSoftLabelAssigner, SimOTAAssigner, TaskAlignedAssigner
-    from mmengine.structures import InstanceData
+# --- what ATSS has of its own
 
-    assigner = {
-        "soft_label": lambda: DynamicSoftLabelAssigner(topk=13),
-        "simota": SimOTAAssigner,
-        "task_aligned": lambda: TaskAlignedAssigner(topk=13),
-    }[cost]()
-    problem, expected = solved(cost, B=1, size=160, M=20, C=7)
-    boxes, scores, priors, gt, labels, _ = (x.cpu() for x in problem)
-    if cost == "task_aligned":  # whose priors are boxes
-        priors = torch.cat([priors[:, :2] - 4, priors[:, :2] + 4], 1)
-    result = assigner.assign(
-        InstanceData(bboxes=boxes[0], scores=scores[0], priors=priors), InstanceData(bboxes=gt[0], labels=labels[0])
-    )
-    assert torch.equal(result.gt_inds - 1, expected[0][0].cpu())
-    assert torch.equal(ASSIGN[cost](*problem)[0][0].cpu() + 1, result.gt_inds)
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_of_equally_near_priors_the_first_are_candidates(topk):
+    """Corners at whole pixels, where many are, and where float32 is exact: the rule decides, not the way of sorting.
+
+    With few candidates each decides.
+    """
+    priors = make_priors(64)
+    rng = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 12, (2, 12, 2), generator=rng) * 4
+    gt = torch.cat([corner, corner + torch.randint(2, 10, (2, 12, 2), generator=rng) * 4], -1).float()
+    boxes = torch.cat([priors[:, :2] - 10, priors[:, :2] + 11], 1).expand(2, -1, -1)
+    center = (gt[..., :2] + gt[..., 2:]) / 2
+    ties = 0
+    for near in (priors[priors[:, 2] == 8, :2] - center[:, :, None]).square().sum(-1).flatten(0, 1).sort().values:
+        ties += int(near[topk - 1] == near[topk])
+    assert ties > 3
+    expected = [naive_atss(boxes[b], priors, gt[b], topk=topk) for b in range(2)]
+    args = [x.to(DEVICE) for x in (boxes, priors, gt, torch.zeros(2, 12, dtype=torch.int64), torch.full((2,), 12))]
+    assigned, iou, _ = m.atss_assign(*args, strides=(8, 16, 32), topk=topk)
+    assert min(margin for *_, margin in expected) > 1e-5
+    assert torch.equal(assigned.cpu(), torch.stack([e[0] for e in expected]))
+    torch.testing.assert_close(iou.cpu().double(), torch.stack([e[1] for e in expected]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["xyxy", "rotated"])
+@pytest.mark.parametrize("side", [70.3, 333.3, 1e4])
+def test_where_all_overlaps_are_equal_all_candidates_win(side, rotated):
+    """The deviation is 0 but for rounding, which must not decide."""
+    priors = make_priors(64)[:64].to(DEVICE)  # one level
+    c, h = 27.7, side / 2
+    gt = [c, c, side, side, 0.0] if rotated else [c - h, c - h, c + h, c + h]
+    gt = torch.tensor([[gt]], device=DEVICE)
+    zero, one = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
+    boxes = torch.ones(1, 64, gt.shape[2], device=DEVICE)
+    assigned = m.atss_assign(boxes, priors, gt, zero, one, strides=[8], anchor_scale=2.0)[0]
+    assert int((assigned == 0).sum()) == 9
+
+
+def test_a_single_candidate_wins_and_other_strides_match_nothing():
+    priors, gt = torch.tensor([[16.0, 16, 8, 8]] * 2), torch.tensor([[[4.0, 4, 20, 24]]])
+    priors[1, 2:] = 64
+    zero, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    args = [x.to(DEVICE) for x in (gt.expand(1, 2, 4), priors, gt, zero, one)]
+    assigned, iou, _ = m.atss_assign(*args, strides=(8, 16, 32))
+    assert assigned.tolist() == [[0, -1]] and iou.tolist() == [[1, 0]]
+    # of two different overlaps neither is as great as mean + deviation of n - 1; that of n would be the greater one
+    assert (m.atss_assign(*args, strides=(8, 64))[0] == -1).all()
+
+
+def test_the_order_of_priors_does_not_matter():
+    problem, expected = solved("atss")
+    boxes, scores, priors, *gt = problem
+    order = torch.randperm(len(priors), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = ASSIGN["atss"](boxes[:, order], scores[:, order], priors[order], *gt)
+    check(out, [x[:, order] for x in expected])
+
+
+@pytest.mark.parametrize("strides", [(8, 8), (0, 8), (math.nan,), (-8,)])
+def test_bad_strides(strides):
+    boxes, _, *problem = (x.to(DEVICE) for x in make_problem(0))
+    with pytest.raises(ValueError, match="strides"):
+        m.atss_assign(boxes, *problem, strides=strides)
 
 
 # --- whatever the inputs
@@ -409,7 +515,8 @@ def test_bad_ground_truths_change_nothing(cost, rotated):
     bad = torch.tensor(BAD_GT["rotated" if rotated else "xyxy"], device=DEVICE)
     fine = torch.tensor([32, 32, 30, 30, 0.1] if rotated else [10, 10, 50, 50], device=DEVICE)
     bad = torch.cat([bad, fine.expand(3, -1)])[None]
-    bad_labels = torch.tensor([[0] * (bad.shape[1] - 3) + [-1, 5, 2**31 - 1]], device=DEVICE)
+    beyond = -2 if cost == "atss" else 5  # which knows no number of classes
+    bad_labels = torch.tensor([[0] * (bad.shape[1] - 3) + [-1, beyond, 2**31 - 1]], device=DEVICE)
     count = torch.tensor([3 + bad.shape[1]], device=DEVICE)
     n = bad.shape[1]
     out = ASSIGN[cost](*others, torch.cat([bad, gt], 1), torch.cat([bad_labels, labels], 1), count)
@@ -438,6 +545,8 @@ def test_bad_priors_change_nothing(cost, rotated):
         (2, (math.nan, math.inf)),
     ):
         for value, at in itertools.product(values, (0, -1)):
+            if field == 1 and cost == "atss":  # to which scores do not matter
+                continue
             row = [good_box.clone(), good_score.clone(), good_prior.clone()]
             row[field][at if field < 2 else 0] = value
             bad.append(row)
@@ -590,6 +699,31 @@ print(status("VmHWM") - before)
     assert int(run.stdout) < 34e6
 
 
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@not_interpreted
+@pytest.mark.parametrize("cost", ["soft_label", "atss"])
+def test_elsewhere_than_on_a_cpu_the_reference_takes_few_operations(cost, monkeypatch):
+    """Each is a launch there; chunks for a CPU's cache make one in proportion to the ground truths."""
+    boxes, logits, priors, *truths = make_problem(0, B=16, size=256, M=100, C=2)
+    counts = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(assign_torch, "at_once", lambda _, n, device=device: at_once(torch.device(device), n))
+        with Operations() as operations:
+            if cost == "atss":
+                assign_torch.atss._init_fn(boxes, priors, *truths, [8.0, 16.0, 32.0], 9, 8.0)
+            else:
+                assign_torch.assign._init_fn(boxes, logits, priors, *truths, None, cost, 13, 3.0, 3.0, 1.0)
+        counts.append(operations.count)
+    assert counts[0] > 2 * counts[1] and counts[1] < 500
+
+
 @not_interpreted
 @pytest.mark.parametrize("cost", ASSIGN)
 def test_compiles_without_graph_break(cost):
@@ -613,6 +747,8 @@ def test_opcheck():
     problem, _ = solved("soft_label")
     op = assign_triton.assign.library_op if TRITON else assign_torch.assign
     torch.library.opcheck(op, (*problem, None, "soft_label", 13, 3.0, 3.0, 1.0))
+    op = assign_triton.atss.library_op if TRITON else assign_torch.atss
+    torch.library.opcheck(op, (problem[0], *problem[2:], [8.0, 16.0, 32.0], 9, 8.0))
 
 
 def lowered() -> list[Any]:
@@ -651,15 +787,28 @@ def test_lowering(target, dtype, cost, box):
         "cls_weight": "fp32",
     }
     tuning, rotated = assign_triton.TUNING, box == 5
-    for kernel, blocks, registers in (
-        (assign_triton._prior_kernel, tuning["prior"], 64),
-        (assign_triton._match_kernel, tuning["match_rotated" if rotated else "match"] | {"LIST": 16}, 128),
-        (assign_triton._resolve_kernel, tuning["resolve"], 96),
-    ):
-        constexprs = {"BOX": box, "METHOD": cost, **blocks}
-        if cost != "soft_label":
-            constexprs["center_ptr"] = None
+    method, without = {"BOX": box, "METHOD": cost}, {} if cost == "soft_label" else {"center_ptr": None}
+    prior = (assign_triton._prior_kernel, method | without | tuning["prior"], 64)
+    resolve = (assign_triton._resolve_kernel, method | without | tuning["resolve"], 96)
+    if cost == "atss":
+        types |= {"near_ptr": "*i32:16", "any_class": "i32", "level": "i32"}
+        types |= dict.fromkeys(("level_stride", "anchor_scale", "rounding"), "fp32")
+        prior[1]["score_ptr"] = resolve[1]["score_ptr"] = None
+        candidates = {"BOX": box, "NEAR": 48, "SLOTS": 64}
+        kernels = [
+            prior,
+            (assign_triton._nearest_kernel, {"BOX": box, "LEVELS": 3, "LIST": 16} | tuning["nearest"], 96),
+            (assign_triton._threshold_kernel, candidates | tuning["threshold"], 96),
+            resolve,
+        ]
+    else:
+        blocks = tuning["match_rotated" if rotated else "match"]
+        kernels = [prior, (assign_triton._match_kernel, method | without | blocks | {"LIST": 16}, 128), resolve]
+    for kernel, constexprs, registers in kernels:
         num_warps = constexprs.pop("num_warps")
         signature = {name: types.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constexprs}
         used = lower(kernel, signature, constexprs, target, num_warps=num_warps)
         assert used.spills == 0 and used.registers <= registers, (kernel.__name__, used.registers, used.spills)
+        if target.startswith("sm_") and kernel in (assign_triton._match_kernel, assign_triton._nearest_kernel):
+            # a prior a thread, with all its columns: 8 of 256 are one's
+            assert used.assembly.count("ld.global.v4.b32") >= constexprs["BLOCK"] // 32

@@ -236,7 +236,7 @@ def test_indices_out_of_range(backend):
     tensors = inputs(2, 4, 5, 2)
     options = masks(tensors)
     clean = ops.dynamic_mask_dice_loss(*tensors, **options)
-    for name, index in product(("image_index", "gt_index"), (-1, 10**9)):
+    for name, index in product(("image_index", "gt_index"), (-2, 10**9)):
         arguments = (
             dict(zip(("features", "kernels", "points", "strides", "image_index"), tensors, strict=True)) | options
         )
@@ -250,9 +250,31 @@ def test_indices_out_of_range(backend):
         loss = ops.dynamic_mask_dice_loss(**arguments)
         assert loss.isnan().tolist() == [False, True]
         torch.testing.assert_close(loss[:1], clean[:1])
-        if index == -1 and name == "image_index":
+        if index == -2 and name == "image_index":
             loss.sum().backward()  # reads nothing outside
             assert arguments["features"].grad.isfinite().all()
+
+
+def test_padding_has_no_loss_and_no_gradient(backend):
+    """As many places as there may be instances: those left over change nothing, to the bit."""
+    real = inputs(2, 3, 4, 2)
+    options = masks(real)
+    expected = outputs(ops.dynamic_mask_dice_loss, real, **options)
+    empty = torch.tensor([True, False, True, False], device=DEVICE)
+    padded = [real[0], *(x.new_full((4, *x.shape[1:]), torch.nan if x.is_floating_point() else -1) for x in real[1:])]
+    for tensor, values in zip(padded[1:], real[1:], strict=True):
+        tensor[~empty] = values
+    gt_index = options["gt_index"].new_zeros(4)
+    gt_index[~empty] = options["gt_index"]
+    upstream = torch.randn(2, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(real[0])
+    leaves = [x.requires_grad_() for x in padded[:2]]
+    loss = ops.dynamic_mask_dice_loss(*leaves, *padded[2:], gt_masks=options["gt_masks"], gt_index=gt_index)
+    weights = upstream.new_full((4,), 7.0)
+    weights[~empty] = upstream
+    features, kernels = torch.autograd.grad(loss, leaves, weights)
+    assert not loss[empty].any() and not kernels[empty].any()
+    for found, truth in zip((loss[~empty], features, kernels[~empty]), expected, strict=True):
+        assert torch.equal(found, truth)
 
 
 def test_autocast_changes_nothing(backend):

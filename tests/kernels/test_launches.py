@@ -47,6 +47,7 @@ def assignment(images, priors, truths):
     boxes = torch.rand(images, priors, 4)
     problem = torch.rand(images, priors, 16), torch.rand(priors, 4), boxes[:, :truths], labels, counts
     assign.dynamic_soft_label_assign(boxes, *problem)
+    assign.atss_assign(boxes, *problem[1:], strides=(8, 16, 32))
 
 
 def suppression(images, boxes):

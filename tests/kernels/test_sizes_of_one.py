@@ -75,6 +75,7 @@ def test_boxes(launches, box):
             counts,
         )
         assign.dynamic_soft_label_assign(*problem)
+        assign.atss_assign(boxes, *problem[2:], strides=(8, 16)[:truths], topk=classes)
         nms.batched_nms_padded(boxes, torch.rand(images, priors), labels, 0.5, 1)
         if box == 4:
             assign.simota_assign(*problem)

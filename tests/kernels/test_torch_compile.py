@@ -6,6 +6,7 @@ import builtins
 import dis
 import importlib
 import importlib.util
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +46,13 @@ def test_inductor_copies_all_that_a_kernel_names(kernel, tmp_path):
     assert "tl" in named and not missing
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("box", [4, 5], ids=["xyxy", "rotated"])
-def test_kernels_of_assign_get_every_tensor_and_write_outputs_alone(monkeypatch, box, dynamic):
+@pytest.mark.parametrize(
+    ("method", "dynamic"),
+    [("soft_label", False), ("soft_label", True), ("atss", True)],
+    ids=["static", "dynamic", "atss"],
+)
+def test_kernels_of_assign_get_every_tensor_and_write_outputs_alone(monkeypatch, method, box, dynamic):
     from torch._dynamo.backends.common import aot_autograd
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -63,14 +68,20 @@ def test_kernels_of_assign_get_every_tensor_and_write_outputs_alone(monkeypatch,
 
     boxes, gt_boxes = torch.rand(2, 21, box), torch.rand(2, 7, box)
     labels, counts = torch.zeros(2, 7, dtype=torch.int64), torch.tensor([7, 7])
-    problem = boxes, torch.rand(2, 21, 3), torch.rand(21, 4), gt_boxes, labels, counts, gt_boxes[..., :2]
+    priors, truths = torch.rand(21, 4), (gt_boxes, labels, counts)
+    problem = boxes, torch.rand(2, 21, 3), priors, *truths, gt_boxes[..., :2]
+    if method == "atss":
+        problem = boxes, priors, *truths
+    call = {"soft_label": assign.dynamic_soft_label_assign, "atss": partial(assign.atss_assign, strides=(8, 16, 32))}
     torch.compile(
-        lambda boxes, *rest: assign.dynamic_soft_label_assign(boxes * 2, *rest),
+        lambda boxes, *rest: call[method](boxes * 2, *rest),
         backend=aot_autograd(fw_compiler=record),
         fullgraph=True,
         dynamic=dynamic,
     )(*problem)
     written = [set(launch["tensors_to_clone"]) for launch in launches]
-    assert written == [{"sum_ptr"}, {"index_ptr", "key_ptr"}, {"assigned_ptr", "iou_ptr", "assigned_label_ptr"}]
+    near = [{"near_ptr"}] * 3 if method == "atss" else []
+    resolved = {"assigned_ptr", "iou_ptr", "assigned_label_ptr"}
+    assert written == [{"sum_ptr"}, *near, {"index_ptr", "key_ptr"}, resolved]
     given = [{name for name in launch["kwargs"] if name.endswith("_ptr")} for launch in launches]
-    assert [len(names) for names in given] == [8, 10, 12]
+    assert [len(names) for names in given] == ([6, 6, 6, 6, 7, 10] if method == "atss" else [8, 10, 12])

@@ -39,7 +39,7 @@ def test_average_of_the_reference(shared):
             model.weight.fill_(value)
             model.running_mean.fill_(value)
             model.num_batches_tracked.fill_(int(value))
-        ema.update(model)
+        ema.update()
         assert ema.model.weight.item() == pytest.approx(average, abs=1e-6)
         assert ema.model.running_mean.item() == pytest.approx(average, abs=1e-6)
         assert ema.model.num_batches_tracked.item() == value
@@ -50,15 +50,27 @@ def test_shared_convolutions_are_averaged_once():
     shared_model = RTMDet("tiny", num_classes=1)
     for m in (model, shared_model):
         ema = ModelEMA(m, share)
-        ema.update(m)
+        ema.update()
         with torch.no_grad():
             for p in m.parameters():
                 p.add_(1)
         before = {k: v.clone() for k, v in ema.model.state_dict().items()}
-        ema.update(m)
+        ema.update()
         weight = (1 - 2e-4) * torch.exp(torch.tensor(-2 / 2000)) + 2e-4
         for key, value in ema.model.named_parameters():
             torch.testing.assert_close(value - before[key], torch.full_like(value, weight), rtol=0, atol=1e-5)
+
+
+def test_modules_are_walked_over_once(monkeypatch):
+    model = RTMDet("nano", num_classes=1)
+    ema = ModelEMA(model, share)
+
+    def walked(*_, **__):
+        raise AssertionError("an update walks over the modules")
+
+    for method in ("named_modules", "named_parameters", "named_buffers"):
+        monkeypatch.setattr(nn.Module, method, walked)
+    ema.update()
 
 
 def test_weight_decay_is_on_convolution_weights_only():

@@ -384,9 +384,9 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
         (lambda s: s["best_metrics"].pop("AP"), "best figures"),
         (lambda s: s.update(random_states=[[torch.zeros(3)]]), "cannot be read"),
         (lambda s: s.update(step=-1), "tells of epoch"),
-        (lambda s: s.update(step=4), "step 4 of 4"),
+        (lambda s: s.update(step=5), "step 5 of 4"),
         (lambda s: s.update(samplers=["x"]), "cannot be read"),
-        (lambda s: s.update(meter={"losses": {"loss_cls": torch.zeros(3)}}), "no means of losses"),
+        (lambda s: s.update(meters=[{"losses": {"loss_cls": torch.zeros(3)}}]), "no means of losses"),
     ],
 )
 def test_a_state_of_wrong_kinds_is_refused(finished, tmp_path, change, word):
@@ -400,7 +400,7 @@ def test_a_run_of_before_there_was_a_setting_had_its_default(finished, tmp_path)
     for name in ("model", "version", "queries"):
         del content["training"]["config"][name]
     content["training"]["torch_rng"] = content["training"].pop("random_states")[0][0]
-    del content["training"]["step"], content["training"]["epoch_loss"]
+    del content["training"]["step"], content["training"]["epoch_losses"], content["training"]["meters"]
     torch.save(content, tmp_path / "last.pth")
     train(replace(config, out=tmp_path, resume=True))
     with pytest.raises(UserError, match=r"--model is rtdetr, but the run in .* has rtmdet"):
@@ -597,3 +597,27 @@ def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):
         "segm_AP",
         "segm_AP50",
     ]
+
+
+def test_other_assigners_train_and_go_on_by_the_same(config):
+    started = replace(config, epochs=1, stage2_epochs=0)
+    shares = []
+    for assigner in ("atss", "task_aligned"):
+        result = train(replace(started, assigner=assigner, overwrite=True))
+        shares.append(weights(result.last, "state_dict", "bbox_head.rtm_reg.0.weight"))
+        assert json.loads((config.out / "config.json").read_text())["assigner"] == assigner
+    assert not torch.equal(*shares)
+    with pytest.raises(UserError, match=r"--assigner is atss, but the run in .* has task_aligned"):
+        train(replace(started, assigner="atss", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(assigner="hungarian"), "--assigner 'hungarian' is unknown; choose one of soft_label, simota, "),
+        (dict(assigner="atss", model="rtdetr", size=None), "--assigner atss is for --model rtmdet"),
+    ],
+)
+def test_assigners_that_there_are_not(config, change, words):
+    with pytest.raises(UserError, match=words):
+        resolve(replace(config, **change))

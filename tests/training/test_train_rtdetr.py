@@ -224,7 +224,7 @@ import torch
 from rtmdet_fast.cli import main
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
-from rtmdet_fast.training.distributed import gather, join_processes
+from rtmdet_fast.distributed import gather, join_processes
 
 rank, world_size = join_processes(torch.device("cpu"))
 torch.manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtdetr.boxes import iou_and_giou
 from rtmdet_fast.models.rtdetr.decoder import DecoderOutput
 from rtmdet_fast.models.rtdetr.denoising import Denoising
@@ -44,7 +44,7 @@ def detr_losses(
     all_logits, all_boxes, encoder_logits, encoder_boxes = (
         x.to(dtype) for x in (output.logits, output.boxes, output.encoder_logits, output.encoder_boxes)
     )
-    count = mean_over_processes(targets.counts.sum().to(dtype)).clamp(min=1)
+    count = loss_normaliser(targets.counts.sum().to(dtype))
     logits = torch.cat((all_logits[:, :, N:], encoder_logits[None]))
     boxes = torch.cat((all_boxes[:, :, N:], encoder_boxes[None]))
     losses = pair_losses(logits, boxes, match(logits, boxes, targets), targets.labels, targets.boxes, count)

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_fast.class_names import COCO_CLASSES
+from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections, clip_boxes, have_area
 from rtmdet_fast.kernels._dispatch import unwatched
-from rtmdet_fast.kernels.assign import dynamic_soft_label_assign
+from rtmdet_fast.kernels.assign import atss_assign, dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.layers import conv3x3
 from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
 
 STRIDES = (8, 16, 32)
+ASSIGNERS = ("soft_label", "simota", "task_aligned", "atss")
+"""Who matches priors with ground truths in training: the published one, and those that its paper compares it with."""
 
 
 class HeadOutput(NamedTuple):
@@ -34,7 +36,10 @@ class HeadOutput(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and their IoU."""
+    """What each prior is to predict, all [B, N]: ground truth index and label (-1 background), and how well in [0, 1].
+
+    The quality is their IoU, of TaskAligned its normalised metric; it is the target of the score, and weighs the box.
+    """
 
     gt: Tensor
     quality: Tensor
@@ -64,10 +69,38 @@ def flatten_levels(levels: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
 
 
+def positives(gt: Tensor, room: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and prior [K] of the priors whose `gt` [B, N] is not negative, in their order, and whether they are [K].
+
+    Where there are fewer of them than `room`, other priors follow, each once; where there are more, the last are left
+    out. Without room K is their number, for which the host waits.
+    """
+    positive = (gt >= 0).flatten()
+    rank, index = positive.cumsum(0), torch.arange(positive.numel(), device=gt.device)
+    count = rank[-1]
+    place = torch.where(positive, rank - 1, count + index - rank)
+    index = torch.empty_like(index).scatter_(0, place, index)[: int(count) if room is None else room]
+    found = torch.arange(len(index), device=gt.device) < count
+    return index // gt.shape[1], index % gt.shape[1], found
+
+
 def distances_to_boxes(priors: Tensor, distances: Tensor) -> Tensor:
     """Distances [B, N, 4] to left, top, right, bottom of the prior points → xyxy pixels [B, N, 4]."""
     points = priors[:, :2]
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
+
+
+def normalised_alignment(gt: Tensor, iou: Tensor, metric: Tensor, truths: int) -> Tensor:
+    """TOOD's soft label (arXiv:2108.07755, section 3.2.2) [B, N], 0 for background.
+
+    The metric, scaled so that its greatest value of a ground truth is the greatest IoU of that one.
+
+    gt, iou, metric [B, N]: as `task_aligned_assign` returns them, for ground truths 0 to `truths` - 1.
+    """
+    index, nothing = gt.clamp(min=0), iou.new_zeros(len(gt), max(truths, 1))
+    most, best = (nothing.scatter_reduce(1, index, value, "amax").gather(1, index) for value in (metric, iou))
+    # a metric below the least float, with which nothing is divided
+    return torch.where(gt < 0, 0, metric / most.clamp(min=torch.finfo(metric.dtype).tiny) * best)
 
 
 def towers(channels: int, *, separable: bool = False, shared: bool = True) -> nn.ModuleList:
@@ -102,6 +135,8 @@ class DetectionHead(nn.Module):
     """Whether `predict` cuts images larger than those of training into windows."""
     image_size: ClassVar[int | None] = None
     """Side of the network input in pixels that the task calls for; None where the model's size does."""
+    assigner = "soft_label"
+    """One of ASSIGNERS."""
 
     def __init__(self, channels: int, num_classes: int, *, exponential: bool = False, separable: bool = False):
         super().__init__()
@@ -110,6 +145,11 @@ class DetectionHead(nn.Module):
         self.cls_convs, self.reg_convs = (towers(channels, separable=separable) for _ in range(2))
         self.rtm_cls, self.rtm_reg = predictors(channels, num_classes), predictors(channels, 4)
         self.reset_parameters()
+
+    @property
+    def most_matches(self) -> int:
+        """Priors that the assigner gives a ground truth, at most: its topk, of ATSS on each level."""
+        return {"soft_label": 13, "simota": 10, "task_aligned": 13, "atss": 9 * len(STRIDES)}[self.assigner]
 
     def reset_parameters(self) -> None:
         """The initial weights of the published recipe."""
@@ -144,29 +184,33 @@ class DetectionHead(nn.Module):
     def loss(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
         """`loss_cls` (quality focal, weight 1) and `loss_bbox` (GIoU weighted by the soft label, weight 2).
 
-        Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1.
+        Both are divided by the sum of the matched IoUs of the whole distributed batch, at least 1 (`loss_normaliser`;
+        published is a bound of 1 on the mean over the processes).
         """
         logits, boxes, priors = self.decode(output)
         assignment = self.assign(logits, boxes, priors, targets)
         return self.box_losses(logits, boxes, targets, assignment)
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment (section 3.3) of what `decode` returns, by the targets' centres if any."""
-        return Assignment(
-            *dynamic_soft_label_assign(
-                boxes.detach(),
-                logits.detach(),
-                priors,
-                targets.boxes,
-                targets.labels,
-                targets.counts,
-                targets.centers,
-            )
-        )
+        """Assignment of what `decode` returns, by `assigner`.
+
+        Dynamic soft labels (section 3.3) take distances from the targets' centres, if there are any.
+        """
+        boxes, logits = boxes.detach(), logits.detach()
+        truths = targets.boxes, targets.labels, targets.counts
+        if self.assigner == "soft_label":
+            return Assignment(*dynamic_soft_label_assign(boxes, logits, priors, *truths, targets.centers))
+        if self.assigner == "atss":
+            return Assignment(*atss_assign(boxes, priors, *truths, strides=STRIDES))
+        scores = logits.to(boxes.dtype).sigmoid()
+        if self.assigner == "simota":
+            return Assignment(*simota_assign(boxes, scores, priors, *truths))
+        gt, iou, labels, metric = task_aligned_assign(boxes, scores, priors, *truths)
+        return Assignment(gt, normalised_alignment(gt, iou, metric, targets.boxes.shape[1]), labels)
 
     def box_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """`loss_cls` and `loss_bbox`."""
-        normaliser = mean_over_processes(assignment.quality.sum()).clamp(min=1)
+        normaliser = loss_normaliser(assignment.quality.sum())
         return {
             "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
             "loss_bbox": 2 * self.box_loss(boxes, targets, assignment) / normaliser,

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtmdet_fast.distributed import loss_normaliser
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.masks import PredictedMasks
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.dynamic_mask_torch import layers, places
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.distributed import mean_over_processes
 from rtmdet_fast.models.rtmdet.detection_head import (
     STRIDES,
     Assignment,
     DetectionHead,
     flatten_levels,
+    positives,
     predictors,
     towers,
 )
@@ -108,14 +109,16 @@ class InstanceHead(DetectionHead):
         """Twice the mean Dice loss of the positives, against `targets.masks`."""
         if targets.masks is None:
             raise ValueError("targets: masks are needed to train instance segmentation")
-        image, prior = (assignment.gt >= 0).nonzero(as_tuple=True)
+        image, prior, found = positives(assignment.gt, targets.room)
+        *instances, _ = _instances(output, priors, image, prior)
         dice = dynamic_mask_dice_loss(
-            *_instances(output, priors, image, prior),
+            *instances,
+            image.where(found, -1),
             targets.masks,
-            assignment.gt[image, prior],
+            assignment.gt[image, prior].clamp(min=0),
             feature_stride=MASK_STRIDE,
         )
-        return 2 * dice.sum() / mean_over_processes(dice.new_full((), len(image))).clamp(min=1)
+        return 2 * dice.sum() / loss_normaliser(found.sum().to(dice.dtype))
 
     @torch.no_grad()
     def detect(  # type: ignore[override]

@@ -120,6 +120,10 @@ class RTMDet(Detector):
     def title(self) -> str:
         return f"RTMDet-{self.size}"
 
+    @property
+    def most_matches(self) -> int:
+        return self.bbox_head.most_matches
+
     @staticmethod
     def to_canvas(image: np.ndarray, image_size: int) -> tuple[np.ndarray, tuple[float, float]]:
         return letterbox(image, image_size)

@@ -16,7 +16,14 @@ from rtmdet_fast.class_names import DOTA_CLASSES
 from rtmdet_fast.inference.detections import Detections, DetectSettings
 from rtmdet_fast.kernels.rotated_iou import rotated_iou_loss
 from rtmdet_fast.models.detector import Targets
-from rtmdet_fast.models.rtmdet.detection_head import STRIDES, Assignment, DetectionHead, flatten_levels, predictors
+from rtmdet_fast.models.rtmdet.detection_head import (
+    STRIDES,
+    Assignment,
+    DetectionHead,
+    flatten_levels,
+    positives,
+    predictors,
+)
 
 # exp(16) strides are 8.9 million and more: further up float32 overflows, and the gradient of what overflowed is NaN.
 MAX_EXPONENT = 16.0
@@ -136,7 +143,7 @@ class RotatedHead(DetectionHead):
         return flatten_levels(output.logits), boxes, priors
 
     def assign(self, logits: Tensor, boxes: Tensor, priors: Tensor, targets: Targets) -> Assignment:
-        """Dynamic soft label assignment on rotated IoU, with predicted sides of at least 1e-3 px as published."""
+        """Assignment on rotated IoU, with predicted sides of at least 1e-3 px as published."""
         boxes = torch.cat((boxes[..., :2], boxes[..., 2:4].clamp(min=MIN_SIDE), boxes[..., 4:]), -1)
         return super().assign(logits, boxes, priors, targets)
 
@@ -145,11 +152,11 @@ class RotatedHead(DetectionHead):
 
         IoU is that of the boxes as point sets, so that the form of the ground truth (le90 or not) does not matter.
         """
-        if boxes.is_cuda or not targets.boxes.shape[1]:
-            # Picking the positives would make the host wait for the device.
+        if not targets.boxes.shape[1] or (targets.room is None and boxes.is_cuda):
+            # Counting the positives would make the host wait for the device.
             return super().box_loss(boxes, targets, assignment)
-        image, prior = (assignment.gt >= 0).nonzero(as_tuple=True)
-        matched = targets.boxes[image, assignment.gt[image, prior]]
+        image, prior, _ = positives(assignment.gt, targets.room)  # the quality of others is 0
+        matched = targets.boxes[image, assignment.gt[image, prior].clamp(min=0)]
         return rotated_iou_loss(boxes[image, prior], matched, reduction="sum", weight=assignment.quality[image, prior])
 
     @staticmethod

@@ -57,7 +57,7 @@ def three_steps(shared, version, dtype=torch.float32):
         found.totals.append(total.item())
         found.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
         optimizer.step()
-        ema.update(model)
+        ema.update()
     found.after, found.average = model.state_dict(), ema.model.state_dict()
     # the decoder does not mind the order of the queries: ours as published
     ours, published = found.output.topk, train["topk_ind"]

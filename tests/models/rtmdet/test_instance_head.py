@@ -182,7 +182,7 @@ def test_the_head_hands_the_targets_centres_to_the_assigner(reference, targets):
     model = RTMDet("tiny", "ins")
     for i, expected in enumerate(reference["train"]["assign"]):
         pred = expected["pred"]
-        own = Targets(*(t[i : i + 1] for t in targets))
+        own = Targets(*(t[i : i + 1] for t in targets[:5]))
         # in the fixture the boxes' centres give the same answer: others must give another
         for centers, same in ((own.centers, True), (own.centers + 50, False)):
             found = model.bbox_head.assign(
