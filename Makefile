@@ -29,11 +29,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(filter-out tests/kernels/test_sizes_of_one.py,$(wildcard tests/kernels/test_*.py)) tests/test_acceleration.py
 
-# mmdet pins old packages and mmrotate still older ones, so they have environments of their own.
+# mmrotate pins an mmdet of its own, so both have environments of their own.
 MMDET_VENV ?= .venv-mmdet
 MMROTATE_VENV ?= .venv-mmrotate
 MMCV_VENV ?= .venv-mmcv
-OPENMMLAB := "numpy<2" "setuptools<81" opencv-python==4.11.0.86 mmengine==0.10.7
+OPENMMLAB := mmengine==0.10.7
+OLD := "numpy<2" "setuptools<81" opencv-python==4.11.0.86
 
 .PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
 
@@ -74,7 +75,7 @@ test-openmmlab: $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab
 
 $(MMDET_VENV)/.installed: REQUIREMENTS = mmdet==3.3.0 mmcv-lite==2.1.0
-$(MMROTATE_VENV)/.installed: REQUIREMENTS = mmrotate==1.0.0rc1 mmdet==3.0.0 mmcv-lite==2.0.1 e2cnn
+$(MMROTATE_VENV)/.installed: REQUIREMENTS = mmrotate==1.0.0rc1 mmdet==3.0.0 mmcv-lite==2.0.1 e2cnn $(OLD)
 $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
@@ -149,13 +150,13 @@ bench-openmmlab: $(MMCV_VENV)/.installed
 $(MMCV_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(OPENMMLAB) wheel ninja psutil
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(OPENMMLAB) $(OLD) wheel ninja psutil
 	cd $(@D) && bin/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation mmcv==2.1.0
 	tar -xzf $(@D)/mmcv-2.1.0.tar.gz -C $(@D)
 	sed -i 's/-std=c++1[47]/-std=c++20/g' $(@D)/mmcv-2.1.0/setup.py
 	MMCV_WITH_OPS=1 FORCE_CUDA=0 CFLAGS=-O3 CXXFLAGS=-O3 \
 		$(@D)/bin/python -m pip install --no-build-isolation --no-deps $(@D)/mmcv-2.1.0
-	$(@D)/bin/python -m pip install --quiet mmdet==3.3.0 $(OPENMMLAB) --editable ".[bench,openvino]"
+	$(@D)/bin/python -m pip install --quiet mmdet==3.3.0 $(OPENMMLAB) $(OLD) --editable ".[bench,openvino]"
 	touch $@
 
 test-gpu:

@@ -121,7 +121,7 @@ def pytest_configure() -> None:
     if not settings["without"]:
         import rtmdet_fast.compat.mmcv_ext  # noqa: F401
     if settings["suite"] != "mmcv" and not settings["without"]:
-        _find_configs(settings["suite"])
+        _prepare(settings["suite"])
     if settings["patch"]:
         from rtmdet_fast.compat.mmdet import patch
 
@@ -153,12 +153,14 @@ def _last_line(report) -> str:
     return (crash.message if crash else str(report.longrepr)).strip().splitlines()[-1 if crash is None else 0][:300]
 
 
-def _find_configs(suite: str) -> None:
-    """Their helpers look for the configs of a checkout beside the package."""
+def _prepare(suite: str) -> None:
+    """Their helpers look for the configs beside the package; and no weights are downloaded."""
     import importlib
 
     helpers = importlib.import_module(f"{suite}.testing._utils")
     helpers._get_config_directory = lambda: str(Path("configs").resolve())
+    weight_init = importlib.import_module("mmengine.model.weight_init")
+    weight_init.PretrainedInit.__call__ = lambda self, module: None  # nothing is downloaded: weights stay random
 
 
 def _take_cuda_for_the_cpu() -> None:

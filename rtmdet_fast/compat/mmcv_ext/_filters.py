@@ -30,7 +30,7 @@ def carafe_naive_backward(
     """Adds the gradients of features and masks to bottom_grad and mask_grad."""
     check(top_grad, features=features, masks=masks)
     sizes = kernel_size, group_size, scale_factor
-    found = gradients(lambda *inputs: _reassembled(*inputs, *sizes), [features, masks], top_grad)
+    found = gradients(lambda *x: _reassembled(x[0], x[1], *sizes), [features, masks], top_grad)
     for into, gradient in zip((bottom_grad, mask_grad), found, strict=True):
         into += gradient
 
