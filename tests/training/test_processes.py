@@ -42,12 +42,16 @@ def losses(out):
     return [{key: float(value) for key, value in row.items() if key.startswith("loss") and value} for row in rows]
 
 
-def as_close(outs, within=1e-4, least=1e-6):
-    """Two runs' losses, step by step, `within` of what they are, or `least`; how many steps there were."""
+def as_close(outs, within=1e-4):
+    """Two runs' losses, step by step, `within` of what they are; how many steps there were.
+
+    Of RT-DETR without the sum, which has those of its denoising queries: they see the padding of their process's batch.
+    """
     ours, theirs = map(losses, outs)
     assert len(ours) == len(theirs) > 1
     for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=within, abs=least)
+        a, b = ({key: value for key, value in row.items() if key != "loss" or "loss_vfl" not in row} for row in (a, b))
+        assert a == pytest.approx(b, rel=within, abs=1e-6)
     assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 10 * within  # it did train
     return len(ours)
 
@@ -186,17 +190,6 @@ def test_three_processes_with_an_uneven_last_batch_and_other_families(config, tm
     steps = [as_close((one / task, three / task)) for task in tasks]
     assert steps == [2] * len(tasks)
     record_property("steps compared of one process and of several", sum(steps))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["det", "ins", "rotated"])
-def test_in_single_precision_too(config, tmp_path, task, record_property):
-    """With the published warm-up: rounding is not what Adam makes much of while rates are low."""
-    runs = {"task": task, "epochs": 10, "stage2_epochs": 2, "val_interval": 10, "warmup_iterations": 1000}
-    one, two = tmp_path / "one", tmp_path / "two"
-    together(two, 2, {"trainings": [options_of(config, **runs, batch_size=2, out=two / task)]})
-    work({"trainings": [options_of(config, **runs, batch_size=4, out=one / task)]})
-    record_property("steps compared of one process and of several", as_close((one / task, two / task), least=1e-4))
 
 
 def command_of(config, *more):
