@@ -17,6 +17,10 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.backends.backend_svg  # noqa: F401  # as what follows it: what a run would import first
+import PIL.Image
+import torch._dynamo  # noqa: F401
+
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.callbacks import Callback
 from rtmdet_fast.training.checkpoints import Checkpoints
@@ -92,6 +96,7 @@ def fork(*arguments: object, log: str) -> int:
 
 
 if __name__ == "__main__":
+    PIL.Image.init()
     for line in sys.stdin:
         *arguments, log = json.loads(line)
         pid = fork(*arguments, log=log)
