@@ -42,13 +42,13 @@ def losses(out):
     return [{key: float(value) for key, value in row.items() if key.startswith("loss") and value} for row in rows]
 
 
-def as_close(outs, within=1e-4):
-    """Two runs' losses, step by step, relative to what they are; how many steps there were."""
+def as_close(outs, within=1e-4, least=1e-6):
+    """Two runs' losses, step by step, `within` of what they are, or `least`; how many steps there were."""
     ours, theirs = map(losses, outs)
     assert len(ours) == len(theirs) > 1
     for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=within, abs=within)
-    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 100 * within  # it did train
+        assert a == pytest.approx(b, rel=within, abs=least)
+    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 10 * within  # it did train
     return len(ours)
 
 
@@ -196,7 +196,7 @@ def test_in_single_precision_too(config, tmp_path, task, record_property):
     one, two = tmp_path / "one", tmp_path / "two"
     together(two, 2, {"trainings": [options_of(config, **runs, batch_size=2, out=two / task)]})
     work({"trainings": [options_of(config, **runs, batch_size=4, out=one / task)]})
-    record_property("steps compared of one process and of several", as_close((one / task, two / task)))
+    record_property("steps compared of one process and of several", as_close((one / task, two / task), least=1e-4))
 
 
 def command_of(config, *more):
@@ -237,7 +237,7 @@ def test_torchrun_restarts_what_was_killed_and_it_ends_as_unbroken(config, tmp_p
         done = torchrun(SCRIPT, tmp_path / f"{name}.json", options=("--standalone", "--max-restarts", 2))
         assert done.returncode == 0, done.stderr
         left[name] = state_of(out), read_metrics(out / "metrics.csv")
-    assert "SIGKILL" in done.stderr  # it was
+    assert "exitcode: -9" in done.stderr  # it was
     (a, whole), (b, killed) = left["whole"], left["killed"]
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
