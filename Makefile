@@ -6,6 +6,7 @@
 # make test-package   builds sdist and wheel, and tests each in an environment of its own, away from the sources
 # make test-oldest test-newest   the tests with the wheel and the oldest versions of pyproject.toml, or the newest there are
 # make test-slow   every configuration of the kernels, compiled for four GPUs
+# make audit   known faults of what an installation brings, as PyPI tells of them
 # make bench   benches beside the peers that are installed; writes benches/results, benches/README.md and its pictures
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make bench-compare   measures anew and prints what is slower than in the committed results by more than the spread
@@ -34,7 +35,7 @@ MMROTATE_VENV ?= .venv-mmrotate
 MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := "numpy<2" "setuptools<81" opencv-python==4.11.0.86 mmengine==0.10.7
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -44,7 +45,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" \
 		|| $(BIN)/python -m pip install --quiet "$(TRITON)"
-	$(BIN)/python -m pip install --quiet --editable ".[test,bench,openvino,track]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench,openvino,track,parquet]"
 	touch $@
 
 demo: setup
@@ -118,6 +119,15 @@ test-oldest: package
 test-newest: package
 	$(call environment,build/newest,"$(TORCH_NEWEST)" "$$(echo build/dist/*.whl)[test]")
 	cd build/newest && TRITON_DEFAULT_FP_FUSION=1 $(IN_ENVIRONMENT) $(ALL_TESTS) -k "not test_lowering"
+
+# Of a build of torch for CPUs PyPI knows nothing: its faults are those of the version.
+audit: package
+	rm -rf build/audit
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --upgrade pip
+	build/audit/bin/python -m pip install --quiet "$(TORCH)" "$$(echo build/dist/*.whl)[export,openvino,track]" pip-audit
+	build/audit/bin/python -m pip freeze --exclude rtmdet-fast | sed 's/+cpu//' > build/audit/found.txt
+	build/audit/bin/pip-audit --no-deps --disable-pip --requirement build/audit/found.txt
 
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
 # of training steps on boxes of every size; and mutated files and command lines, new ones with RTMDET_FAST_FUZZ_SEED=.

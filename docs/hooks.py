@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benches/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benches/README.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Pages of docs/ stand at the top of the site, beside README.md."""
-    return re.sub(r"\]\((?:\.\./)?(?:docs/|(?=benches/|CONTRIBUTING|CHANGELOG|README))", "](", markdown)
+    return re.sub(r"\]\((?:\.\./)?(?:docs/|(?=benches/|CONTRIBUTING|CHANGELOG|SECURITY|README))", "](", markdown)
 
 
 class Package(griffe.Extension):

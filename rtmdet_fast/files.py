@@ -99,6 +99,27 @@ def write_one_of_many(path: str | Path, content: bytes) -> None:
         raise _refusal(path, error) from error
 
 
+@contextmanager
+def alone_with(path: str | Path, what: str) -> Iterator[None]:
+    """In the block no other process is in such a block for this file, which is made, and stays, as a mark.
+
+    Raises UserError, naming `what`, where another one is. Where there are no locks (Windows, some network file
+    systems) nothing is held.
+    """
+    try:
+        file = open(path, "ab")  # noqa: SIM115  # what fails in the block is not this file's
+    except OSError as error:
+        raise _refusal(path, error) from error
+    with file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            raise UserError(f"{what} is being written by another process: end that first") from None
+        except OSError:
+            pass
+        yield
+
+
 def _refusal(path: str | Path, error: OSError) -> UserError:
     reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror or error
     return UserError(f"cannot write {path}: {reason}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,13 @@ OPENCV_MAX_PIXELS = 1 << 30  # which OpenCV itself refuses to pass
 OPENCV_MAX_SIDE = 1 << 20
 PNG_END = b"IEND\xaeB`\x82"
 JPEG_END = b"\xff\xd9"
+CUT = "image file without its end"
+"""Of a JPEG that OpenCV reads all the same: the lower part of its image is then grey, or that of an older file."""
+SEVERAL = "image file of several pictures, of which the first is used"
+MOST_BYTES = 8
+"""Of a file for each pixel that an image may have: 16 bits of four channels."""
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF", "SUN")
+"""Pillow's names of what OpenCV decodes. Of other formats no header is read, and so nothing decoded."""
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # but those that have no length
 
 
@@ -32,11 +41,16 @@ def read_image(
 
     Grey becomes three equal channels, 16 bits lose the lower 8, transparency is dropped. The EXIF orientation is
     applied, unless `expected_size` (width, height), which an annotation was made for, is that of the pixels as stored.
-    Raises UserError where the file is missing, empty, truncated or not an image, or where its header tells of more
-    than `max_pixels`; the environment variable RTMDET_FAST_MAX_PIXELS takes precedence.
+    Raises UserError where the file is missing, no file (a folder, a pipe), empty, truncated or not an image, where its
+    header tells of more than `max_pixels`, or where it has more bytes than such an image can have; the environment
+    variable RTMDET_FAST_MAX_PIXELS takes precedence. Of several pictures in a file the first is read.
     """
     try:
-        content = Path(path).read_bytes()
+        with open_regular(path) as file:
+            check_bytes(path, os.fstat(file.fileno()).st_size, max_pixels)
+            content = file.read()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shown(str(path))}: cannot read this image: {reason}") from None
@@ -52,9 +66,12 @@ def decode_image(
     name = shown(str(path))
     if not content:
         raise UserError(f"{name}: this image file is empty")
+    check_bytes(path, len(content), max_pixels)
     header = _open_header(io.BytesIO(content))
-    if header:
-        check_pixels(path, header.size, max_pixels)
+    size = header.size if header else _told_size(content)
+    if size is None:
+        raise UserError(f"{name}: cannot decode this image: it is truncated, damaged or not an image")
+    check_pixels(path, size, max_pixels)
     data = np.frombuffer(content, np.uint8)
     # From memory OpenCV refuses truncated data; its imread would fill the missing part with grey.
     image = _decode(data, cv2.IMREAD_COLOR)
@@ -67,16 +84,17 @@ def decode_image(
     return image
 
 
-def check_image(path: str | Path) -> bool:
-    """Whether an image file is whole. Raises UserError where `read_image` does.
+def check_image(path: str | Path) -> tuple[str, ...]:
+    """What is odd about an image file, of CUT and SEVERAL. Raises UserError where `read_image` does.
 
-    A file whose header and end are those of a JPEG or PNG is not decoded. False for a JPEG that OpenCV reads although
-    its end is missing: the lower part of its image is then grey, or that of an older file.
+    A file whose header and end are those of a JPEG or PNG is not decoded.
     """
     size = (0, 0)
     whole: bool | None = None
-    with suppress(OSError, ValueError), open(path, "rb") as file:
+    odd: tuple[str, ...] = ()
+    with suppress(OSError, ValueError), open_regular(path) as file:
         header = _open_header(file)
+        odd = (SEVERAL,) if _is_several(header) else ()
         if header and header.format in ("JPEG", "MPO", "PNG"):
             size = header.size
             file.seek(-min(len(PNG_END), os.fstat(file.fileno()).st_size), os.SEEK_END)
@@ -87,34 +105,76 @@ def check_image(path: str | Path) -> bool:
     check_pixels(path, size)
     if not whole:
         read_image(path)
-    return whole is not False
+    return odd if whole is not False else (CUT, *odd)
+
+
+def has_several(path: str | Path) -> bool:
+    """Whether a file holds several pictures, as of an animation, so far as its header tells."""
+    with suppress(OSError, ValueError), open_regular(path) as file:
+        return _is_several(_open_header(file))
+    return False
+
+
+def _is_several(header: Any) -> bool:
+    # the other pictures of an MPO are views of the same, as phones write them
+    return bool(header and header.format != "MPO" and getattr(header, "is_animated", False))
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """A file open for bytes. Raises OSError also for what may be read without end, or never: a pipe, a device."""
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is a pipe or device, and no file", str(path))
+    return open(path, "rb")
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the upright image as its header tells it, or (0, 0) where it does not."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             image = _open_header(file)
-            width, height = image.size if image else (0, 0)
-            # a PNG would be decoded to look for it
-            turned = image and image.format in ("JPEG", "MPO", "TIFF") and image.getexif().get(ORIENTATION, 1) >= 5
-    except (OSError, ValueError, SyntaxError, TypeError):  # the last two of damaged EXIF
+            if image is None:
+                file.seek(0)
+                return _told_size(file.read()) or (0, 0)
+            width, height = image.size
+            turned = False
+            if image.format in ("JPEG", "MPO", "TIFF"):  # a PNG would be decoded to look for it
+                with suppress(Exception):  # damaged EXIF raises anything, and OpenCV passes over it
+                    turned = 5 <= image.getexif().get(ORIENTATION, 1) <= 8
+    except (OSError, ValueError):
         return 0, 0
     return (height, width) if turned else (width, height)
 
 
 def check_pixels(path: str | Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
     """Raises UserError where an image of (width, height) has more than RTMDET_FAST_MAX_PIXELS, or else `max_pixels`."""
-    text = os.environ.get("RTMDET_FAST_MAX_PIXELS", "")
-    if text and not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise UserError(f"RTMDET_FAST_MAX_PIXELS is {text!r:.40}: give a whole number of pixels")
-    limit, pixels = int(text or max_pixels), size[0] * size[1]
+    limit, pixels = _most_pixels(max_pixels), size[0] * size[1]
     if pixels > limit:
         hint = f"{f'OPENCV_IO_MAX_IMAGE_PIXELS={pixels} and ' if pixels > OPENCV_MAX_PIXELS else ''}"
         raise UserError(
             f"{shown(str(path))}: this image has {size[0]}x{size[1]} pixels, more than the limit of {limit:,}; where "
             f"that is no mistake, set {hint}RTMDET_FAST_MAX_PIXELS={pixels} in the environment"
         )
+
+
+def most_bytes(max_pixels: int = MAX_PIXELS) -> int:
+    """How many bytes an image file may have; none is larger than its pixels, but for its metadata."""
+    return MOST_BYTES * _most_pixels(max_pixels) + (1 << 26)
+
+
+def check_bytes(path: str | Path, size: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UserError where a file of `size` bytes is larger than an image of so many pixels."""
+    if size > most_bytes(max_pixels):
+        raise UserError(
+            f"{shown(str(path))}: this file has {size:,} bytes, more than an image of {_most_pixels(max_pixels):,} "
+            "pixels; where that is no mistake, set RTMDET_FAST_MAX_PIXELS in the environment to a greater number"
+        )
+
+
+def _most_pixels(max_pixels: int) -> int:
+    text = os.environ.get("RTMDET_FAST_MAX_PIXELS", "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise UserError(f"RTMDET_FAST_MAX_PIXELS is {text!r:.40}: give a whole number of pixels")
+    return int(text or max_pixels)
 
 
 def as_bgr(image: Any, color: str = "bgr") -> np.ndarray:
@@ -146,7 +206,9 @@ def _open_header(file: IO[bytes]) -> Any:
     # What Image.open does, but for its limit of pixels, which is the process's, not ours, and hides the size.
     Image.init()
     prefix = file.read(16)
-    for name in Image.ID:
+    for name in FORMATS:
+        if name not in Image.OPEN:  # of an older Pillow
+            continue
         factory, accept = Image.OPEN[name]
         try:
             accepted = accept is None or accept(prefix)
@@ -154,19 +216,45 @@ def _open_header(file: IO[bytes]) -> Any:
                 continue
             file.seek(0)
             return factory(file, "")
-        except (SyntaxError, IndexError, TypeError, ValueError, OSError, struct.error):
+        except Exception:  # a damaged file raises anything
             continue
+    return None
+
+
+def _told_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height) of a PNG, JPEG or TIFF, whose other parts may be such that Pillow refuses it."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and content[12:16] == b"IHDR":
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    if content.startswith(b"\xff\xd8"):
+        for marker, at in _jpeg_segments(content):
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                height, width = struct.unpack(">HH", content[at + 3 : at + 7].ljust(4, b"\0"))
+                return width, height
+    if content[:4] in (b"II*\0", b"MM\0*"):
+        order = "<" if content[:2] == b"II" else ">"
+        told: dict[int, int] = {}
+        with suppress(struct.error):
+            (at,) = struct.unpack_from(f"{order}I", content, 4)
+            for i in range(struct.unpack_from(f"{order}H", content, at)[0]):
+                tag, kind = struct.unpack_from(f"{order}HH", content, at + 2 + 12 * i)
+                value = struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", content, at + 10 + 12 * i)[0]
+                told[tag] = max(value, told.get(tag, 0))
+        if told.keys() >= {256, 257}:
+            return told[256], told[257]
     return None
 
 
 def _jpeg_ends(content: bytes) -> bool:
     """Whether the markers of a JPEG lead to that of its end; what may follow that, such as a video, does not matter."""
+    return any(marker == JPEG_END[1] for marker, _ in _jpeg_segments(content))
+
+
+def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG, but for those that have no length, and where their segments begin."""
     at = 2  # behind that of its start
-    while marker := _JPEG_MARKER.search(content, at):
-        if marker[1] == JPEG_END[1:]:
-            return True
-        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
-    return False
+    while found := _JPEG_MARKER.search(content, at):
+        yield found[1][0], found.end()
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
 
 
 def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:

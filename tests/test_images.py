@@ -1,6 +1,7 @@
 """Decoding of every kind of image, and of none."""
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -10,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from rtmdet_fast import images
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import as_bgr, check_image, read_image, read_size, write_image
+from rtmdet_fast.images import CUT, SEVERAL, as_bgr, check_image, read_image, read_size, write_image
 
 Image = pytest.importorskip("PIL.Image", reason="writes its odd images with Pillow")
 
@@ -155,7 +157,7 @@ def test_a_whole_image_is_not_decoded(tmp_path, pixels, monkeypatch):
     with (tmp_path / "exif.jpg").open("ab") as file:
         file.write(b"\0")
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    assert all(check_image(path) for path in [*paths, tmp_path / "exif.jpg"])
+    assert not any(check_image(path) for path in [*paths, tmp_path / "exif.jpg"])
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of the TIFF
@@ -163,7 +165,7 @@ def test_a_whole_image_is_not_decoded(tmp_path, pixels, monkeypatch):
 @pytest.mark.filterwarnings("ignore:(Corrupt EXIF|Truncated File):UserWarning")  # Pillow's, of a TIFF's header
 def test_a_check_finds_what_cannot_be_read(tmp_path, pixels, suffix):
     path = write(tmp_path / f"a{suffix}", np.tile(pixels, (5, 5, 1)))
-    assert check_image(path)
+    assert check_image(path) == ()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"a\{suffix}: cannot decode"):
         check_image(path)
@@ -173,7 +175,7 @@ def test_a_jpeg_whose_end_is_overwritten(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     path = write(tmp_path / "a.jpg", noise)
     path.write_bytes(path.read_bytes()[:-100] + bytes(100))
-    assert read_image(path).shape == (48, 64, 3) and check_image(path) is False
+    assert read_image(path).shape == (48, 64, 3) and check_image(path) == (CUT,)
 
 
 @pytest.mark.parametrize("length", range(1, 8))
@@ -227,6 +229,77 @@ def test_the_limit_of_pixels_can_be_set(tmp_path, pixels, monkeypatch):
         monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", wrong)
         with pytest.raises(UserError, match=r"RTMDET_FAST_MAX_PIXELS is .* whole number"):
             read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tiff"])
+def test_a_bomb_that_pillow_refuses_is_told_by_its_header(tmp_path, monkeypatch, suffix):
+    path = write(tmp_path / f"bomb{suffix}", np.zeros((30, 50, 3), np.uint8))
+    monkeypatch.setattr(images, "_open_header", lambda _: None)
+    assert read_size(path) == (50, 30)
+    with pytest.raises(UserError, match=rf"bomb\{suffix}: this image has 50x30 pixels, more than the limit of 1,499"):
+        read_image(path, max_pixels=1499)
+    assert read_image(path, max_pixels=1500).shape == (30, 50, 3)
+
+
+@pytest.mark.parametrize("suffix", [".hdr", ".pam"])
+def test_formats_without_a_header_that_tells_the_size_are_not_decoded(tmp_path, pixels, monkeypatch, suffix):
+    """OpenCV decodes them up to 2^30 pixels, of four bytes a channel, out of a few kilobytes."""
+    write(tmp_path / f"a{suffix}", pixels).rename(tmp_path / "a.jpg")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"a\.jpg: cannot decode this image"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_file_of_more_bytes_than_an_image_can_have_is_not_read(tmp_path, monkeypatch):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(
+        UserError, match=r"a\.jpg: this file has 1,099,511,627,776 bytes, more than an image of 178,956,970"
+    ):
+        read_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="this file has"):
+        check_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pipes_and_devices_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nothing.jpg")
+    told = {"pipe": "pipe or device", "zero": "pipe or device", "loop": "symbolic links", "gone": "No such file"}
+    for name, message in told.items():
+        for read in (read_image, check_image):
+            with pytest.raises(UserError, match=rf"{name}\.jpg: cannot read this image: .*{message}"):
+                read(tmp_path / f"{name}.jpg")
+        assert read_size(tmp_path / f"{name}.jpg") == (0, 0)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_pictures_the_first_is_used_and_that_is_told(tmp_path, pixels, form):
+    first, other = (Image.fromarray(array[:, :, ::-1].copy()) for array in (pixels, 255 - pixels))
+    path = tmp_path / f"a.{form.lower()}"
+    first.save(
+        path, form, save_all=True, append_images=[other, first], **({"lossless": True} if form == "WEBP" else {})
+    )
+    assert close(read_image(path), pixels, 6) and check_image(path) == (SEVERAL,)
+    first.save(path, form)
+    assert check_image(path) == ()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tiff"])
+def test_cmyk(tmp_path, pixels, suffix):
+    cmyk = Image.fromarray(pixels[:, :, ::-1]).convert("CMYK")
+    path = tmp_path / f"a{suffix}"
+    cmyk.save(path, **({"quality": 98, "subsampling": 0} if suffix == ".jpg" else {}))
+    assert close(read_image(path), np.asarray(Image.open(path).convert("RGB"))[:, :, ::-1], 8)
+
+
+def test_a_name_tells_nothing_of_the_format(tmp_path, pixels):
+    for suffix, name in ((".png", "a.jpg"), (".jpg", "a.png"), (".bmp", "a.webp"), (".tiff", "a.bmp")):
+        write(tmp_path / f"a{suffix}", pixels).rename(tmp_path / name)
+        assert close(read_image(tmp_path / name), pixels, 30) and check_image(tmp_path / name) == ()
+        assert read_size(tmp_path / name) == (32, 20)
 
 
 def test_arrays(pixels):

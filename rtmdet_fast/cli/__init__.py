@@ -1,4 +1,4 @@
-"""The command line: rtmdet-fast data | train | eval | compare | predict | export | benchmark | split | demo | info."""
+"""The command line: `rtmdet-fast train`, `predict`, … (all of them in `main`)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rtmdet_fast.cli.demo import DemoConfig, run_demo
 from rtmdet_fast.cli.eval import EvalConfig, run_eval
 from rtmdet_fast.cli.export import ExportConfig, run_export
 from rtmdet_fast.cli.info import InfoConfig, run_info
+from rtmdet_fast.cli.merge import MergeConfig, run_merge
 from rtmdet_fast.cli.output import Outcome, one_line
 from rtmdet_fast.cli.predict import PredictConfig, run_predict
 from rtmdet_fast.cli.processes import tell_of_failure, wait_for_the_end, was_left
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         EvalConfig: run_eval,
         CompareConfig: run_compare,
         PredictConfig: run_predict,
+        MergeConfig: run_merge,
         ExportConfig: run_export,
         BenchmarkConfig: run_benchmark,
         SplitConfig: run_split,
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[EvalConfig, subcommand("eval")]
         | Annotated[CompareConfig, subcommand("compare")]
         | Annotated[PredictConfig, subcommand("predict")]
+        | Annotated[MergeConfig, subcommand("merge")]
         | Annotated[ExportConfig, subcommand("export")]
         | Annotated[BenchmarkConfig, subcommand("benchmark")]
         | Annotated[SplitConfig, subcommand("split")]
@@ -136,6 +139,8 @@ def _how_to_go_on(config: Any) -> str:
     from rtmdet_fast.training.config import TrainConfig
 
     begun = isinstance(config, TrainConfig) and (config.out / "last.pth").exists()
+    if isinstance(config, PredictConfig) and config.shard is not None:
+        return "; the shard goes on with --resume"
     return "; the training goes on with --resume" if begun else ""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from rtmdet_fast.files import write_atomically, write_json, write_one_of_many
 if TYPE_CHECKING:
     from rtmdet_fast.inference.results import Results
     from rtmdet_fast.inference.sources import Frame
+    from rtmdet_fast.predictor.predictor import Predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,17 @@ class PredictConfig:
     patch_size: int | None = None
     """Cut images with a longer side in pixels into overlapping windows of it, and merge what is found; 0 for never. The
     side of the training images where not given (rotated only)."""
-    format: Literal["coco", "dota"] = "coco"
-    """dota writes, beside predictions.json, the files of DOTA's Task 1 (rotated boxes)."""
+    format: Literal["coco", "dota", "jsonl", "parquet"] | None = None
+    """coco, where not given; dota writes, beside predictions.json, the files of DOTA's Task 1 (rotated boxes). Of a
+    shard: jsonl, where not given, or parquet (needs the extra parquet)."""
+    shard: str | None = None
+    """Look at one of n shards of the sources' images, as 0/8, 1/8, … 7/8; auto is the process's own of those that
+    torchrun starts. Sources are then images, folders, patterns and tar archives, which may hold millions of images, and
+    no pictures are written: `rtmdet-fast merge` joins what is found."""
+    resume: bool = False
+    """Of a shard: go on where it was stopped."""
+    part_size: int = 1000
+    """Of a shard: images in a file of results. So many at most are looked at again after a kill."""
     skip_bad: bool = False
     """Go on over unreadable files, and count them."""
     limit: int | None = None
@@ -83,6 +95,11 @@ def run_predict(config: PredictConfig) -> Outcome:
 
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit is {config.limit}; it must be at least 1")
+    if config.shard is None and (config.resume or config.format in ("jsonl", "parquet")):
+        what = "--resume" if config.resume else f"--format {config.format}"
+        raise UserError(f"{what} is for shards: --shard 0/1 is all images in one")
+    if config.shard is not None and (other := _not_of_shards(config)):
+        raise UserError(f"{other} cannot be had with --shard, which writes no pictures, labels or tracks")
     window = Window("rtmdet-fast predict") if config.show else None
     weights: Any = config.weights
     if config.decoder_layers is not None:
@@ -97,6 +114,8 @@ def run_predict(config: PredictConfig) -> Outcome:
         device=config.device,
         score_threshold=config.score_threshold,
     )
+    if config.shard is not None:
+        return _run_shard(config, predictor)
     names = predictor.class_names
     if config.format == "dota" and predictor.task != "rotated":
         raise UserError(f"--format dota needs a model of rotated boxes; {config.weights} is one of {predictor.task!r}")
@@ -222,6 +241,64 @@ def run_predict(config: PredictConfig) -> Outcome:
         "predictions": str(predictions),
     }
     return Outcome(summary, lines)
+
+
+def _not_of_shards(config: PredictConfig) -> str | None:
+    """An option that makes no sense with --shard."""
+    given = {
+        "--track": config.track,
+        "--save-txt": config.save_txt,
+        "--save-crops": config.save_crops,
+        "--show": config.show,
+        "--limit": config.limit is not None,
+        f"--format {config.format}": config.format in ("coco", "dota"),
+    }
+    return next((option for option, wanted in given.items() if wanted), None)
+
+
+def _run_shard(config: PredictConfig, predictor: Predictor) -> Outcome:
+    from rtmdet_fast.inference.shards import Shard
+    from rtmdet_fast.predictor.shards import predict_shard
+
+    assert config.shard is not None
+    started = time.perf_counter()
+    fields = ("score_threshold", "image_size", "patch_size", "dtype", "engine", "decoder_layers")
+    shard = Shard.parsed(config.shard, dict(os.environ))
+    found = predict_shard(
+        predictor,
+        config.source,
+        config.out,
+        shard,
+        resume=config.resume,
+        file_format="parquet" if config.format == "parquet" else "jsonl",
+        part_size=config.part_size,
+        classes=config.classes,
+        skip_bad=config.skip_bad,
+        made_with={"weights": _digest(config.weights), **{name: getattr(config, name) for name in fields}},
+        progress=os.environ.get("RANK", "0") == "0",  # one bar of all processes of torchrun
+    )
+    seconds = time.perf_counter() - started
+    before = f" ({found.before} of them before)" if found.before else ""
+    unreadable = f", {found.unreadable} unreadable files" if found.unreadable else ""
+    lines = [
+        f"shard {shard}: {found.detections} detections in {found.images} images{before}{unreadable}, {seconds:.1f} s",
+        f"results in {found.folder}; `rtmdet-fast merge {config.out}` joins all shards",
+    ]
+    summary = {**found._asdict(), "folder": str(found.folder), "shard": str(shard), "seconds": seconds}
+    return Outcome(summary, lines)
+
+
+def _digest(weights: str) -> str:
+    """Of a file of weights; a published name itself."""
+    files = [path for path in (Path(weights), Path(weights).with_suffix(".bin")) if path.is_file()]
+    if not files:
+        return weights
+    made = hashlib.sha256()
+    for path in files if Path(weights).suffix == ".xml" else files[:1]:
+        with open(path, "rb") as file:
+            while content := file.read(1 << 20):
+                made.update(content)
+    return made.hexdigest()
 
 
 TRACK_ID = 2

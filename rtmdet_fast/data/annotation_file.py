@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import OPENCV_MAX_SIDE
+from rtmdet_fast.images import OPENCV_MAX_SIDE, open_regular
 
 FARTHEST = 1e7  # pixels: float32 still tells neighbours apart there
 
@@ -16,7 +16,8 @@ FARTHEST = 1e7  # pixels: float32 still tells neighbours apart there
 def read_json(path: Path) -> dict[str, Any]:
     """A COCO annotation file, of which the lists of images, annotations and categories are there."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot read this annotation file: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.errors import UserError, shown
-from rtmdet_fast.images import check_image
+from rtmdet_fast.images import CUT, SEVERAL, check_image
 
 CHECK_SECONDS = 10.0  # that a run waits for, before it starts
 THREADS = 4
@@ -32,7 +32,7 @@ class ImageCheck:
         self._total = sum(map(len, datasets))
         self._waiting = iter([(dataset, index) for dataset in datasets for index in range(len(dataset))])
         self._checked = 0
-        self._found: list[tuple[CocoDataset, int, UserError | None]] = []  # None: it can be read, without its end
+        self._found: list[tuple[CocoDataset, int, UserError | str]] = []  # why it cannot be read, or what is odd
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(THREADS, self._total))]
         for thread in self._threads:
@@ -42,7 +42,7 @@ class ImageCheck:
         """Tells what was found since the last call, once all is checked or `wait` seconds are over (None: no limit).
 
         Raises UserError where images cannot be read, unless their data set has skip_bad: then they are left out, and
-        counted in its `skipped`. Files that can be read but lack their end are counted in its `noticed`. Warns of both.
+        counted in its `skipped`. Files that can be read but are odd are counted in its `noticed`. Warns of both.
         """
         until = None if wait is None else time.monotonic() + wait
         with tqdm(
@@ -55,9 +55,10 @@ class ImageCheck:
         with self._lock:
             found, self._found = self._found, []
         for dataset in self._datasets:
-            faults = sorted(((index, error) for d, index, error in found if d is dataset), key=lambda fault: fault[0])
-            _tell(dataset, [fault for fault in faults if fault[1] is not None], "cannot be read")
-            _tell(dataset, [fault for fault in faults if fault[1] is None], "lack their end")
+            faults = sorted(((i, what) for d, i, what in found if d is dataset), key=lambda fault: fault[0])
+            _tell_of_unreadable(dataset, [(i, what) for i, what in faults if isinstance(what, UserError)])
+            for oddity in ODD:
+                _tell_of_odd(dataset, oddity, [i for i, what in faults if what == oddity])
 
     def _work(self) -> None:
         while True:
@@ -65,31 +66,39 @@ class ImageCheck:
                 dataset, index = next(self._waiting, (None, 0))
             if dataset is None:
                 return
-            error, whole = None, True
+            found: list[UserError | str]
             try:
-                whole = check_image(dataset.image_dir / dataset.files[index])
+                found = [*check_image(dataset.image_dir / dataset.files[index])]
             except UserError as fault:
-                error = fault
+                found = [fault]
             with self._lock:
                 self._checked += 1
-                if not whole or error is not None:
-                    self._found.append((dataset, index, error))
+                self._found += [(dataset, index, what) for what in found]
 
 
-def _tell(dataset: CocoDataset, faults: list[tuple[int, UserError | None]], what: str) -> None:
+ODD = {CUT: "lack their end; what is missing of them is grey", SEVERAL: "hold several pictures; the first is used"}
+
+
+def _tell_of_odd(dataset: CocoDataset, oddity: str, indices: list[int]) -> None:
+    if indices:
+        files = [shown(dataset.files[index]) for index in indices]
+        dataset.noticed.setdefault(oddity, []).extend(files)
+        what, _, consequence = ODD[oddity].partition("; ")
+        warnings.warn(f"{_sentence(dataset, files, what)}; {consequence}", stacklevel=3)
+
+
+def _tell_of_unreadable(dataset: CocoDataset, faults: list[tuple[int, UserError]]) -> None:
     if not faults:
         return
-    files = [shown(dataset.files[index]) for index, _ in faults]
-    text = (
-        f"{dataset.annotation_path}: {len(faults)} of its {len(dataset)} images {what}: "
+    text = _sentence(dataset, [shown(dataset.files[index]) for index, _ in faults], "cannot be read")
+    if not dataset.skip_bad:
+        raise UserError(f"{text} ({faults[0][1]}); replace them, or leave them out with --skip-bad")
+    dataset.leave_out([index for index, _ in faults])
+    warnings.warn(f"{text}; they are left out", stacklevel=3)
+
+
+def _sentence(dataset: CocoDataset, files: list[str], what: str) -> str:
+    return (
+        f"{dataset.annotation_path}: {len(files)} of its {len(dataset)} images {what}: "
         f"{', '.join(files[:NAMED])}{', …' if len(files) > NAMED else ''}"
     )
-    error = faults[0][1]
-    if error is None:
-        dataset.noticed.setdefault("image file without its end", []).extend(files)
-        warnings.warn(f"{text}; what is missing of them is grey", stacklevel=3)
-    elif dataset.skip_bad:
-        dataset.leave_out([index for index, _ in faults])
-        warnings.warn(f"{text}; they are left out", stacklevel=3)
-    else:
-        raise UserError(f"{text} ({error}); replace them, or leave them out with --skip-bad")

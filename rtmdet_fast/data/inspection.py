@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.geometry.rotated import boxes_to_quads
-from rtmdet_fast.images import check_image, decode_image
+from rtmdet_fast.images import CUT, check_image, decode_image
 
 THREADS = 8  # at most: decoding and hashing leave Python's lock
 DIGEST = 16  # bytes
@@ -229,7 +229,7 @@ def scan_images(datasets: Sequence[CocoDataset], *, progress: bool = False) -> l
                 return
             scan, path = scans[d], datasets[d].image_dir / datasets[d].files[i]
             try:
-                whole = check_image(path)
+                odd = check_image(path)
                 content = path.read_bytes()
                 image = decode_image(content, path, datasets[d].annotated_size(i))
                 scan.files[i] = _digest(content)
@@ -238,8 +238,12 @@ def scan_images(datasets: Sequence[CocoDataset], *, progress: bool = False) -> l
             else:
                 scan.sizes[i] = image.shape[1::-1]
                 scan.pixels[i] = _digest(repr(image.shape).encode(), image)
-                if not whole:
+                if CUT in odd:
                     scan.cut.append(i)
+                with lock:
+                    for oddity in odd:
+                        if oddity != CUT:
+                            datasets[d].noticed.setdefault(oddity, []).append(shown(datasets[d].files[i]))
             with lock:
                 done += 1
 

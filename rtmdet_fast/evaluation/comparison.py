@@ -47,7 +47,7 @@ def read_run(folder: Path, history: list[dict[str, str]], name: str) -> Run:
         path = folder / file
         try:
             files[file] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read as JSON ({error})") from error
         if not isinstance(files[file], dict):
             raise UserError(f"{path} is damaged: it holds no {file.removesuffix('.json')} of a run")

@@ -138,7 +138,7 @@ def load_engine(path: str | Path, threads: int | None = None, dtype: Dtype = "au
         return Engine(path, *open_file(path, threads, dtype, device))
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} was not exported by rtmdet_fast, or its metadata is damaged") from error
 
 

@@ -16,6 +16,7 @@ from rtmdet_fast.export.graph import Graph, trace
 
 METADATA = "_metadata.json"
 """What the name of a part of the package ends in that AOTInductor puts metadata into."""
+MOST_METADATA = 1 << 24  # bytes; of a compressed part a thousandth may stand in the file
 
 
 def export_pt2(
@@ -62,10 +63,17 @@ def open_pt2(path: Path) -> tuple[dict[str, Any], Any]:
 
     try:
         with zipfile.ZipFile(path) as package:
-            parts = [json.loads(package.read(name)) for name in package.namelist() if name.endswith(METADATA)]
-    except (zipfile.BadZipFile, ValueError) as error:
+            members = [member for member in package.infolist() if member.filename.endswith(METADATA)]
+            if sum(member.file_size for member in members) > MOST_METADATA:
+                raise UserError(f"{path} is no package of AOTInductor: its metadata would take more than 16 MiB")
+            parts = [json.loads(package.read(member)) for member in members]
+    except (zipfile.BadZipFile, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is no package of AOTInductor, or is damaged") from error
     metadata = json.loads(next((part["rtmdet_fast"] for part in parts if "rtmdet_fast" in part), ""))
+    if metadata["device"] not in ("cpu", "cuda"):
+        raise ValueError(metadata["device"])
     device, cpu = torch.device(metadata["device"]), torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{path} was compiled for a GPU, which this machine has not: export it anew here")

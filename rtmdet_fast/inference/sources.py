@@ -19,8 +19,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 
-from rtmdet_fast.errors import UserError
-from rtmdet_fast.images import IMAGE_SUFFIXES
+from rtmdet_fast.errors import UserError, shown
+from rtmdet_fast.images import IMAGE_SUFFIXES, check_pixels, has_several, most_bytes, read_image
+from rtmdet_fast.inference.listing import is_archive
 
 # What a drawn, coloured picture can be written as.
 WRITABLE_SUFFIXES = IMAGE_SUFFIXES - {".pgm"}
@@ -29,6 +30,8 @@ VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 # Cameras and some containers tell no frame rate, and the writer needs one.
 DEFAULT_FPS = 25.0
 
+MOST_NAMES = 20
+"""Of one file, by links, that a pattern may match."""
 STREAM_TIMEOUT = 10.0
 """Seconds that a stream may take to open, and for a frame."""
 RECONNECT_AFTER = (1.0, 2.0, 5.0)
@@ -163,23 +166,43 @@ def _at_behind_host(address: str) -> bool:
 def _find_files(text: str) -> tuple[list[Path], int]:
     """The images and videos that a path or pattern names, and the number of other entries."""
     path = Path(text).expanduser()
+    if path.is_file() and is_archive(text):
+        raise UserError(f"{shown(text)} is a tar archive: --shard 0/1 reads them, and writes no pictures")
     if path.is_file():
         return [path], 0
     if path.is_dir():
         found = sorted(path.iterdir())
     elif glob.has_magic(text):
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found = [Path(name) for name in sorted(_matching(str(path)))]
         if not found:
             raise UserError(f"no file matches {text}")
     else:
         raise UserError(f"{text} does not exist: give an image, folder, glob pattern, video or camera number")
-    wanted = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and p.is_file()]
+    # a link to what is not there is told as an image that cannot be read
+    wanted = [
+        p
+        for p in found
+        if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and (p.is_file() or (p.is_symlink() and not p.exists()))
+    ]
     if not wanted:
         raise UserError(f"{text} holds no image or video ({len(found)} other entries)")
     skipped = len(found) - len(wanted)
     if skipped:
         log.warning("%s: %d of %d entries are neither image nor video and are skipped", text, skipped, len(found))
     return wanted, skipped
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """What a pattern matches. UserError where links that lead back to folders above make a file match without end."""
+    names: Counter[str] = Counter()
+    for name in glob.iglob(pattern, recursive=True):
+        real = os.path.realpath(name)
+        names[real] += 1
+        if names[real] > MOST_NAMES:
+            raise UserError(
+                f"{pattern} matches {shown(real)} by {MOST_NAMES} names, as links lead back to folders above"
+            )
+        yield name
 
 
 class VideoWriter:
@@ -247,22 +270,31 @@ def _file_frames(path: Path, name: str, stem: str, first: int) -> Iterator[Frame
     if path.suffix.lower() in VIDEO_SUFFIXES:
         yield from _video_frames(str(path), stem, str(path), first)
     else:
-        from rtmdet_fast.images import read_image
-
         if path.suffix.lower() not in WRITABLE_SUFFIXES:
             name += ".png"
-        yield Frame(name, read_image(path), str(path), first, is_video=False)
+        image = read_image(path)
+        if has_several(path):
+            log.warning("%s: holds several pictures, of which the first is looked at", shown(str(path)))
+        yield Frame(name, image, str(path), first, is_video=False)
 
 
 def _video_frames(address: str, stem: str, path: str | None = None, first: int = 0) -> Iterator[Frame]:
     """Of a video file, or of a camera by its number."""
+    import cv2
+
     capture = _open_video(address)
     try:
         number = 0
-        for number, (image, fps) in enumerate(_frames_of(capture), start=1):
+        for number, (image, fps) in enumerate(_frames_of(capture, address), start=1):
             yield Frame(f"{stem}_{number - 1:06d}.jpg", image, path, first + number - 1, is_video=True, fps=fps)
         if number == 0:
             raise UserError(f"no frame can be read from {address}: it is damaged or of a codec OpenCV does not know")
+        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if path is not None else 0
+        if number < told:
+            text = (
+                "%s: %d of the %d frames that it tells of could be read: it is cut off or damaged, or tells of too many"
+            )
+            log.warning(text, shown(address), number, told)
     finally:
         capture.release()
 
@@ -277,7 +309,7 @@ def _stream_frames(address: str) -> Iterator[Frame]:
         ends = capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # which live streams do not tell
         opened = capture.isOpened()
         try:
-            for image, fps in _frames_of(capture) if opened else ():
+            for image, fps in _frames_of(capture, name) if opened else ():
                 yield Frame(f"stream_{number:06d}.jpg", image, None, number, is_video=True, fps=fps)
                 number, tries = number + 1, 0
         finally:
@@ -295,16 +327,21 @@ def _stream_frames(address: str) -> Iterator[Frame]:
         tries += 1
 
 
-def _frames_of(capture: Any) -> Iterator[tuple[np.ndarray, float]]:
-    """The images that a capture still has, each with the frame rate that it tells."""
+def _frames_of(capture: Any, name: str) -> Iterator[tuple[np.ndarray, float]]:
+    """The images that a capture still has, each with the frame rate that it tells.
+
+    Raises UserError, with that name, where they have more pixels than an image may have.
+    """
     import cv2
 
+    check_pixels(name, (int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))))
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps if 0 < fps < 1000 else DEFAULT_FPS
     while True:
         ok, image = capture.read()
         if not ok:
             return
+        check_pixels(name, image.shape[1::-1])  # some change their size
         yield image, fps
 
 
@@ -338,9 +375,10 @@ def _download_image(address: str) -> np.ndarray:
     request = Request(urlunsplit(parts._replace(netloc=host)))
     if user:
         request.add_header("Authorization", f"Basic {base64.b64encode(unquote(user).encode()).decode()}")
+    limit = most_bytes()
     try:
         with urlopen(request, timeout=STREAM_TIMEOUT) as answer:
-            content = answer.read()
+            content = answer.read(limit + 1)
     except (OSError, HTTPException, ValueError) as error:
         status = getattr(error, "code", None)
         raise UserError(f"cannot read {name}: {f'HTTP status {status}' if status else 'no answer'}") from None

@@ -1,7 +1,7 @@
 """Reading and writing weights: files of every origin, this project's own, and the published ones by name.
 
 Files of the reference carry pickled extras (log buffers, configs), which `torch.load(weights_only=True)` refuses and
-a plain unpickler would execute: `inert_pickle` reads them, and nothing in a file is ever executed.
+a plain unpickler would execute: `torch_file` reads them, and nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from torch import Tensor
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.files import write_atomically
-from rtmdet_fast.models.inert_pickle import INERT_PICKLE
 from rtmdet_fast.models.paddle import read_paddle
+from rtmdet_fast.models.torch_file import load_archive
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v3.0/rtmdet/"
 _MMROTATE = "https://download.openmmlab.com/mmrotate/v1.0/rotated_rtmdet/"
@@ -164,7 +162,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
         return Checkpoint(path, state_dict, None, {})
     try:
         told = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{config} cannot be read as JSON ({error})") from error
     if not isinstance(told, Mapping):
         raise UserError(f"{config} is damaged: it holds no settings of a model")
@@ -172,17 +170,6 @@ def _read_safetensors(path: Path) -> Checkpoint:
     if isinstance(names, Mapping) and all(str(key).isdecimal() for key in names):
         names = {int(key): name for key, name in names.items()}
     return Checkpoint(path, state_dict, _class_names({"classes": names}), {"config": told})
-
-
-def load_archive(path: Path) -> Mapping[Any, Any]:
-    """The mapping that `torch.save` wrote: tensors, plain containers and inert placeholders. To be read within
-    `damage_told`.
-    """
-    _check_archive(path)
-    content = torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no state_dict")
-    return content
 
 
 @contextmanager
@@ -230,36 +217,17 @@ def trained_thresholds(checkpoint: Checkpoint, classes: int) -> tuple[float, ...
     return tuple(told) if len(told) == classes else None
 
 
-def _check_archive(path: Path) -> None:
-    """Raises where an archive is damaged, or no `torch.save` wrote it; such a one may grow a thousandfold when read."""
-    with path.open("rb") as file:
-        try:
-            tarfile.open(fileobj=file, mode="r:").close()
-        except tarfile.TarError:
-            pass
-        else:
-            raise UserError(f"{path} is a tar archive, which PyTorch has not written since 2016: save it anew")
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(member.filename.endswith("constants.pkl") for member in members):
-            raise UserError(f"{path} is a TorchScript archive, not a checkpoint with a state_dict")
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-            raise UserError(f"{path} is a compressed archive, which is not what PyTorch writes: save it anew")
-        damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged is not None:
-            raise UserError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong")
-
-
 def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
-    """Raises UserError for tensors larger than their file can hold, and for weights that are not finite."""
+    """Raises UserError for tensors larger than their file can hold, and for weights quantised or not finite."""
     size = path.stat().st_size
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
-    if sum(storages.values()) > size or any(value.nbytes > size for value in state_dict.values()):
+    large = any(value.nbytes > size for value in state_dict.values())
+    # layers are shared, by three levels for instance; a storage that is shown a million times would take hours to check
+    if large or sum(storages.values()) > size or sum(value.nbytes for value in state_dict.values()) > 100 * size:
         raise UserError(f"{path} is damaged: its weights would be larger than the file")
     for key, value in state_dict.items():
+        if key.endswith((".weight", ".bias")) and not (value.is_floating_point() or value.is_complex()):
+            raise UserError(f"{path} holds weights of {value.dtype} (first: {key}): quantised ones are not read")
         if value.is_complex() or not torch.isfinite(value.float()).all():
             raise UserError(
                 f"{path} holds weights that are no finite numbers (first: {key}): the training that wrote them had "

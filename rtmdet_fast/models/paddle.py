@@ -45,11 +45,11 @@ class _Array(Placeholder):
         _, shape, dtype, fortran, data = self.state
         if not (isinstance(dtype, _DType) and dtype.code in DTYPES and dtype.order in ("=", NATIVE)):
             raise pickle.UnpicklingError("an array has a dtype that no weights have")
+        if len(data) != math.prod(shape) * DTYPES[dtype.code].itemsize:
+            raise pickle.UnpicklingError(f"an array of shape {shape} has {len(data)} bytes")
         if not data:
             return torch.empty(shape, dtype=DTYPES[dtype.code])
         flat = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype.code])
-        if flat.numel() != math.prod(shape):
-            raise pickle.UnpicklingError(f"an array of shape {shape} has {flat.numel()} elements")
         if fortran:
             return flat.view(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
         return flat.view(shape)

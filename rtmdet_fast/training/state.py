@@ -10,7 +10,8 @@ import torch
 
 from rtmdet_fast.distributed import process_count
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.models.checkpoint import check_tensors, damage_told, load_archive
+from rtmdet_fast.models.checkpoint import check_tensors, damage_told
+from rtmdet_fast.models.torch_file import load_archive
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.checkpoints import numbered
 from rtmdet_fast.training.config import Settings, TrainConfig

@@ -167,7 +167,6 @@ class GraphStep(Step):
             # a number would be part of the recording; a kernel of AdamW on a CPU takes it in double precision
             dtype = torch.float64 if self.device.type == "cpu" else torch.float32
             group["lr"] = torch.tensor(group["lr"], dtype=dtype).to(self.device)
-            group["capturable"] = True
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -211,7 +210,11 @@ class GraphStep(Step):
         losses, loss = self._gradients(places.batch.images, targets_of(places.batch, places.room), 1)
         self._descend()
         self.ema.move(self._share)
-        places.names, places.losses = tuple(losses), torch.stack([loss, *losses.values()])
+        found = torch.stack([loss, *losses.values()])
+        if places.losses is None:
+            places.names, places.losses = tuple(losses), found
+        else:
+            places.losses.copy_(found)
 
     def _fitting(self, batch: Batch) -> Places | None:
         """Where a batch is to lie; None where there is no such place."""
@@ -257,13 +260,16 @@ class GraphStep(Step):
 
     def _record(self, places: Places) -> None:
         """Makes a graph of `step`, which by itself does nothing; where that fails, says so and makes no more."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True  # AdamW warns where it is, and nothing is recorded
         try:
             # graphs run one after another and share their memory; other threads may go on with what they do
             with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 self.step(places)
         except RuntimeError as error:
             self._recording = False
+            torch.cuda.set_stream(stream)  # which a recording that fails leaves
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler._per_optimizer_states.clear()  # it would take the step for done
             warnings.warn(
@@ -272,3 +278,6 @@ class GraphStep(Step):
             )
         else:
             self._pool, places.graph = graph.pool(), graph
+        finally:
+            for group in self.optimizer.param_groups:
+                group["capturable"] = False

@@ -1,16 +1,20 @@
 """The stand-in for `mmcv._ext`, by itself; through mmcv's own Python: tests/openmmlab."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 from multiprocessing import spawn
+from pathlib import Path
 
 import pytest
 import torch
 
 import rtmdet_fast.compat.mmcv_ext as ext
+from benches import openmmlab_table
 from rtmdet_fast import ops
+from rtmdet_fast.compat.mmcv_ext import _pkg_resources
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,11 +150,25 @@ def test_deformable_attention_forward_and_backward(dtype):
 
 
 def test_other_ops_exist_and_say_that_they_are_missing():
-    assert hasattr(ext, "roi_align_forward")
-    with pytest.raises(NotImplementedError, match=r"deform_conv_forward needs the compiled mmcv"):
-        ext.deform_conv_forward(torch.zeros(1), stride=1)
+    assert hasattr(ext, "three_nn_forward")
+    with pytest.raises(NotImplementedError, match=r"roiaware_pool3d_forward needs the compiled mmcv"):
+        ext.roiaware_pool3d_forward(torch.zeros(1), pool_method=1)
     assert not hasattr(ext, "__wrapped__")
     assert "rtmdet_fast" in ext.get_compiler_version() and ext.get_compiling_cuda_version()
+
+
+def test_every_op_stands_in_the_table():
+    named = {op for name in openmmlab_table.OPS for op in openmmlab_table.exported(name)}
+    assert named == set(ext.__all__) - {"install", "get_compiler_version", "get_compiling_cuda_version"}
+
+
+def test_mmengine_finds_packages_without_pkg_resources():
+    found = _pkg_resources.get_distribution("numpy")
+    assert found.version == importlib.metadata.version("numpy") and (Path(found.location) / "numpy").is_dir()
+    assert found.has_metadata("METADATA") and "Name: numpy" in found.get_metadata("METADATA")
+    assert not found.has_metadata("bogus")
+    with pytest.raises(_pkg_resources.DistributionNotFound):
+        _pkg_resources.get_distribution("no-such-package")
 
 
 @pytest.fixture(params=[False, True], ids=["lite", "compiled"])

@@ -1,11 +1,16 @@
 """Every layout that --data takes, and what is said of those that it cannot tell."""
 
+import os
 import warnings
 
+import numpy as np
 import pytest
 
-from rtmdet_fast.data.layout import find_dataset, find_sources, training_images
+from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.formats.files import find_images_below
+from rtmdet_fast.data.layout import find_dataset, find_sources, source_of, training_images
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.images import write_image
 
 YOLO_LINE, DOTA_LINE = "0 0.5 0.5 0.1 0.1\n", "0 0 9 0 9 9 0 9 ship 0\n"
 LAYOUTS = {
@@ -153,3 +158,31 @@ def test_training_images_of_what_is_no_data_set(tmp_path):
     assert training_images(tmp_path / "photos") is None and training_images(tmp_path / "gone") is None
     lay(tmp_path, "train/labelTxt", "train/images", "train/labelTxt/a.txt")
     assert training_images(tmp_path) == tmp_path / "train/images"
+
+
+def test_folders_that_links_lead_to_again_are_read_once(tmp_path):
+    for name in ("a/1.jpg", "a/b/2.jpg", "c/3.jpg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/4.jpg").write_bytes(b"")
+    for name, target in (("up", ".."), ("a/up", "../.."), ("a/b/up", ".."), ("other", "../other"), ("gone", "nothing")):
+        (tmp_path / "images" / name).symlink_to(target)
+    skipped = []
+    found = find_images_below(tmp_path / "images", lambda *told: skipped.append(told))
+    assert sorted(path.name for path in found) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert skipped and {reason for _, reason in skipped} == {"folder that a link leads to again"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("name", ["labels/train/a.txt", "annotations/instances_train.json", "Annotations/a.xml"])
+def test_annotations_that_are_a_pipe_or_a_device_are_told(tmp_path, name):
+    images = tmp_path / "images/train"
+    images.mkdir(parents=True)
+    write_image(images / "a.jpg", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / name).parent.mkdir(parents=True)
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        (tmp_path / name).unlink(missing_ok=True)
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=r"pipe or device|none of its 1 images has a label file"):
+            CocoDataset([source_of((tmp_path / name).parent if name[0] != "a" else tmp_path / name, images)])

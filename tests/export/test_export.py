@@ -277,14 +277,23 @@ def test_files_that_are_no_engines(tmp_path):
     (tmp_path / "noise.pt2").write_bytes(b"noise")
     with zipfile.ZipFile(tmp_path / "empty.pt2", "w") as package:
         package.writestr("a_metadata.json", "{}")
-    for name, words in (("noise", "is no package of AOTInductor"), ("empty", "was not exported by rtmdet_fast")):
+    told = {"noise": "is no package of AOTInductor", "empty": "was not exported by rtmdet_fast"}
+    for name, part, words in (
+        ("nested", b"[" * 100_000, "is no package of AOTInductor"),
+        ("bomb", bytes(2**25), "would take more than 16 MiB"),  # 32 KB in the file
+        ("device", b'{"rtmdet_fast": "{\\"device\\": \\"x\\"}"}', "was not exported by rtmdet_fast"),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.pt2", "w", zipfile.ZIP_DEFLATED) as package:
+            package.writestr("a_metadata.json", part)
+        told[name] = words
+    for name, words in told.items():
         with pytest.raises(UserError, match=words):
             load_detector(str(tmp_path / f"{name}.pt2"))
     value = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1])
     out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["input"], ["out"])], "g", [value], [out])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
-    for number, metadata in enumerate((None, "x", "[]", '{"task": "pose"}')):
+    for number, metadata in enumerate((None, "x", "[]", '{"task": "pose"}', "[" * 100_000)):
         if metadata is not None:
             onnx.helper.set_model_props(model, {"rtmdet_fast": metadata})
         onnx.save(model, tmp_path / f"{number}.onnx")

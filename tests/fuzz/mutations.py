@@ -7,9 +7,8 @@ import json
 import math
 from typing import Any
 
-import numpy as np
+from fuzzing import Drawn as Rng
 
-Rng = np.random.Generator
 SIZE = 64  # of the images, in pixels
 
 

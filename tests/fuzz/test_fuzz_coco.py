@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fuzzing import PARTS, accounted, add_odd_images, cases, load_all, told_in_a_line
+from fuzzing import PARTS, accounted, add_odd_images, fuzz, load_all, told_in_a_line
 from mutations import MUTATIONS, SIZE, damage, dumps, pick
 
 from rtmdet_fast.data.augment import Augmenter
@@ -35,24 +35,24 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_mutated_files(drawn, tmp_path, part):
+def test_mutated_files(drawn, tmp_path, part, record_property):
     content, images, odd = drawn
-    outcomes: dict[str, int] = {}
-    for case, rng in cases(part, 2000):
+    path = tmp_path / "a.json"
+
+    def case(rng, outcomes):
         mutated = copy.deepcopy(content)
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(rng.integers(1, 5)):
             pick(rng, MUTATIONS)(rng, mutated, odd)
         data = dumps(rng, mutated)
-        if rng.random() < 0.15:
-            data = damage(rng, data)
-        path = tmp_path / "a.json"
-        path.write_bytes(data)
-        options = {"skip_bad": bool(rng.random() < 0.6), "masks": bool(rng.random() < 0.5)}
-        with told_in_a_line(case, outcomes):
+        path.write_bytes(damage(rng, data) if rng.random() < 0.15 else data)
+        options = {"skip_bad": rng.random() < 0.6, "masks": rng.random() < 0.5}
+        with told_in_a_line(outcomes):
             evaluated(path, images, options)
-        with told_in_a_line(case, {}):
-            trained_on(path, images, options, int(rng.integers(2**31)))
-    print(f"part {part}: {outcomes}")
+        with told_in_a_line({}):
+            trained_on(path, images, options, rng.integers(2**31))
+
+    outcomes = fuzz(part, 3000, case)
+    record_property("annotation files fuzzed", sum(outcomes.values()))
     assert outcomes.keys() == {"read", "refused"}
 
 

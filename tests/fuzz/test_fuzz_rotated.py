@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzzing import PARTS, accounted, add_odd_images, cases, load_all, told_in_a_line
+from fuzzing import PARTS, accounted, add_odd_images, fuzz, load_all, told_in_a_line
 from mutations import MUTATIONS, SIZE, Rng, damage, dumps, pick, rotated_box
 
 from rtmdet_fast.data.augment_rotated import RotatedAugmenter
@@ -47,36 +48,41 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_mutated_json(drawn, tmp_path, part):
+def test_mutated_json(drawn, tmp_path, part, record_property):
     content, _, images, odd = drawn
-    outcomes: dict[str, int] = {}
-    for case, rng in cases(part, 500):
+    path = tmp_path / "a.json"
+
+    def case(rng, outcomes):
         mutated = copy.deepcopy(content)
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(rng.integers(1, 5)):
             pick(rng, (*MUTATIONS, rotated_box, rotated_box))(rng, mutated, odd)
         data = dumps(rng, mutated)
-        path = tmp_path / "a.json"
         path.write_bytes(damage(rng, data) if rng.random() < 0.15 else data)
-        read(path, images, case, rng, outcomes)
-    print(f"part {part}: {outcomes}")
+        read(path, images, rng, outcomes)
+
+    outcomes = fuzz(part, 1500, case)
+    record_property("annotation files fuzzed", sum(outcomes.values()))
     assert outcomes.keys() == {"read", "refused"}
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_mutated_text(drawn, tmp_path, part):
+def test_mutated_text(drawn, tmp_path, part, record_property):
     _, lines, images, odd = drawn
-    outcomes: dict[str, int] = {}
-    for case, rng in cases(part, 500):
+
+    def case(rng, outcomes):
         mutated = copy.deepcopy(lines)
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(rng.integers(1, 5)):
             mutate_lines(rng, mutated, odd)
-        labels = tmp_path / f"labels{case}"
+        labels = tmp_path / "labels"
+        shutil.rmtree(labels, ignore_errors=True)
         labels.mkdir()
         for name, text in mutated.items():
             data = "\n".join(text).encode("utf-8", "surrogatepass")
             (labels / f"{name}.txt").write_bytes(damage(rng, data) if rng.random() < 0.03 else data)
-        read(labels, images, case, rng, outcomes)
-    print(f"part {part}: {outcomes}")
+        read(labels, images, rng, outcomes)
+
+    outcomes = fuzz(part, 1500, case)
+    record_property("annotation files fuzzed", sum(outcomes.values()))
     assert outcomes.keys() == {"read", "refused"}
 
 
@@ -108,11 +114,11 @@ def mutate_lines(rng: Rng, files: dict[str, list[str]], odd: tuple[str, ...]) ->
     lines[at] = pick(rng, (" ", " ", "\t", "  ")).join(fields)
 
 
-def read(path: Path, images: Path, case: int, rng: Rng, outcomes: dict[str, int]) -> None:
-    skip_bad = bool(rng.random() < 0.6)
-    with told_in_a_line(case, outcomes):
+def read(path: Path, images: Path, rng: Rng, outcomes: dict[str, int]) -> None:
+    skip_bad = rng.random() < 0.6
+    with told_in_a_line(outcomes):
         evaluated(path, images, skip_bad)
-    with told_in_a_line(case, {}):
+    with told_in_a_line({}):
         trained_on(path, images, skip_bad, int(rng.integers(2**31)))
 
 

@@ -105,6 +105,9 @@ def test_errors_name_the_file(tmp_path):
         iter_sources(f"{tmp_path}/*.jpg")
     with pytest.raises(UserError, match="no image or video"):
         iter_sources(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.tar is a tar archive: --shard"):
+        iter_sources(tmp_path / "a.tar")
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError, match=r"bad\.mp4"):
         list(iter_sources(tmp_path / "bad.mp4"))
@@ -163,6 +166,67 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_a_video_that_breaks_off_is_told(tmp_path, suffix, caplog):
+    """An AVI tells at its start of frames that its end lacks; an MP4 without its end cannot be opened."""
+    noise = np.random.default_rng(0)
+    path = tmp_path / f"a{suffix}"
+    with VideoWriter(path) as video:
+        for _ in range(20):
+            video.write(noise.integers(0, 255, (48, 64, 3), np.uint8))
+    assert len(list(iter_sources(path))) == 20 and not caplog.messages
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    if suffix == ".mp4":
+        with pytest.raises(UserError, match=r"a\.mp4"):
+            list(iter_sources(path))
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes(len(whole) // 4) + whole[middle + len(whole) // 4 :])
+    read = len(list(iter_sources(path)))
+    if read < 20:  # a decoder may make something of what is damaged
+        assert f"a{suffix}: {read} of the 20 frames that it tells of could be read" in caplog.text
+    assert suffix == ".mp4" or 5 < read < 15
+
+
+def test_frames_have_the_limit_of_images(tmp_path, monkeypatch):
+    path = clip(tmp_path / "a.avi")
+    monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", "3071")
+    with pytest.raises(UserError, match=r"a\.avi: this image has 64x48 pixels, more than the limit of 3,071"):
+        list(iter_sources(path))
+    monkeypatch.setenv("RTMDET_FAST_MAX_PIXELS", "3072")
+    assert len(list(iter_sources(path))) == 5
+
+
+def test_an_image_behind_an_address_is_read_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(sources, "most_bytes", lambda: 10)
+    with mjpeg_server([jpeg(77)]) as (host, _), pytest.raises(UserError, match=r"cannot decode this image"):
+        list(iter_sources(f"http://{host}/a.jpg"))
+
+
+def test_links(tmp_path, caplog):
+    picture(tmp_path / "in/a.jpg")
+    picture(tmp_path / "out/b.jpg")
+    (tmp_path / "in/b.jpg").symlink_to("../out/b.jpg")
+    assert [frame.name for frame in iter_sources(tmp_path / "in")] == ["a.jpg", "b.jpg"]
+    (tmp_path / "in/c.jpg").symlink_to("nothing.jpg")
+    source = iter_sources(tmp_path / "in", skip_bad=True)
+    assert len(list(source)) == 2 and source.unreadable == [str(tmp_path / "in/c.jpg")]
+    (tmp_path / "in/up").symlink_to(".")
+    (tmp_path / "in/again").symlink_to(".")
+    with pytest.raises(UserError, match="links lead back to folders above"):
+        iter_sources(f"{tmp_path}/in/**/*.jpg")
+
+
+def test_of_an_animation_the_first_picture_is_looked_at(tmp_path, caplog):
+    from PIL import Image
+
+    one, two = (Image.new("RGB", (32, 24), color) for color in ("red", "blue"))
+    one.save(tmp_path / "a.webp", save_all=True, append_images=[two], lossless=True)
+    (frame,) = iter_sources(tmp_path / "a.webp")
+    assert frame.image[0, 0].tolist() == [0, 0, 255]
+    assert caplog.messages == [f"{tmp_path / 'a.webp'}: holds several pictures, of which the first is looked at"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
 @pytest.mark.parametrize("room", [0, 1000, 20_000])
 def test_a_video_that_a_full_disk_cut_off_is_told(tmp_path, suffix, room):
     noise = np.random.default_rng(0)
@@ -191,9 +255,9 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("scheme", SERVERS)
 def test_a_stream_that_breaks_off_is_opened_again_and_then_ends(scheme, impatient, caplog, capfd):
-    with SERVERS[scheme]([[10, 60, 110, 90], [200, 250, 210, 220]], user="bob:geheim") as (host, asked):
-        with caplog.at_level(logging.WARNING):
-            frames = list(iter_sources(f"{scheme}://bob:geheim@{host}/live?token=geheim"))
+    servers = SERVERS[scheme]([[10, 60, 110, 90], [200, 250, 210, 220]], user="bob:geheim")
+    with servers as (host, asked), caplog.at_level(logging.WARNING):
+        frames = list(iter_sources(f"{scheme}://bob:geheim@{host}/live?token=geheim"))
     assert [round(frame.image.mean()) for frame in frames] == [10, 60, 110, 90, 200, 250, 210, 220]
     assert [frame.name for frame in frames] == [f"stream_{i:06d}.jpg" for i in range(8)]
     assert [frame.index for frame in frames] == [*range(8)]

@@ -809,3 +809,6 @@ def test_lowering(target, dtype, cost, box):
         signature = {name: types.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constexprs}
         used = lower(kernel, signature, constexprs, target, num_warps=num_warps)
         assert used.spills == 0 and used.registers <= registers, (kernel.__name__, used.registers, used.spills)
+        if target.startswith("sm_") and kernel in (assign_triton._match_kernel, assign_triton._nearest_kernel):
+            # a prior a thread, with all its columns: 8 of 256 are one's
+            assert used.assembly.count("ld.global.v4.b32") >= constexprs["BLOCK"] // 32

@@ -18,7 +18,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.models.checkpoint import PRETRAINED, read_checkpoint, resolve_weights, save_atomically
-from rtmdet_fast.models.inert_pickle import INERT_PICKLE
+from rtmdet_fast.models.inert_pickle import InertUnpickler
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_file_cannot_reach_torchs_own_functions(nano, tmp_path):
     with pytest.raises(UserError):
         read_checkpoint(tmp_path / "evil.pth")
     assert not hasattr(function, "evil")
-    INERT_PICKLE.load(io.BytesIO(payload))
+    InertUnpickler(io.BytesIO(payload)).load()
     assert not hasattr(function, "evil")
 
 
@@ -237,7 +237,7 @@ def test_a_pickle_of_ten_bytes_takes_no_memory():
     from full_disk import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    INERT_PICKLE.load(io.BytesIO(b"\x80\x02Nr" + (2**27).to_bytes(4, "little") + b"."))
+    InertUnpickler(io.BytesIO(b"\x80\x02Nr" + (2**27).to_bytes(4, "little") + b".")).load()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB (macOS: bytes)
 
 
@@ -298,6 +298,24 @@ def test_weights_that_are_not_finite_are_refused(nano, tmp_path, value, dtype):
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match=rf"no finite numbers \(first: {key}\)"):
         read_checkpoint(tmp_path / "w.pth")
+
+
+def test_quantised_weights_are_refused(nano, tmp_path):
+    """They would load, as other numbers than they stand for."""
+    state = {k: v.to(torch.int8) if v.is_floating_point() else v for k, v in nano.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth holds weights of torch\.int8 \(first: backbone"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_safetensors_of_another_model(tmp_path):
+    from safetensors.torch import save_file
+
+    from rtmdet_fast.models.families import load_model
+
+    save_file({"bert.embeddings.weight": torch.zeros(3, 4)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"holds none of RTMDet.*first key is 'bert\.embeddings\.weight'"):
+        load_model(tmp_path / "w.safetensors")
 
 
 def test_weights_of_another_model(nano, tmp_path):

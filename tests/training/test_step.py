@@ -187,3 +187,39 @@ def test_a_nan_stops_a_run(config, monkeypatch):
     with pytest.raises(UserError, match="the loss is nan near iteration"):
         train(config)
     assert len(torch.load(config.out / "nan_batch.pt", weights_only=True)["images"]) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("task", HEADS)
+def test_a_replay_is_the_step_uncaptured(task, amp, monkeypatch):
+    """Batches of two sizes by turns, dark and light: a replay is of its own batch, and of the weights as they are."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    captured, uncaptured = (made(GraphStep, task, "cuda") for _ in range(2))
+    for step in (captured, uncaptured):
+        step.amp, step.scaler = amp, torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
+    uncaptured._recording = False
+    turns = [drawn(task, ((2, 1), (3, 4))[i // 2 % 2], i) for i in range(24)]
+    monkeypatch.setattr(step_module, "SIZES", (4, 16))
+    expected, found = (taken(step, turns) for step in (uncaptured, captured))
+    places = list(captured._places.values())
+    assert captured._recording and len(places) == 2 and all(place.graph is not None for place in places)
+    assert len({place.graph.pool() for place in places}) == 1
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value, rtol=1e-3 * (i + 1), atol=1e-6)
+    assert len({float(losses["loss"]) for losses in found}) == 24
+    for one, other in zip(captured.ema.model.parameters(), captured.model.parameters(), strict=True):
+        assert one.isfinite().all() and not torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_that_cannot_be_recorded_goes_on_without(monkeypatch):
+    step = made(GraphStep, "det", "cuda")
+    move = ModelEMA.move
+    monkeypatch.setattr(ModelEMA, "move", lambda ema, share: (move(ema, share), share.item()))
+    with pytest.warns(UserWarning, match="could not be recorded"):
+        losses = taken(step, [drawn("det", (1, 1), i) for i in range(6)])
+    assert not step._recording and all(value.isfinite() for value in losses[-1].values())

@@ -600,7 +600,7 @@ def test_the_line_of_an_epoch_has_the_loss_and_few_figures(config, capsys):
 
 
 def test_other_assigners_train_and_go_on_by_the_same(config):
-    started = replace(config, epochs=2, stage2_epochs=0)
+    started = replace(config, epochs=1, stage2_epochs=0)
     shares = []
     for assigner in ("atss", "task_aligned"):
         result = train(replace(started, assigner=assigner, overwrite=True))

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rtmdet_fast.class_names import class_name
 from rtmdet_fast.errors import UserError, shown
-from rtmdet_fast.images import IMAGE_SUFFIXES
+from rtmdet_fast.images import IMAGE_SUFFIXES, open_regular
 
 NAMES_FILES = ("classes.txt", "labels.txt", "classes.names", "obj.names")
 """Class names, a line each, as LabelImg, Label Studio and darknet have them."""
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises UserError where it cannot be read or is not UTF-8."""
+    """A text file. Raises UserError where it cannot be read, is a pipe or device, or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            return text.read()
     except OSError as error:
         raise UserError(f"{shown(str(path))}: cannot read this label file: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -65,14 +67,32 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def find_images_below(folder: Path) -> list[Path]:
-    """The image files of a folder and the folders in it, sorted; what is hidden is left alone."""
+def find_images_below(folder: Path, skip: Callable[[str, str], None]) -> list[Path]:
+    """The image files of a folder and the folders in it, sorted; what is hidden is left alone.
+
+    Links to folders are followed, but into each folder once: they may lead to one above. What leads to one again is
+    given to `skip`, and the reason. Raises UserError where a folder cannot be listed.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images")
     found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, f) for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES and f[0] != "."]
+    waiting = [folder]
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        place = waiting.pop()
+        try:
+            told = place.stat()
+            with os.scandir(place) as scanned:
+                entries = sorted((entry.name, entry.is_dir()) for entry in scanned if entry.name[0] != ".")
+        except OSError as error:
+            raise UserError(f"{shown(str(place))}: cannot list this folder: {error.strerror or error}") from None
+        if (told.st_dev, told.st_ino) in seen:
+            skip(os.path.relpath(place, folder), "folder that a link leads to again")
+            continue
+        seen.add((told.st_dev, told.st_ino))
+        waiting += [place / name for name, is_folder in reversed(entries) if is_folder]
+        images = (name for name, is_folder in entries if not is_folder)
+        found += [place / name for name in images if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 

@@ -15,7 +15,7 @@ from rtmdet_fast.data.annotation_file import FARTHEST, LEVELS, read_flag
 from rtmdet_fast.data.formats.files import box_around, box_of, find_names, in_order, number, read_names, read_text
 from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Shape, Source
 from rtmdet_fast.errors import UserError, shown
-from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
+from rtmdet_fast.images import IMAGE_SUFFIXES, open_regular, read_size
 
 LOOKED_FOR = "Pascal VOC: Annotations, JPEGImages and ImageSets/Main/{0}.txt, or {0}/*.xml beside images"
 IMAGES = IMAGES_WHOLE = "JPEGImages"
@@ -150,7 +150,8 @@ def read_xml(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = doctype
     try:
-        parser.Parse(path.read_bytes(), True)
+        with open_regular(path) as file:
+            parser.Parse(file.read(), True)
     except OSError as error:
         raise UserError(f"{name}: cannot read this label file: {error.strerror or error}") from None
     except (expat.ExpatError, LookupError, ValueError) as error:  # the last two of an encoding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from rtmdet_fast.data.formats.files import (
 )
 from rtmdet_fast.data.source import Content, Lose, Notes, Picture, Shape, Source
 from rtmdet_fast.errors import UserError, shown
-from rtmdet_fast.images import IMAGE_SUFFIXES, read_size
+from rtmdet_fast.images import IMAGE_SUFFIXES, open_regular, read_size
 
 LOOKED_FOR = "YOLO: data.yaml, images/{0} beside labels/{0}, {0}/images beside {0}/labels, or a list {0}.txt"
 SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
@@ -198,7 +199,7 @@ def _read_names(path: Path | None) -> tuple[dict[int, str], int]:
 
 def _images(source: Source, notes: Notes) -> list[Path]:
     if source.images.is_dir():
-        found = find_images_below(source.images)
+        found = find_images_below(source.images, notes.skip)
     else:
         found = []
         seen: set[Path] = set()
@@ -274,8 +275,8 @@ def _row(fields: list[str]) -> tuple[int, list[float]] | str:
 
 def _first_line(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return next((line.strip() for line in file if line.strip()), "")
+        with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+            return next((line.strip() for line in lines if line.strip()), "")
     except (OSError, UnicodeDecodeError):
         return ""
 
