@@ -116,8 +116,10 @@ def has_several(path: str | Path) -> bool:
 
 
 def _is_several(header: Any) -> bool:
-    # the other pictures of an MPO are views of the same, as phones write them
-    return bool(header and header.format != "MPO" and getattr(header, "is_animated", False))
+    with suppress(Exception):  # a GIF is read further for it, and a damaged one raises anything
+        # the other pictures of an MPO are views of the same, as phones write them
+        return bool(header and header.format != "MPO" and getattr(header, "is_animated", False))
+    return False
 
 
 def open_regular(path: str | Path) -> IO[bytes]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.class_names import class_name
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.files import write_atomically
 from rtmdet_fast.models.paddle import read_paddle
 from rtmdet_fast.models.torch_file import load_archive
@@ -181,7 +181,7 @@ def damage_told(path: Path, kind: str = "a PyTorch checkpoint") -> Iterator[None
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} cannot be read as {kind} ({reason:.200})") from error
+        raise UserError(f"{path} cannot be read as {kind} ({shown(reason[:200])})") from error
 
 
 def trained_sizes(checkpoint: Checkpoint, check_image_size: Callable[[int], int]) -> dict[str, int | None]:
@@ -227,11 +227,11 @@ def check_tensors(path: Path, state_dict: dict[str, Tensor]) -> None:
         raise UserError(f"{path} is damaged: its weights would be larger than the file")
     for key, value in state_dict.items():
         if key.endswith((".weight", ".bias")) and not (value.is_floating_point() or value.is_complex()):
-            raise UserError(f"{path} holds weights of {value.dtype} (first: {key}): quantised ones are not read")
+            raise UserError(f"{path} holds weights of {value.dtype} (first: {shown(key)}): quantised ones are not read")
         if value.is_complex() or not torch.isfinite(value.float()).all():
             raise UserError(
-                f"{path} holds weights that are no finite numbers (first: {key}): the training that wrote them had "
-                "failed; take an earlier checkpoint"
+                f"{path} holds weights that are no finite numbers (first: {shown(key)}): the training that wrote them "
+                "had failed; take an earlier checkpoint"
             )
 
 

@@ -146,8 +146,7 @@ def test_altered_weights(weights, tmp_path, part, record_property):
         with told_in_a_line(outcomes):
             read = read_checkpoint(path)
             assert all(bool(value.float().isfinite().all()) for value in read.state_dict.values())
-        assert [found.name for found in tmp_path.iterdir()] == [path.name]
-        path.unlink()
+        assert {found.suffix for found in tmp_path.iterdir()} <= {suffix for suffix, _ in weights}
 
     outcomes = fuzz(part, 4000, case)
     record_property("weights fuzzed", sum(outcomes.values()))

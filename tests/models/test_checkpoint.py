@@ -300,6 +300,14 @@ def test_weights_that_are_not_finite_are_refused(nano, tmp_path, value, dtype):
         read_checkpoint(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("value", [torch.zeros(1), torch.full((1,), torch.nan), torch.zeros(1, dtype=torch.int8)])
+def test_names_in_a_file_cannot_write_to_the_terminal(nano, tmp_path, value):
+    torch.save({**nano.state_dict(), "neck.\x1b[2J.weight": value}, tmp_path / "w.pth")
+    with pytest.raises(UserError) as refused:
+        RTMDet.from_pretrained(tmp_path / "w.pth")
+    assert str(refused.value).isprintable() and r"\x1b[2J" in str(refused.value)
+
+
 def test_quantised_weights_are_refused(nano, tmp_path):
     """They would load, as other numbers than they stand for."""
     state = {k: v.to(torch.int8) if v.is_floating_point() else v for k, v in nano.state_dict().items()}

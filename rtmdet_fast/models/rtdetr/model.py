@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtmdet_fast.class_names import COCO_CLASSES
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.preprocess import squash
 from rtmdet_fast.kernels.letterbox import letterbox_normalize, letterbox_scales
@@ -455,7 +455,7 @@ class RTDETR(Detector):
         unfit += [key for key in missing if key.startswith("backbone.")]
         unfit += [key for key in state if key not in model and not key.endswith(".num_batches_tracked")]
         if unfit:
-            raise UserError(f"{checkpoint.path} does not fit a {self.title} model (first: {min(unfit)})")
+            raise UserError(f"{checkpoint.path} does not fit a {self.title} model (first: {shown(min(unfit))})")
         self.load_state_dict(fitting, strict=False)
         bare = all(key.startswith("backbone.") for key in state)
         fresh = sorted({".".join(key.split(".")[: 1 if bare else 2]) for key in [*missing, *other_shape]})

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import UserError, shown
 from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedDetections
 from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize
 from rtmdet_fast.kernels.letterbox import letterbox_normalize, letterbox_scales
@@ -249,7 +249,7 @@ class RTMDet(Detector):
         unknown = [k for k in state if k not in own]
         if unfit or (unknown and not checkpoint_is_backbone(checkpoint)):
             keys = sorted(unfit or unknown)
-            raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {keys[0]})")
+            raise UserError(f"{checkpoint.path} does not fit a {self.size} {self.task} model (first: {shown(keys[0])})")
         self.load_state_dict(fitting, strict=False)
         fresh = sorted({".".join(k.split(".")[: 1 if other_head else 2]) for k in [*missing, *other_shape]})
         if fresh:
