@@ -163,6 +163,8 @@ class GraphStep(Step):
         self._recording = self.device.type == "cuda"
         self._pool: Any = None
         self._side, self._copies = (torch.cuda.Stream(self.device) if self._recording else None for _ in range(2))
+        if self._recording:
+            torch.cuda.reset_peak_memory_stats(self.device)
         for group in self.optimizer.param_groups:
             # a number would be part of the recording; a kernel of AdamW on a CPU takes it in double precision
             dtype = torch.float64 if self.device.type == "cpu" else torch.float32
@@ -230,17 +232,20 @@ class GraphStep(Step):
         return self._places[key]
 
     def _made(self, batch: Batch, size: int) -> Places:
-        if batch.images.shape not in self._images:
-            self._images[batch.images.shape] = torch.empty_like(batch.images)
-        padded = [
-            None if x is None else x.new_zeros(len(x), size, *x.shape[2:])
-            for x in (batch.gt_boxes, batch.gt_labels, batch.gt_centers, batch.gt_masks)
-        ]
-        boxes, labels, centers, masks = padded
-        assert boxes is not None and labels is not None and self.model.most_matches is not None
-        images, counts = self._images[batch.images.shape], torch.zeros_like(batch.gt_counts)
-        room = len(images) * size // FULL * self.model.most_matches
-        return Places(Batch(images, boxes, labels, counts, centers, masks), room)
+        def padded(x: Tensor) -> Tensor:
+            return x.new_zeros(len(x), size, *x.shape[2:])
+
+        assert self.model.most_matches is not None
+        images = self._images.setdefault(batch.images.shape, torch.empty_like(batch.images))
+        own = Batch(
+            images,
+            padded(batch.gt_boxes),
+            padded(batch.gt_labels),
+            torch.zeros_like(batch.gt_counts),
+            None if batch.gt_centers is None else padded(batch.gt_centers),
+            None if batch.gt_masks is None else padded(batch.gt_masks),
+        )
+        return Places(own, room=len(images) * size // FULL * self.model.most_matches)
 
     def _run(self, places: Places) -> None:
         places.steps += 1
@@ -260,6 +265,12 @@ class GraphStep(Step):
 
     def _record(self, places: Places) -> None:
         """Makes a graph of `step`, which by itself does nothing; where that fails, says so and makes no more."""
+        torch.cuda.empty_cache()
+        needed = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if self._pool is None and free < 2 * needed:  # graphs share theirs with each other, but not with other steps
+            self._give_up(f"of {free / 1e9:.1f} GB of memory a graph and a step without take {2 * needed / 1e9:.1f}")
+            return
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # AdamW warns where it is, and nothing is recorded
@@ -268,16 +279,19 @@ class GraphStep(Step):
             with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 self.step(places)
         except RuntimeError as error:
-            self._recording = False
             torch.cuda.set_stream(stream)  # which a recording that fails leaves
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler._per_optimizer_states.clear()  # it would take the step for done
-            warnings.warn(
-                f"the training step could not be recorded as a CUDA graph and goes on without (--graph off): {error}",
-                stacklevel=2,
-            )
+            self._give_up(str(error))
         else:
             self._pool, places.graph = graph.pool(), graph
         finally:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
+
+    def _give_up(self, reason: str) -> None:
+        self._recording = False
+        warnings.warn(
+            f"the training step could not be recorded as a CUDA graph and goes on without (--graph off): {reason}",
+            stacklevel=2,
+        )

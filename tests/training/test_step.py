@@ -223,3 +223,13 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(monkeypatch):
     with pytest.warns(UserWarning, match="could not be recorded"):
         losses = taken(step, [drawn("det", (1, 1), i) for i in range(6)])
     assert not step._recording and all(value.isfinite() for value in losses[-1].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_that_takes_most_of_the_memory_is_not_recorded(monkeypatch):
+    step = made(GraphStep, "det", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**9))
+    with pytest.warns(UserWarning, match="could not be recorded.*0.0 GB of memory"):
+        taken(step, [drawn("det", (1, 1), i) for i in range(6)])
+    assert not step._recording
