@@ -43,8 +43,7 @@ def test_a_leak_is_seen():
 def test_training_holds_no_more_at_its_end_than_after_warm_up(tmp_path, record_property, capsys):
     """With validation, checkpoints, mosaic and mixup, loader processes and cached images."""
     shapes = make_shapes(tmp_path / "shapes", num_train=120, num_val=12, image_size=96)
-    steps = 120 // 4
-    epochs = ITERATIONS // steps
+    epochs = -(-ITERATIONS // (116 // 4))  # some scenes have no objects, and are left out
     config = TrainConfig(
         data=(tmp_path / "shapes",), out=tmp_path / "run", size="nano", epochs=epochs, stage2_epochs=epochs // 10,
         batch_size=4, image_size=64, num_workers=1, cache="ram", device="cpu", val_interval=5, save_every="2s", keep=3,
@@ -55,14 +54,15 @@ def test_training_holds_no_more_at_its_end_than_after_warm_up(tmp_path, record_p
 
     class Look(Callback):
         def on_step(self, progress):
-            if progress.iteration % 50 == 0:
+            if progress.iteration % max(ITERATIONS // 100, 1) == 0:
                 watch.look()
 
     result = train(config, callbacks=[Look()])
-    assert torch.load(result.last, weights_only=True)["training"]["iteration"] == epochs * steps
+    iterations = torch.load(result.last, weights_only=True)["training"]["iteration"]
+    assert iterations >= ITERATIONS
     with capsys.disabled():
-        print(f"\n{epochs * steps:,} iterations: {watch.told()}")
-    record_property("iterations watched", epochs * steps)
+        print(f"\n{iterations:,} iterations: {watch.told()}")
+    record_property("iterations watched", iterations)
     watch.assert_constant()
 
 
@@ -79,12 +79,13 @@ def test_a_stream_holds_no_more_at_its_end_than_after_warm_up(tmp_path, record_p
         torch.nn.init.constant_(conv.bias, 1.5)
     predictor = model.predictor(image_size=32, batch_size=16, score_threshold=0, max_detections=5)
     watch, count, written = Watch(), 0, []
-    stream = predictor.stream(
-        [tmp_path / "video.avi"] * (FRAMES // each), write=lambda frame, results: written.append(frame.index)
-    )
+    videos = [tmp_path / f"{number}.avi" for number in range(FRAMES // each)]
+    for video in videos:
+        os.link(tmp_path / "video.avi", video)
+    stream = predictor.stream(videos, write=lambda frame, results: written.append(frame.index))
     for count, results in enumerate(stream, 1):
         assert len(results) == 5
-        if count % 500 == 0:
+        if count % (FRAMES // 100) == 0:
             watch.look()
             written.clear()
     assert count == FRAMES // each * each
