@@ -126,7 +126,7 @@ audit: package
 	rm -rf build/audit
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --upgrade pip
-	build/audit/bin/python -m pip install --quiet "$(TORCH)" "$$(echo build/dist/*.whl)[export,openvino,track]" pip-audit
+	build/audit/bin/python -m pip install --quiet "$(TORCH)" "$$(echo build/dist/*.whl)[export,openvino,track,parquet]" pip-audit
 	build/audit/bin/python -m pip freeze --exclude rtmdet-fast | sed 's/+cpu//' > build/audit/found.txt
 	build/audit/bin/pip-audit --no-deps --disable-pip --requirement build/audit/found.txt
 

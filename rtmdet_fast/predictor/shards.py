@@ -96,8 +96,7 @@ def predict_shard(
         **(made_with or {}),
     }
     own = set(archives[shard.index :: shard.count])
-    options = dict(resume=resume, part_size=part_size, progress=progress)
-    with open_shard(out, shard, settings, **options) as writer:
+    with open_shard(out, shard, settings, resume=resume, part_size=part_size, progress=progress) as writer:
         before = writer.counts["images"]
 
         def keep(frame: Frame, results: Results) -> None:
