@@ -177,7 +177,7 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         state = states[self.rank % len(states)]
         if len(states) == self.world_size or self.as_one:
             return self.load_state_dict(state, skip)
-        fresh = {part: [[] for _ in self._streams] for part in ("mosaic", "mixup")}
+        fresh: dict[str, list[list]] = {part: [[] for _ in self._streams] for part in ("mosaic", "mixup")}
         self.load_state_dict({**state, **fresh}, skip)
         jumps = self.rank // len(states)  # no two processes draw the same numbers
         self._rng = np.random.Generator(self._rng.bit_generator.jumped(jumps))  # type: ignore[attr-defined]

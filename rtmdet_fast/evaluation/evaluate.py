@@ -87,8 +87,8 @@ def evaluate(
         raise UserError(f"{dataset.annotation_path} was read without its masks: make the data set with masks=True")
     rotated = isinstance(dataset, DotaDataset)
     if rotated != (model.task == "rotated"):
-        boxes = "rotated" if rotated else "upright"
-        raise UserError(f"{dataset.annotation_path} was read for {boxes} boxes, but the model's task is {model.task!r}")
+        kind = "rotated" if rotated else "upright"
+        raise UserError(f"{dataset.annotation_path} was read for {kind} boxes, but the model's task is {model.task!r}")
     category_ids = match_categories(model, dataset)
     shared = together and process_count() > 1
     # Whole batches are shared out: the company of an image in its batch can change the last bits of what is found.

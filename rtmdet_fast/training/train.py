@@ -371,9 +371,9 @@ def _train(
             meter.restart()
         if step == 0:
             sampler_state = sampler.state_dict()
-        processes = gather(of_process(sampler_state), world_size)
+        of_processes = gather(of_process(sampler_state), world_size)
         if log is not None:
-            metrics = {"loss": sum(loss for *_, loss, _ in processes) / world_size}
+            metrics = {"loss": sum(loss for *_, loss, _ in of_processes) / world_size}
             if evaluation is not None:
                 log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
                 metrics |= evaluation.metrics
@@ -395,7 +395,7 @@ def _train(
                 tqdm.write(f"{name}: {figures}")
             if val_dataset is None or (stopped and best_epoch is None):
                 ema.model.save(best)
-            write_checkpoint(epoch, step, horizon, processes)  # last: what it tells of is there
+            write_checkpoint(epoch, step, horizon, of_processes)  # last: what it tells of is there
             if check is not None:
                 check.report()
             if ended:

@@ -116,7 +116,7 @@ def nms_quadri(
 
     def excess(a: Tensor, b: Tensor, threshold: float) -> Tensor:
         both = (padded[x[..., 0].clamp(max=len(quads)).long()].unflatten(2, (4, 2)) for x in (a, b))
-        return torch.stack([_pairwise(*pair, mode_flag=0) for pair in zip(*both, strict=True)]) - threshold
+        return torch.stack([_pairwise(p, q, mode_flag=0) for p, q in zip(*both, strict=True)]) - threshold
 
     rank = torch.arange(len(quads), device=dets.device)
     kept = in_rounds(rank, torch.zeros_like(rank), place, (1, len(quads)), iou_threshold, len(quads), excess)[0]

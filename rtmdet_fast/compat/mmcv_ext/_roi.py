@@ -233,9 +233,9 @@ def roi_pool_forward(
     first, last = exact(rois)[:, 1:3] * spatial_scale, (exact(rois)[:, 3:] + 1) * spatial_scale
     empty = ((last - first) <= 0).any(1)
     ranges = []
-    for axis, (count, limit) in enumerate(((pooled_width, W), (pooled_height, H))):
+    for axis, (bins_along, limit) in enumerate(((pooled_width, W), (pooled_height, H))):
         low, high = first[:, axis, None], last[:, axis, None]
-        step, edge = (high - low) / count, torch.arange(count + 1, device=rois.device)
+        step, edge = (high - low) / bins_along, torch.arange(bins_along + 1, device=rois.device)
         start, stop = (edge[:-1] * step + low).floor(), (edge[1:] * step + low).ceil()
         start, stop = start.clamp(0, limit).long(), stop.clamp(0, limit).long()
         ranges.append((start, (stop - start).clamp(min=0).masked_fill(empty[:, None], 0)))

@@ -110,9 +110,12 @@ class InstanceHead(DetectionHead):
         if targets.masks is None:
             raise ValueError("targets: masks are needed to train instance segmentation")
         image, prior, found = positives(assignment.gt, targets.room)
-        *instances, _ = _instances(output, priors, image, prior)
+        features, kernels, points, strides, _ = _instances(output, priors, image, prior)
         dice = dynamic_mask_dice_loss(
-            *instances,
+            features,
+            kernels,
+            points,
+            strides,
             image.where(found, -1),
             targets.masks,
             assignment.gt[image, prior].clamp(min=0),
