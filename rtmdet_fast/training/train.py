@@ -176,13 +176,6 @@ def _train(
         with damage_told(last):
             if (processes := len(state["samplers"])) != world_size:
                 state = shared_anew(state, settings, steps_per_epoch)
-                if rank == 0:
-                    warnings.warn(
-                        f"the run in {out} had {processes} processes and goes on with {world_size}, at "
-                        f"{settings.batch_size * settings.accumulate * world_size} images a step and a rate of "
-                        f"{settings.lr:.3g}: to the bit it would with {processes} alone",
-                        stacklevel=2,
-                    )
             model.load_state_dict(state["model"])
             ema.model.load_state_dict(state["ema"])
             load_optimizer_state(optimizer, state["optimizer"])
@@ -198,6 +191,13 @@ def _train(
             horizon = Horizon(*state["horizon"])
             thresholds = state.get("score_thresholds")
             ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
+        if processes != world_size and rank == 0:
+            warnings.warn(
+                f"the run in {out} had {processes} processes and goes on with {world_size}, at "
+                f"{settings.batch_size * settings.accumulate * world_size} images a step and a rate of "
+                f"{settings.lr:.3g}: to the bit it would with {processes} alone",
+                stacklevel=3,
+            )
         iteration, epoch = state["iteration"], state["epoch"]
         best_epoch, best_metrics = state["best_epoch"], state["best_metrics"]
         ema.step = epoch * steps_per_epoch + first_step
