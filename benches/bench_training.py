@@ -28,11 +28,9 @@ from benches.models import (
     resized,
 )
 from rtmdet_fast import accelerate
-from rtmdet_fast.data.augment import Batch
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.training.schedule import ModelEMA, ema_share, parameter_groups
-from rtmdet_fast.training.step import GraphStep
 
 CLASSES, DRAWN_CLASSES = 80, 5
 # Of the losses, and of all gradients together: rounding may turn a match. Through some sixty layers of random weights
@@ -207,12 +205,16 @@ class RecordedStep(Step):
     """The same as one CUDA graph, from the fourth step on; no gradients are left of it."""
 
     def __init__(self, size: str, classes: int, device: torch.device, dtype: torch.dtype):
+        from rtmdet_fast.training.step import GraphStep  # which asks for OpenCV
+
         super().__init__(size, classes, device, dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         amp = dtype if dtype == torch.bfloat16 else None
         self.step = GraphStep(self.model, self.optimizer, scaler, self.ema, amp=amp)
 
     def __call__(self, images: Tensor, *targets: Tensor) -> tuple[Any, Tensor]:
+        from rtmdet_fast.data.augment import Batch
+
         losses, _ = self.step.backward(Batch(images.contiguous(memory_format=torch.channels_last), *targets))
         self.step.update()
         return self, torch.stack([*losses.values()])

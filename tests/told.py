@@ -2,6 +2,7 @@
 
 import torch
 
+from rtmdet_fast.models.families import load_model
 from rtmdet_fast.training.callbacks import Callback
 from rtmdet_fast.training.run_log import read_metrics
 
@@ -49,7 +50,7 @@ def assert_same_files(one, other):
     moments = a["optimizer"]["state"], b["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
     assert a["iteration"] == b["iteration"] and a["epoch_losses"] == b["epoch_losses"]
-    a, b = (torch.load(out / "best.pth", weights_only=True)["state_dict"] for out in (one, other))
+    a, b = (load_model(out / "best.pth").state_dict() for out in (one, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
     drop = {"images_per_second", "data_wait"}
     rows = [

@@ -23,7 +23,7 @@ from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.coco import CocoDataset
 from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
-from rtmdet_fast.data.workers import init_worker
+from rtmdet_fast.data.workers import handed_over, init_worker
 from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node, process_count
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
@@ -264,7 +264,7 @@ def _train(
         model.train()
         for module in frozen:
             module.eval()
-        batches = timed(iter(loader), meter)
+        batches = timed(handed_over(iter(loader)), meter)
         if first_step:  # what the loader's start has drawn, it drew before
             set_random_states(random_numbers)
         if first_step == steps_per_epoch:  # its validation alone is left

@@ -13,6 +13,12 @@ from rtmdet_fast.inference import sources
 from rtmdet_fast.inference.sources import VideoWriter, iter_sources
 
 
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog):
+    """Whatever the packages that ran before made of the level of logging."""
+    caplog.set_level(logging.WARNING)
+
+
 def picture(path, value=100):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), np.full((24, 32, 3), value, np.uint8))
@@ -47,8 +53,7 @@ def test_folder_is_sorted_flat_and_counts_what_it_skips(tmp_path, caplog):
     for name in ("b.jpg", "a.PNG", "c.bmp", "sub/d.jpg"):
         picture(tmp_path / name)
     (tmp_path / "labels.json").write_text("{}")
-    with caplog.at_level(logging.WARNING):
-        source = iter_sources(tmp_path)
+    source = iter_sources(tmp_path)
     assert [f.name for f in source] == ["a.PNG", "b.jpg", "c.bmp"]
     assert (source.total, source.skipped) == (3, 2)
     assert "2 of 5" in caplog.text

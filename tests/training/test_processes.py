@@ -87,8 +87,7 @@ def test_two_processes_do_what_one_does(config, tmp_path, record_property, task)
 
     one, two = tmp_path / "one", tmp_path / "two"
     first, second = together(two, 2, told(two, 2))
-    one.mkdir()
-    alone = work(told(one, 4))
+    (alone,) = together(one, 1, told(one, 4))
 
     record_property("steps compared of one process and of several", as_close((one / task, two / task)))
     assert first["averages"] == second["averages"] and len(first["averages"]) == 1

@@ -96,6 +96,7 @@ def test_the_seed_decides_the_run(config, tmp_path):
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.slow  # test_processes.py compares two processes with one by default
 def test_two_processes_train_as_one(config, tmp_path):
     """torchrun on the CPU: each takes its half of every epoch, the weights stay the same, and the run resumes."""
     options = ["--train", config.train, "--train-images", config.train_images, "--val", config.val]
@@ -347,7 +348,7 @@ def test_flipped_bits_of_a_state_are_seen(finished, tmp_path):
             content[place] ^= 64
         return content
 
-    assert "checksum" in refused(finished, tmp_path, raw=flip)
+    assert "Bad CRC-32" in refused(finished, tmp_path, raw=flip)
 
 
 def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
@@ -380,7 +381,7 @@ def test_a_state_that_grows_when_read_is_refused(finished, tmp_path):
         (lambda s: s["best_metrics"].pop("AP"), "best figures"),
         (lambda s: s.update(random_states=[[torch.zeros(3)]]), "cannot be read"),
         (lambda s: s.update(step=-1), "tells of epoch"),
-        (lambda s: s.update(step=5), "step 5 of 4"),
+        (lambda s: s.update(step=5), "tells of epoch"),
         (lambda s: s.update(samplers=["x"]), "cannot be read"),
         (lambda s: s.update(meters=[{"losses": {"loss_cls": torch.zeros(3)}}]), "no means of losses"),
     ],
@@ -466,10 +467,10 @@ def test_nothing_of_an_old_run_is_left_where_a_new_one_is_interrupted(config, mo
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, overwrite=True))
     left = {path.name for path in config.out.iterdir()}
-    assert not left & (old | {"last.pth", "best.pth", "report.html", "metrics.json", "detections.json"})
+    assert not left & (old | {"best.pth", "report.html", "metrics.json", "detections.json"})
     assert "mine.txt" in left
-    with pytest.raises(UserError, match="nothing to resume"):
-        train(replace(config, resume=True))
+    state = weights(config.out / "last.pth", "training")  # of the new run, before its first validation
+    assert state["epoch"] == 0 and state["step"] == state["iteration"] == 4
 
 
 def test_the_state_is_the_first_to_go_with_an_old_run(config, monkeypatch):

@@ -247,6 +247,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow  # test_processes.py compares two processes with one by default
 def test_two_processes_train_as_one(config, tmp_path):
     """Gradients and statistics of batch norm are those of both, where the images of one have no objects too."""
     options = ["--train", config.train, "--train-images", config.train_images, "--val", config.val]

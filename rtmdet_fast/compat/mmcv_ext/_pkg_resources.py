@@ -22,6 +22,10 @@ class _Installed:
         return self._found.read_text(name) or ""
 
 
+def fixup_namespace_packages(path: str, parent: object = None) -> None:
+    """What pytest asks for when it changes `sys.path`: nothing, as Python itself knows such packages."""
+
+
 def get_distribution(name: str) -> _Installed:
     """The package that is installed under `name`; DistributionNotFound if none is."""
     try:
