@@ -134,7 +134,7 @@ train(TrainConfig(**settings | paths), callbacks=[Preempt()])
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all_its_processes(config, tmp_path):
-    """Which is taken when the processes ask each other next, after the tenth step, in the middle of an epoch."""
+    """The last of the epoch's nine steps: its validation comes before the processes ask each other, at the tenth."""
     config = replace(config, batch_size=1, num_workers=1)
     (tmp_path / "run.py").write_text(PREEMPTED)
 
@@ -152,7 +152,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all_its_processes(config, tm
     assert code == 0, told
     code, told = start(tmp_path / "broken", 4)
     state = torch.load(tmp_path / "broken/last.pth", weights_only=True)["training"]
-    assert code != 0 and (state["epoch"], state["step"], state["iteration"]) == (1, 1, 10), told
+    assert code != 0 and (state["epoch"], state["step"], state["iteration"]) == (0, 9, 9), told
     code, told = start(tmp_path / "broken", -1, resume=True)
     assert code == 0, told
     assert_same_files(tmp_path / "whole", tmp_path / "broken")
