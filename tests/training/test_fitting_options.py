@@ -13,6 +13,8 @@ from told import Told, assert_same_run, state
 
 from rtmdet_fast import RTDETR, RTMDet, UserError
 from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.image_cache import ImageCache
+from rtmdet_fast.training import setup
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.batch_size import fitting
 from rtmdet_fast.training.callbacks import Callback
@@ -178,7 +180,7 @@ def test_images_come_from_the_cache_as_they_are_from_the_file(config):
     dataset = CocoDataset(config.train, config.train_images, training=True)
     plain = [dataset.load(i).image for i in range(len(dataset))]
     assert dataset.decoded_bytes == sum(image.size for image in plain)
-    dataset.cache = train_module.ImageCache(len(dataset), dataset.decoded_bytes // 2)
+    dataset.cache = ImageCache(len(dataset), dataset.decoded_bytes // 2)
     for _ in range(3):
         for i, image in enumerate(plain):
             found = dataset.load(i).image
@@ -189,8 +191,7 @@ def test_images_come_from_the_cache_as_they_are_from_the_file(config):
 
 def test_loaders_fill_one_cache_and_say_its_size(config, capsys, monkeypatch):
     kept = []
-    make = train_module.ImageCache
-    monkeypatch.setattr(train_module, "ImageCache", lambda *args: kept.append(make(*args)) or kept[-1])
+    monkeypatch.setattr(setup, "ImageCache", lambda *args: kept.append(ImageCache(*args)) or kept[-1])
     train(replace(config, epochs=1, stage2_epochs=0, cache="ram", num_workers=1, progress=True))
     # an epoch leaves out what is no whole batch
     assert len(kept) == 1 and len(kept[0]) >= STEPS * 4
@@ -201,7 +202,7 @@ def test_without_memory_to_share_a_run_goes_on_without_a_cache(config, monkeypat
     def refuse(length, capacity):
         raise MemoryError("the system has no 0.0 GB to share")
 
-    monkeypatch.setattr(train_module, "ImageCache", refuse)
+    monkeypatch.setattr(setup, "ImageCache", refuse)
     with pytest.warns(UserWarning, match="--cache ram: the system has no .* decoded each time"):
         train(replace(config, epochs=1, stage2_epochs=0, cache="ram"))
     with pytest.raises(UserError, match="--cache 8 is no amount"):

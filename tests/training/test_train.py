@@ -19,6 +19,7 @@ from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.inference.preprocess import normalize
 from rtmdet_fast.kernels import nms as nms_kernels
 from rtmdet_fast.models.detector import Targets
+from rtmdet_fast.training import run_report
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.callbacks import Callback
 from rtmdet_fast.training.config import TrainConfig, resolve
@@ -541,14 +542,14 @@ def test_validation_classes_are_those_of_training(config, tmp_path, monkeypatch,
             content["categories"].reverse()
 
     drawn = []
-    write = train_module.write_report
+    write = run_report.write_report
 
     def written(path, **parts):
         drawn.extend(parts["samples"])
         assert "zebra" not in parts["evaluation"]["per_class"]
         return write(path, **parts)
 
-    monkeypatch.setattr(train_module, "write_report", written)
+    monkeypatch.setattr(run_report, "write_report", written)
     train(changed_classes(config, tmp_path, change))
     content = json.loads(config.train.read_text())
     names = [category["name"] for category in content["categories"]]
