@@ -36,7 +36,7 @@ MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := mmengine==0.10.7
 OLD := "numpy<2" "setuptools<81" opencv-python==4.11.0.86
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -63,15 +63,20 @@ lint: setup
 # One thread a process: two PyTorch processes with all the threads each slow each other many-fold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# A file's tests share what is dear: exported files, whole runs.
 test-torch: setup
-	$(PYTEST) tests
+	$(PYTEST) --dist loadfile tests
 
 # The same parity tests, with every kernel run by Triton's interpreter on the CPU.
 test-triton: setup
 	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
 
-test-openmmlab: $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed
+test-openmmlab: test-mmdet test-mmrotate
+
+test-mmdet: $(MMDET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab --ignore tests/openmmlab/test_rotated.py
+
+test-mmrotate: $(MMROTATE_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab
 
 $(MMDET_VENV)/.installed: REQUIREMENTS = mmdet==3.3.0 mmcv-lite==2.1.0
@@ -96,15 +101,17 @@ define environment
 	$(1)/venv/bin/python -m pip install --quiet $(2)
 	cp -r pyproject.toml benches tests $(1)
 endef
-IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto
+IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto --dist loadfile
 # Benches and pages are no part of it.
 ALL_TESTS := tests --ignore tests/test_benches.py --ignore tests/test_docs.py
 PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py
 
-# The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code.
+# The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code, and that of
+# the sources, whose other tests need no second run here: what is missing in a package, or without the extras, shows in
+# its modules and commands. On GitHub the wheel runs all of them.
 test-package: package
 	$(call environment,build/package,"$(TORCH)" "$$(echo build/dist/*.whl)[test]")
-	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS) tests/cli tests/golden
+	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS) tests/cli/test_cli.py
 	build/package/venv/bin/python -m pip uninstall --quiet --yes rtmdet-fast
 	build/package/venv/bin/python -m pip install --quiet build/dist/*.tar.gz
 	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)
