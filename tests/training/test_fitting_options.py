@@ -26,17 +26,18 @@ STEPS = 18 // 4
 """Of an epoch."""
 
 
-@pytest.fixture
-def weights(config, tmp_path):
+@pytest.fixture(scope="module")
+def weights(shapes, tmp_path_factory):
     """A file of weights with the data's classes."""
-    names = [category["name"] for category in json.loads(config.train.read_text())["categories"]]
+    names = [category["name"] for category in json.loads(shapes.train_ann.read_text())["categories"]]
     torch.manual_seed(3)
     model = RTMDet("nano", class_names=names)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
-    model.save(tmp_path / "weights.pth")
-    return str(tmp_path / "weights.pth")
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    model.save(path)
+    return str(path)
 
 
 class Clock(Callback):
@@ -61,9 +62,7 @@ def run(config, monkeypatch, *callbacks):
 OPTIONS = {
     "patience": dict(patience=1, epochs=9, stage2_epochs=2),
     "time": dict(time=f"{5 * STEPS}s", epochs=60, stage2_epochs=20),
-    "freeze": dict(freeze="backbone"),
-    "repeats": dict(repeat_threshold=0.9, num_workers=1),
-    "cache": dict(cache="400KB", num_workers=1),
+    "freeze, repeats and cache": dict(freeze="backbone", repeat_threshold=0.9, cache="400KB", num_workers=1),
     "batch size": dict(batch_size="auto"),
 }
 
@@ -92,13 +91,13 @@ def test_a_killed_run_goes_on_to_the_bit(config, weights, tmp_path, monkeypatch,
         dict(batch_size=5),
     ],
 )  # fmt: skip
-def test_a_run_does_not_go_on_by_another_plan(config, weights, change):
+def test_a_run_does_not_go_on_by_another_plan(config, whole, weights, change):
     config = replace(config, epochs=1, stage2_epochs=0, init=weights, patience=1)
-    train(config)
+    config = replace(config, out=whole(config).last.parent, resume=True)
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} is .*, but the run in .* has"):
-        train(replace(config, resume=True, **change))
+        train(replace(config, **change))
     with pytest.raises(UserError, match=r"--val-interval is 2, but the run in .* has 1"):  # it decides on the end
-        train(replace(config, resume=True, val_interval=2))
+        train(replace(config, val_interval=2))
 
 
 def test_time_breaks_an_epoch_off_where_there_is_none_for_it(config, monkeypatch):
@@ -225,7 +224,7 @@ class Stop(Callback):
 train_file, images, val, val_images, init, out = map(Path, sys.argv[1:])
 config = TrainConfig(
     train=train_file, train_images=images, val=val, val_images=val_images, init=str(init), out=out / "whole",
-    size="nano", epochs=9, stage2_epochs=2, batch_size=2, image_size=64, num_workers=0, device="cpu", val_interval=1,
+    size="nano", epochs=9, stage2_epochs=2, batch_size=4, image_size=64, num_workers=0, device="cpu", val_interval=1,
     progress=False, report=False, patience=1, freeze="backbone", repeat_threshold=0.9, cache="ram", time="3h",
 )
 whole = train(config)
