@@ -187,12 +187,27 @@ def test_what_a_model_cannot_be_exported_as(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
+def left_in_float(network, task):
+    """The operations that 8 bits are to leave alone: the last convolutions, and all after them."""
+    in_float = {*stays_float(network)}
+    convolutions = [op for op in network.get_ops() if "Convolution" in op.get_type_name()]
+    last = {"det": 6, "rotated": 9, "ins": 10}[task]  # of the branches on three levels, and of the mask features
+    assert sum(op.get_friendly_name() in in_float for op in convolutions) == last
+    assert any("TopK" in op.get_type_name() and op.get_friendly_name() in in_float for op in network.get_ops())
+    return in_float
+
+
+def test_what_int8_is_to_leave_in_float(exported, tmp_path):
     openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
-    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    model, path = exported
+    convert_to_openvino(path, tmp_path / "a.xml", load_engine(path).metadata)
+    assert left_in_float(openvino.Core().read_model(str(tmp_path / "a.xml")), model.task)
+
+
+def test_calibration_takes_the_images_of_a_folder_that_can_be_read(tmp_path):
     import cv2
 
-    model, path = exported
+    model = busy("det")
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     for i, image in enumerate(images(4)):
@@ -209,19 +224,23 @@ def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported,
     (tmp_path / "damaged/1.jpg").touch()
     with pytest.raises(UserError, match=r"none of the images of .*damaged can be read, the first: .*1\.jpg"):
         calibration_canvases(model, tmp_path / "damaged", 96, 1)
+
+
+@pytest.mark.parametrize(
+    "exported", ["ins", *(pytest.param(task, marks=pytest.mark.slow) for task in ("det", "rotated"))], indirect=True
+)
+def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    model, path = exported
+    canvases = [model.to_canvas(image, 96)[0] for image in images(2)]
     written = tmp_path / "a.xml"
     convert_to_openvino(
-        path, written, load_engine(path).metadata, lambda network: quantize(network, model, canvases[:2], 1)
+        path, written, load_engine(path).metadata, lambda network: quantize(network, model, canvases, 1)
     )
     network = openvino.Core().read_model(str(written))
     quantized = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "FakeQuantize"}
-    assert len(quantized) > 50
-    in_float = stays_float(network)
-    assert not quantized & {*in_float}
-    convolutions = [op for op in network.get_ops() if "Convolution" in op.get_type_name()]
-    last = {"det": 6, "rotated": 9, "ins": 10}[model.task]  # of the branches on three levels, and of the mask features
-    assert sum(op.get_friendly_name() in in_float for op in convolutions) == last
-    assert any("TopK" in op.get_type_name() and op.get_friendly_name() in in_float for op in network.get_ops())
+    assert len(quantized) > 50 and not quantized & left_in_float(network, model.task)
 
 
 def test_what_runs_in_other_dtypes(exported, tmp_path):
@@ -401,38 +420,28 @@ def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such stack")
-def test_openvino_leaves_the_stack_for_signals_alone(tmp_path):
+@pytest.mark.parametrize("exported", ["det"], indirect=True)
+def test_openvino_leaves_the_stack_for_signals_alone(exported, tmp_path):
     pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    _, path = exported
     before = SignalStack.of_this_thread()
-    busy("det").export(tmp_path / "a.xml", score_threshold=0.05, candidates=500)
+    convert_to_openvino(path, tmp_path / "a.xml", load_engine(path).metadata)
     load_engine(tmp_path / "a.xml", threads=1).predict(images(1))
     after = SignalStack.of_this_thread()
     assert (after.address, after.size) == (before.address, before.size)
 
 
-def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):
+@pytest.mark.parametrize("exported", ["det"], indirect=True)
+def test_the_command_line_refuses_formats_that_do_not_fit(exported, tmp_path, capsys):
+    """What it exports, predicts and evaluates: tests/cli/test_cli_report.py."""
     import cv2
 
-    model = busy("det")
+    model, path = exported
     model.save(tmp_path / "a.pth")
-    out = tmp_path / "a.onnx"
-    options = ["--score-threshold", "0.05", "--candidates", "500", "--json", str(tmp_path / "a.json")]
-    assert main(["export", "--weights", str(tmp_path / "a.pth"), "--out", str(out), *options]) == 0
-    assert json.loads((tmp_path / "a.json").read_text())["unmatched"] == 0
     cv2.imwrite(str(tmp_path / "image.png"), images(1)[0])
-    found = {}
-    for weights in ("a.pth", "a.onnx"):
-        folder = tmp_path / weights.replace(".", "_")
-        assert (
-            main(["predict", str(tmp_path / "image.png"), "--weights", str(tmp_path / weights), "--out", str(folder)])
-            == 0
-        )
-        found[weights] = json.loads((folder / "predictions.json").read_text())["annotations"]
-    assert len(found["a.pth"]) == len(found["a.onnx"]) > 0
-    wrong = ["--out", str(tmp_path / "b.onnx"), "--format", "openvino"]
-    assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
-    assert main(["predict", str(tmp_path / "image.png"), "--weights", str(out), "--format", "dota"]) == 2
+    assert main(["predict", str(tmp_path / "image.png"), "--weights", str(path), "--format", "dota"]) == 2
     assert "--format dota needs a model of rotated boxes" in capsys.readouterr().err
+    wrong = ["--out", str(tmp_path / "b.onnx"), "--format", "openvino"]
     assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
     assert "should end in .xml" in capsys.readouterr().err
 
