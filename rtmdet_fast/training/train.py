@@ -53,7 +53,7 @@ from rtmdet_fast.training.preview import draw_batches
 from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
 from rtmdet_fast.training.schedule import ModelEMA, random_side
 from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
-from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph
+from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph, of_several_processes
 
 LOG_EVERY = 10
 OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
@@ -83,7 +83,7 @@ def _train(
     started = clock()
     settings = resolve(config)
     check_loggers(settings.loggers)
-    rank, world_size = join_processes(torch.device(settings.device))
+    rank, world_size = join_processes(torch.device(settings.device), graphs=settings.graph == "auto")
     if rank > 0:
         settings = replace(settings, progress=False)
     task, recipe = TASKS[settings.task], settings.recipe
@@ -148,17 +148,12 @@ def _train(
     optimizer = torch.optim.AdamW(recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     step_model: Callable[..., Any] = model
+    graph = is_graph(settings, model)
     if world_size > 1:
-        model.enable_sync_bn()
-        with warnings.catch_warnings():
-            # of torch 2.13, whose successor of the argument those before it do not have
-            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            step_model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+        step_model = of_several_processes(model, graph)
     if settings.compile:
         step_model = torch.compile(step_model)
-    stepping = (GraphStep if is_graph(settings, model) else Step)(
+    stepping = (GraphStep if graph else Step)(
         model, optimizer, scaler, ema, call=step_model, amp=AMP_TYPES[settings.amp], clip_norm=recipe.clip_norm
     )
 
