@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.part:
         measure_part(args.part, args, device, end)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that was started outlives this process
     start = time.monotonic()
     folder = args.out or (Path("runs/dry-run") if args.dry_run else run.FOLDER / "results")
     path = folder / f"{run.slug(device)}-{args.what}.json"
@@ -116,6 +115,7 @@ def _cases(results: run.Results, op: str) -> list[Case]:
         return run.cases_of([op], results.device)
     except ImportError as error:
         results.record["not_measured"][f"{op}: all"] = f"{error}"
+        results.write()
         return []
 
 
@@ -250,9 +250,10 @@ def side_by_side(
         timer.start()
         assert process.stdout is not None
         try:
-            for line in process.stdout:
-                with lock:
-                    told(name, line.rstrip("\n"))
+            with process.stdout:
+                for line in process.stdout:
+                    with lock:
+                        told(name, line.rstrip("\n"))
             code = process.wait()
         finally:
             timer.cancel()
@@ -352,4 +353,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that was started outlives this process
     main()

@@ -41,7 +41,7 @@ def digest(model):
 
 def config_of(options):
     paths = ("train", "train_images", "val", "val_images", "out")
-    return TrainConfig(**{key: Path(value) if key in paths else value for key, value in options.items()})
+    return TrainConfig(**{key: Path(value) if key in paths and value else value for key, value in options.items()})
 
 
 def work(told):
