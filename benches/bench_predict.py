@@ -70,7 +70,7 @@ def _frames(
         return model(torch.float32).predictor(batch_size=batch, dtype=name, **options).predict
 
     def folded(dtype: torch.dtype) -> Callable[..., Any]:
-        return partial(model(dtype).fold().predict, batch_size=batch, **options)
+        return partial(model(torch.float32).fold().to(dtype).predict, batch_size=batch, **options)
 
     def eager(layout: torch.memory_format, dtype: torch.dtype) -> Callable[..., Any]:
         made = model(dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -91,7 +91,9 @@ def _frames(
 
     def compare(results: list[Results], expected: list[Results]) -> str:
         pairs = [tuple(map(_found, pair)) for pair in zip(results, expected, strict=True)]
-        alone = sum(int((~matches(*way, EXACT)[0]).sum()) for pair in pairs for way in (pair, pair[::-1]))
+        # a frame that is resized on a GPU may differ by a grey level
+        tolerance = EXACT._replace(pixels=1, score=5e-3) if cuda else EXACT
+        alone = sum(int((~matches(*way, tolerance)[0]).sum()) for pair in pairs for way in (pair, pair[::-1]))
         total = sum(len(found.dets) for pair in pairs for found in pair)
         if total < 10 * batch:
             raise Parity(f"{total} detections of {batch} images are too few to compare")

@@ -87,7 +87,7 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18
     cuda = device.type == "cuda"
 
     def folded() -> Callable[..., Any]:
-        return _inference(ours(device, dtype, size=size).fold())
+        return _inference(ours(device, torch.float32, size=size).fold().to(dtype))
 
     def unfolded(layout: torch.memory_format = torch.channels_last) -> Callable[..., Any]:
         model = ours(device, dtype, size=size).to(memory_format=layout)  # type: ignore[call-overload]

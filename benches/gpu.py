@@ -40,8 +40,8 @@ from benches.harness import Case
 from benches.table import KERNELS
 
 OF_DRY_RUNS = ("tests/kernels/test_letterbox.py", "tests/training/test_step.py")
-SHARES = {"check": 0.3, "headline": 0.65, "sweep": 0.8, "rest": 1.0, "late": 1.0}
-"""Of the time, until which a stage may last at most."""
+OF_KERNELS = {"check": 0.25, "headline": 0.6, "sweep": 0.85, "rest": 1.0}
+"""Stages, and the share of the time until which each may last at most."""
 OF_MODELS = {"headline": 0.6, "rest": 0.8, "late": 1.0}
 LATE = "the time limit came first"
 CUT_OFF = "cut off"
@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     start = time.monotonic()
     folder = args.out or (Path("runs/dry-run") if args.dry_run else run.FOLDER / "results")
+    folder = folder.resolve()  # the processes that measure are started elsewhere
     path = folder / f"{run.slug(device)}-{args.what}.json"
     results = run.Results(device, path, run.OPS, quick=args.dry_run)
+    results.record = {key: x for key, x in results.record.items() if key not in ("tests", "verdicts", "sweep")}
     results.record["call"] = args.what
     results.write()
     {"parity": parity, "kernels": kernels, "models": models}[args.what](results, start, args.time_limit)
@@ -95,9 +97,9 @@ def kernels(results: run.Results, start: float, seconds: float) -> None:
         results.key(case): ("--part", "check", "--ops", case.op, "--only", case.name)
         for case in (cases[:2] if quick else cases)
     }
-    judge(results, jobs, start + SHARES["check"] * seconds)
+    judge(results, jobs, start + OF_KERNELS["check"] * seconds)
     for stage in ("headline", "sweep", "rest"):
-        measure_parts([(stage, [op]) for op in KERNELS], results, start + SHARES[stage] * seconds)
+        measure_parts([(stage, [op]) for op in KERNELS], results, start + OF_KERNELS[stage] * seconds)
 
 
 def models(results: run.Results, start: float, seconds: float) -> None:
@@ -169,7 +171,7 @@ def measure_part(part: str, args: argparse.Namespace, device: torch.device, end:
             _tell("verdict", f"{case.op}: {case.name}", harness.verify(case, device))
         if part == "check":
             for case in cases:
-                harness.try_all(case)  # which compiles, as one beside many
+                harness.compile_first(case)  # as one beside many
             for row in sweep.checked(sweep.swept(run.cases_of(args.ops, device)), cases, device, quick=args.dry_run):
                 _tell("row", row)
         return
@@ -327,9 +329,10 @@ def sound(record: dict[str, Any]) -> bool:
     """Nothing that was looked at is wrong or failed, and no file of tests was left before its end."""
     files = record.get("tests", {}).get("files", {})
     ours = [case["contenders"][case["ours"]]["status"] for case in record["cases"].values()]
+    bad = ("wrong", "failed", CUT_OFF) if record.get("call") == "parity" else ("wrong", "failed")
     return (
         all(file["status"] == "ended" and file["exit_code"] == 0 and not file["failed"] for file in files.values())
-        and not any(verdict.startswith(("wrong", "failed")) for verdict in record.get("verdicts", {}).values())
+        and not any(verdict.startswith(bad) for verdict in record.get("verdicts", {}).values())
         and not {"wrong", "failed"} & set(ours)
         and not any("exit code" in why for why in record["not_measured"].values())
         and (record.get("call") != "parity" or bool(files or record.get("verdicts")))
