@@ -172,8 +172,14 @@ GPU_CALL = $(PYTHON) -m benches.gpu $(1) $(if $(OUT),--out $(OUT)) $(ARGS)
 gpu:
 	code=0; for call in parity kernels models; do $(call GPU_CALL,$$call) || code=1; done; exit $$code
 
-gpu-parity gpu-kernels gpu-models: gpu-%:
-	$(call GPU_CALL,$*)
+gpu-parity:
+	$(call GPU_CALL,parity)
+
+gpu-kernels:
+	$(call GPU_CALL,kernels)
+
+gpu-models:
+	$(call GPU_CALL,models)
 
 clean:
 	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs site build dist *.egg-info

@@ -16,7 +16,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/gpu.md"
 NOT = "not measured"
 MODELS = ("predict", "forward", "training", "rtdetr", "postprocess", "layers")
 # what only compiles is the same on every machine, and would take most of the time
-OF_KERNELS, OF_GPUS = ("-k", "not (lowering or traces or exports)"), ("-m", "gpu")
+OF_KERNELS = ("-m", "not slow", "-k", "not (lowering or traces or exports)")
+OF_GPUS = ("-m", "gpu")
 TESTS: dict[str, tuple[str, ...]] = {  # those that take longest first
     **{
         f"tests/kernels/test_{name}.py": OF_KERNELS

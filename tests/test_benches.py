@@ -663,6 +663,7 @@ def test_a_file_of_tests_that_was_cut_off_is_not_sound(tmp_path: Path, monkeypat
     """Two files side by side, one of which hangs: with what it started it ends when its time comes."""
     folder = tmp_path / "tests" / "kernels"
     folder.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '-q'\n")  # as in the project's
     (folder / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     hang = "import subprocess\ndef test_c(): pass\ndef test_d():\n    print('hangs', flush=True)\n"
     (folder / "test_slow.py").write_text(hang + "    subprocess.run(['sleep', '100'])\n")
@@ -698,10 +699,10 @@ def test_a_file_of_tests_that_was_cut_off_is_not_sound(tmp_path: Path, monkeypat
     assert seen == ["ended", "cut off"]
     assert toy_file["exit_code"] == 1 and toy_file["failed"] == ["tests/kernels/test_toy.py::test_b"]
     assert (slow_file["exit_code"], slow_file["passed"], slow_file["failed"]) == (None, 1, [])
-    whole = {"status": "ended", "exit_code": 0, "failed": []}
+    whole = {"status": "ended", "exit_code": 0, "failed": [], "passed": 3, "skipped": 0}
     record = {"call": "parity", "cases": {}, "not_measured": {}}
     assert gpu.sound({**record, "tests": {"files": {"a": whole}}})
-    for file in (toy_file, slow_file, {"status": "not run"}):
+    for file in (toy_file, slow_file, {"status": "not run"}, {**whole, "passed": 0}):
         assert not gpu.sound({**record, "tests": {"files": {"a": whole, "b": file}}})
     assert not gpu.sound({**record, "tests": {"files": {}}})  # nothing was looked at
 
