@@ -11,7 +11,8 @@
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make bench-compare   measures anew and prints what is slower than in the committed results by more than the spread
 # make docs    the documentation as a site, in site/
-# make gpu     parity, then benches, within 9 minutes on a CUDA machine with its own Python (torch, triton, numpy)
+# make gpu     make gpu-parity, gpu-kernels and gpu-models: 8 minutes each on a CUDA machine with its own Python (torch,
+#              triton, numpy); writes benches/results and docs/gpu.md. OUT=folder for the results; ARGS=--dry-run on a CPU
 # make test-gpu bench-gpu   the same in full and without a time limit (needs pytest there)
 
 PYTHON ?= python3
@@ -36,7 +37,7 @@ MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := mmengine==0.10.7
 OLD := "numpy<2" "setuptools<81" opencv-python==4.11.0.86
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu gpu-parity gpu-kernels gpu-models test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -172,8 +173,20 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) -m benches.run
 
+# Each call is of use alone, and one that finds a fault keeps none from being made.
+GPU_CALL = $(PYTHON) -m benches.gpu $(1) $(if $(OUT),--out $(OUT)) $(ARGS)
+
 gpu:
-	$(PYTHON) -m benches.gpu
+	code=0; for call in parity kernels models; do $(call GPU_CALL,$$call) || code=1; done; exit $$code
+
+gpu-parity:
+	$(call GPU_CALL,parity)
+
+gpu-kernels:
+	$(call GPU_CALL,kernels)
+
+gpu-models:
+	$(call GPU_CALL,models)
 
 clean:
 	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs site build dist *.egg-info

@@ -54,7 +54,7 @@ from rtmdet_fast.training.state import (
     remove_run,
     shared_anew,
 )
-from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph
+from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph, of_several_processes
 
 LOG_EVERY = 10
 OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
@@ -132,7 +132,7 @@ class Run:
         self.settings = resolve(config)
         check_loggers(self.settings.loggers)
         self.device = torch.device(self.settings.device)
-        self.rank, self.world_size = join_processes(self.device)
+        self.rank, self.world_size = join_processes(self.device, graphs=self.settings.graph == "auto")
         if self.rank > 0:
             self.settings = replace(self.settings, progress=False)
         self.task, self.recipe = TASKS[self.settings.task], self.settings.recipe
@@ -219,17 +219,12 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         step_model: Callable[..., Any] = model
+        graph = is_graph(settings, model)
         if self.world_size > 1:
-            model.enable_sync_bn()
-            with warnings.catch_warnings():
-                # of torch 2.13, whose successor of the argument those before it do not have
-                warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-                step_model = torch.nn.parallel.DistributedDataParallel(
-                    model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-                )
+            step_model = of_several_processes(model, graph)
         if settings.compile:
             step_model = torch.compile(step_model)
-        self.stepping = (GraphStep if is_graph(settings, model) else Step)(
+        self.stepping = (GraphStep if graph else Step)(
             model,
             self.optimizer,
             self.scaler,
