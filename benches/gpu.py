@@ -98,7 +98,9 @@ def kernels(results: run.Results, start: float, seconds: float) -> None:
     cases = [case for op in KERNELS for case in _cases(results, op) if case.headline]
     jobs = {
         results.key(case): ("--part", "check", "--ops", case.op, "--only", case.name)
-        for case in (cases[:2] if quick else cases)
+        for case in (
+            [case for case in cases if case.op == "nms"][:1] if quick else cases
+        )  # a CPU's reads constants too
     }
     judge(results, jobs, start + OF_KERNELS["check"] * seconds)
     for stage in ("headline", "sweep", "rest"):

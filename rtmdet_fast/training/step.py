@@ -258,7 +258,7 @@ class GraphStep(Step):
     def _fitting(self, batch: Batch) -> Places | None:
         """Where a batch is to lie; None where there is no such place. The same in all processes."""
         images, most = batch.images.shape, batch.gt_boxes.shape[1]
-        too_small = [size < most or size * len(images) < FULL * self._objects for size in SIZES]
+        too_small = [size < most or size * images[0] < FULL * self._objects for size in SIZES]
         size, count, other = greatest_on_host([sum(too_small), images[0], -images[0]])
         if size == len(SIZES) or count != -other:
             return None
