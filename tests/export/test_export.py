@@ -10,10 +10,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from busy import assert_alike, busy, images, without_like
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from rtmdet_fast import RTMDet, UserError
@@ -459,6 +462,73 @@ def test_average_precision_is_that_of_the_checkpoint(shared, tmp_path):
         assert found.metrics["AP"] == pytest.approx(0.478, abs=1e-3)
 
 
+def official_nano(folder, tmp_path):
+    """The person detector that was published as an ONNX file."""
+    subprocess.run([sys.executable, folder / "nano_from_onnx.py", tmp_path / "nano.pth"], check=True)
+    return RTMDet.from_pretrained(tmp_path / "nano.pth")
+
+
+def link_coco206(shared, folder):
+    folder.mkdir(exist_ok=True)
+    for source in ("coco206", "coco_tiny"):
+        for image in (shared / "data" / source / "val").iterdir():
+            (folder / image.name).symlink_to(image)
+
+
+@pytest.mark.slow
+def test_detections_are_those_of_the_file_that_mmdeploy_exported(shared, tmp_path):
+    """Weights of an official end-to-end file, at its settings, on 206 images: what differs is what NMS clips first."""
+    import onnx
+    from onnx import numpy_helper
+
+    official, names = (
+        onnx.load(shared / f"reference/weights/{name}.onnx") for name in ("end2end", "rtmdet_nano_person_rawheads")
+    )
+    weights, renamed = ({w.name: w for w in file.graph.initializer} for file in (official, names))
+    convs = ([node for node in file.graph.node if node.op_type == "Conv"] for file in (official, names))
+    for theirs, ours in zip(*convs, strict=True):
+        for source, target in zip(theirs.input[1:], ours.input[1:], strict=True):
+            assert weights[source].dims == renamed[target].dims
+            renamed[target].raw_data = numpy_helper.to_array(weights[source]).tobytes()
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    onnx.save(names, folder / "rtmdet_nano_person_rawheads.onnx")
+    shutil.copy(shared / "reference/weights/nano_from_onnx.py", folder)
+    settings = dict(score_threshold=0.05, iou_threshold=0.6, max_detections=100)
+    official_nano(folder, tmp_path).export(tmp_path / "ours.onnx", **settings, candidates=5000)
+
+    link_coco206(shared, tmp_path / "images")
+    detect = runpy.run_path(str(Path(__file__).parents[2] / "examples/onnx_client.py"))["detect"]
+    sessions = [
+        onnxruntime.InferenceSession(str(path))
+        for path in (shared / "reference/weights/end2end.onnx", tmp_path / "ours.onnx")
+    ]
+    truth = COCO(str(shared / "data/coco206/instances.json"))
+    rows, alone, total = ([], []), 0, 0
+    for info in truth.loadImgs(truth.getImgIds()):
+        image = cv2.imread(str(tmp_path / "images" / info["file_name"]))
+        height, width = image.shape[:2]
+        side = max(height, width)  # of the square that the network sees
+        found = [detect(session, image, 320, 0.05)[0].clip(0, side) for session in sessions]
+        near = np.abs(found[0][:, None] - found[1]) < (0.05, 0.05, 0.05, 0.05, 1e-4)
+        alone += int((~near.all(2).any(1)).sum() + (~near.all(2).any(0)).sum())
+        total += sum(map(len, found))
+        for dets, result in zip(found, rows, strict=True):
+            result += [[info["id"], x1, y1, x2 - x1, y2 - y1, score, 1] for x1, y1, x2, y2, score in dets.tolist()]
+    assert total > 20_000 and alone <= 0.005 * total
+    ap = [_person_ap(truth, np.array(result)) for result in rows]
+    assert ap[0] == pytest.approx(0.3562, abs=1e-3) and ap[1] == pytest.approx(ap[0], abs=1e-3)
+
+
+def _person_ap(truth, rows):
+    scored = COCOeval(truth, truth.loadRes(rows), "bbox")
+    scored.params.catIds = [1]
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    return scored.stats[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "ap", "room"), [("bccd", 0.478, 0.005), ("nano", 0.3616, 0.012)])
 def test_average_precision_in_8_bits(weights, ap, room, shared, tmp_path):
@@ -473,14 +543,9 @@ def test_average_precision_in_8_bits(weights, ap, room, shared, tmp_path):
             (tmp_path / "photos" / image["file_name"]).symlink_to(source / "images" / image["file_name"])
         annotations, images_of, photos = source / "val.json", source / "images", tmp_path / "photos"
     else:
-        subprocess.run(
-            [sys.executable, shared / "reference/weights/nano_from_onnx.py", tmp_path / "nano.pth"], check=True
-        )
-        model = RTMDet.from_pretrained(tmp_path / "nano.pth")
-        for folder in ("coco206", "coco_tiny"):
-            for image in (shared / "data" / folder / "val").iterdir():
-                (data / image.name).symlink_to(image)
+        model = official_nano(shared / "reference/weights", tmp_path)
         annotations, images_of = shared / "data/coco206/instances.json", data
+        link_coco206(shared, data)
     model.export(tmp_path / "a.xml", int8=True, calibrate=photos)
     dataset = CocoDataset(annotations, images_of, class_names=model.class_names)
     found = evaluate(load_engine(tmp_path / "a.xml", threads=1), dataset, progress=False)
