@@ -34,12 +34,13 @@ KERNELS = (
     "deformable_attention",
     "dwconv_bn_silu",
     "bn_silu",
+    "quality_focal_loss",
     "letterbox",
 )
 OPS = (*KERNELS, "forward", "rtdetr", "engines", "training", "postprocess", "matcher", "layers")
 TESTS = (
     "assign", "nms", "rotated_iou", "bn_silu", "dwconv_bn_silu", "dynamic_mask", "deformable_attention",
-    "letterbox", "training_with_kernels",
+    "quality_focal_loss", "letterbox", "training_with_kernels",
 )  # fmt: skip
 SHARE_OF_TESTS = 0.4  # of the time, at most
 LATE = "the time limit came first"
