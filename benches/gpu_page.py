@@ -23,7 +23,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # those that take longest first
         f"tests/kernels/test_{name}.py": OF_KERNELS
         for name in (
             "dwconv_bn_silu", "assign", "bn_silu", "dynamic_mask", "rotated_iou", "nms", "deformable_attention",
-            "training_with_kernels", "letterbox",
+            "quality_focal_loss", "training_with_kernels", "letterbox",
         )
     },
     "tests/training/test_step.py": OF_GPUS,

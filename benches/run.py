@@ -35,6 +35,7 @@ OPS = (  # in order of importance
     "deformable_attention",
     "dwconv_bn_silu",
     "bn_silu",
+    "quality_focal_loss",
     "letterbox",
     "forward",
     "rtdetr",

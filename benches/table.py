@@ -18,6 +18,7 @@ OPS = {
     "deformable_attention": "Deformable attention",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
+    "quality_focal_loss": "Quality focal loss",
     "letterbox": "Letterbox",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
@@ -31,6 +32,7 @@ OPS = {
 }
 KERNELS = (
     *("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+    "quality_focal_loss",
     "letterbox",
 )
 PICTURES = {  # file name -> title, ops
