@@ -426,14 +426,8 @@ def summing(x: Tensor) -> tuple[tuple[int, int], tuple[int, ...], int, Tensor, d
     parts, group_parts = cdiv(tiles, each), TUNING["group"] * block_p
     groups = cdiv(parts, group_parts)
     counter = counters(x, channel_blocks * (1 + groups))
-    sizes = *sizes, tiles, each, group_parts
-    return (
-        (parts, channel_blocks),
-        sizes,
-        parts + groups,
-        counter,
-        {**constexprs, "BLOCK_P": block_p, "AMD": _dispatch.IS_AMD},
-    )
+    constexprs = {**constexprs, "BLOCK_P": block_p, "AMD": _dispatch.IS_AMD}
+    return (parts, channel_blocks), (*sizes, tiles, each, group_parts), parts + groups, counter, constexprs
 
 
 def statistics_of_parts(
