@@ -426,7 +426,6 @@ def summing(x: Tensor) -> tuple[tuple[int, int], tuple[int, ...], int, Tensor, d
     parts, group_parts = cdiv(tiles, each), TUNING["group"] * block_p
     groups = cdiv(parts, group_parts)
     counter = counters(x, channel_blocks * (1 + groups))
-    sizes = *sizes, tiles, each, group_parts
     return (
         (parts, channel_blocks),
         sizes,
