@@ -24,6 +24,7 @@ The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these di
 convex quadrilaterals |
 | `roi_pool` of a region without area | its gradient goes to the first pixel | nowhere |
 | an image that is not there, as a region's first number | memory of something else | RuntimeError on a CPU |
+| shapes, dtypes or devices that do not fit together | some are read past their end | RuntimeError |
 | half precision | computed in it | computed in float32 |
 | what mmcv has for CUDA only | refused on a CPU | taken |
 
