@@ -14,8 +14,6 @@ import rtmdet_fast.compat.mmcv_ext as ext
 
 # isort: split
 import argparse
-import collections
-import collections.abc
 import json
 import sys
 import time
@@ -24,9 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if not hasattr(collections, "Sequence"):
-    collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]  # e2cnn, which mmrotate needs
 
 SIZE = 128
 LARGER = {"DINO": 256}  # its 900 queries are the best of as many pixels of its maps
@@ -73,7 +68,8 @@ def main() -> None:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
             failed.append(name)
-        print(json.dumps({"model": name, **found, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
+        found = {"library": arguments.library, "model": name, **found}
+        print(json.dumps({**found, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

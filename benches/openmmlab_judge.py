@@ -1,6 +1,6 @@
 """mmcv's, mmdet's and mmrotate's own tests over this project's stand-ins: what passes, with them and without.
 
-    python -m benches.openmmlab_judge mmcv --source ../mmcv --out judge.json
+    python -m benches.openmmlab_judge mmcv --source ../mmcv --out mmcv.json
 
 `--source` is a clone of their repository at the tag of the installed version, of which `tests` and `configs` are read.
 `--without` leaves mmcv-lite as it is, `--patch` runs mmdet's heads with `rtmdet_fast.compat.mmdet.patch()` as well, and
@@ -50,15 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--source", type=Path, required=True, help="a clone of the repository")
-    parser.add_argument("--out", type=Path, help="JSON of the outcome of each test")
+    parser.add_argument("--out", type=Path, help="JSON of the outcome of each test, for benches.openmmlab_table")
     parser.add_argument("--without", action="store_true", help="mmcv-lite as it is, to compare")
     parser.add_argument("--patch", action="store_true", help="with rtmdet_fast.compat.mmdet.patch()")
     parser.add_argument("--fake-gpu", action="store_true", help="tests for GPUs too, on the CPU")
     parser.add_argument("--only", nargs="*", default=[], help="files or tests, from the suite's folder on")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu")}
     environment = {
         **os.environ,
-        "JUDGE": json.dumps({name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu")}),
+        "JUDGE": json.dumps(settings),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     with tempfile.TemporaryDirectory() as folder:  # without their package, which would be taken for the installed one
@@ -84,11 +85,16 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=folder, env=environment, check=False)
         found = json.loads(outcomes.read_text())
     if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1))
+        arguments.out.write_text(json.dumps({**settings, "tests": found}, indent=1))
     counts = collections.Counter(outcome["outcome"] for outcome in found.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     if not arguments.without:
         sys.exit(_surprises(found, CANNOT[arguments.suite], arguments.fake_gpu))
+
+
+def reason(suite: str, test: str) -> str | None:
+    """Why a test of theirs cannot pass; None if that is not known."""
+    return next((why for pattern, why in CANNOT[suite].items() if re.search(pattern, test)), None)
 
 
 def _surprises(found: dict[str, dict[str, str]], cannot: dict[str, str], all_ran: bool) -> str | None:
