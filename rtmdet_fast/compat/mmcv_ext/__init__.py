@@ -29,8 +29,8 @@ convex quadrilaterals |
 | what mmcv has for CUDA only | refused on a CPU | taken |
 
 What newer versions lack and OpenMMLab still asks for is there again: `pkg_resources` (mmengine; setuptools has had none
-since 82), `numpy.float` (mmdet's evaluation of videos; NumPy 1.24), `collections.Sequence` (e2cnn, which mmrotate's
-ReDet needs; Python 3.10).
+since 82), `numpy.float` (mmdet's evaluation of videos, and e2cnn, which mmrotate's ReDet needs; NumPy 1.24),
+`collections.Sequence` (mmrotate; Python 3.10).
 
 What mmcv's Python part of `diff_iou_rotated_2d` misjudges in float32 remains.
 """

@@ -173,10 +173,11 @@ def rotated_feature_align_forward(
 ) -> None:
     """Features [N, C, H, W], a box (cy, cx, w, h, radians) for each pixel [N, H, W, 5] -> into output [N, C, H, W].
 
-    To each pixel are added the samples at its box's centre and, of 5 `points`, at its corners (R3Det, 2019).
+    The boxes may have the shape [N H W, 5] as well, which mmrotate's R3Det gives them. To each pixel are added the
+    samples at its box's centre and, of 5 `points`, at its corners (R3Det, 2019).
     """
     check(features, best_bboxes=best_bboxes)
-    fit("features N C H W, best_bboxes N H W 5, output N C H W", features, best_bboxes, output)
+    fit("features N C H W, output N C H W", features, output)
     output.copy_(_refined(features, best_bboxes, spatial_scale, points))
 
 
@@ -185,7 +186,7 @@ def rotated_feature_align_backward(
 ) -> None:
     """Adds the gradient of the features to bottom_grad [N, C, H, W]."""
     check(top_grad, best_bboxes=best_bboxes)
-    fit("top_grad N C H W, best_bboxes N H W 5, bottom_grad N C H W", top_grad, best_bboxes, bottom_grad)
+    fit("top_grad N C H W, bottom_grad N C H W", top_grad, bottom_grad)
     refine = partial(_refined, boxes=best_bboxes, scale=spatial_scale, points=points)
     bottom_grad += gradients(refine, [torch.zeros_like(bottom_grad)], top_grad)[0]
 
@@ -425,7 +426,8 @@ def _turned(
 
 def _refined(features: Tensor, boxes: Tensor, scale: float, points: int) -> Tensor:
     N, C, H, W = features.shape
-    y, x, width, height, angle = exact(boxes).unbind(-1)
+    fit("boxes P 5", boxes.flatten(0, -2), P=N * H * W)
+    y, x, width, height, angle = exact(boxes).view(N, H, W, 5).unbind(-1)
     y, x = (y * scale)[..., None], (x * scale)[..., None]
     if points > 1:
         along, across = width * scale / 2, height * scale / 2
