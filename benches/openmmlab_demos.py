@@ -103,7 +103,8 @@ def run(library: str, config: str, size: int) -> dict[str, Any]:
     model = registry.build(cfg.model)
     model.init_weights()
     shapes = [(3, size, size)] * 2
-    extra = dict(use_box_type=True) if library == "mmrotate" else dict(with_mask=True)
+    masks = "mask_head" in cfg.model.get("roi_head", {})
+    extra = dict(use_box_type=True) if library == "mmrotate" else dict(with_mask=masks)
     inputs = demo_mm_inputs(2, shapes, num_classes=2, **extra)
     if library == "mmrotate":
         rotate(inputs)

@@ -6,7 +6,7 @@
     python -m benches.openmmlab_demos mmdet > demos.jsonl
     python -m benches.openmmlab_table cpu.json gpu.json mmdet.json demos.jsonl
 
-Writes those tables that the files are for.
+Writes those tables that the files are for. Runs of parts of a suite (`--only`) with the same settings are one run.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ def main() -> None:
         if path.suffix == ".jsonl":
             demos += map(json.loads, path.read_text().splitlines())
         else:
-            judged.append(json.loads(path.read_text()))
+            run = json.loads(path.read_text())
+            same = (other for other in judged if all(other[key] == run[key] for key in run if key != "tests"))
+            if (whole := next(same, None)) is None:
+                judged.append(run)
+            else:
+                whole["tests"] |= run["tests"]
     ran = {run["fake_gpu"]: run["tests"] for run in judged if run["suite"] == "mmcv" and not run["without"]}
     if len(ran) == 2:
         write("ops", ops(ran[False], ran[True]))

@@ -33,6 +33,7 @@ SIZES = (64, 96, 128)  # pixels; then the size of the model's own settings
 INTRO = """# timm's models under `accelerate`
 
 Written by `python -m benches.timm_models` from what it measured (`benches/timm_models.json`); do not edit.
+What is not counted here has not been looked at yet: the command goes on where it was stopped.
 
 """
 
