@@ -107,7 +107,7 @@ def run(library: str, config: str, size: int) -> dict[str, Any]:
     extra = dict(use_box_type=True) if library == "mmrotate" else dict(with_mask=masks)
     inputs = demo_mm_inputs(2, shapes, num_classes=2, **extra)
     if library == "mmrotate":
-        rotate(inputs)
+        rotate(inputs, "qbox" if "qbox" in config or "gliding" in config else "rbox")
     model.train()
     data = model.data_preprocessor(inputs, True)
     losses = model(**data, mode="loss")
@@ -140,8 +140,8 @@ def without_weights(cfg: Any) -> None:
             without_weights(value)
 
 
-def rotate(inputs: dict[str, Any]) -> None:
-    """Turns the random boxes of the samples, in place."""
+def rotate(inputs: dict[str, Any], form: str) -> None:
+    """Turns the random boxes of the samples, in place; `form` is the name of their class in mmrotate."""
     from mmrotate.structures.bbox import RotatedBoxes
 
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def rotate(inputs: dict[str, Any]) -> None:
                 boxes = boxes.convert_to("rbox").tensor if hasattr(boxes, "convert_to") else boxes
                 boxes = boxes + torch.tensor([0, 0, 4.0, 4, 0]) * (len(boxes) > 0)
                 boxes[:, 4] = torch.rand(len(boxes), generator=generator) - 0.5
-                getattr(sample, name).bboxes = RotatedBoxes(boxes)
+                getattr(sample, name).bboxes = RotatedBoxes(boxes).convert_to(form)
 
 
 if __name__ == "__main__":
