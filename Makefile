@@ -11,7 +11,8 @@
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make bench-compare   measures anew and prints what is slower than in the committed results by more than the spread
 # make docs    the documentation as a site, in site/
-# make gpu     parity, then benches, within 9 minutes on a CUDA machine with its own Python (torch, triton, numpy)
+# make gpu     make gpu-parity, gpu-kernels and gpu-models: 8 minutes each on a CUDA machine with its own Python (torch,
+#              triton, numpy); writes benches/results and docs/gpu.md. OUT=folder for the results; ARGS=--dry-run on a CPU
 # make test-gpu bench-gpu   the same in full and without a time limit (needs pytest there)
 
 PYTHON ?= python3
@@ -36,7 +37,7 @@ MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := mmengine==0.10.7
 OLD := "numpy<2" "setuptools<81" opencv-python==4.11.0.86
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu gpu-parity gpu-kernels gpu-models test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -63,15 +64,20 @@ lint: setup
 # One thread a process: two PyTorch processes with all the threads each slow each other many-fold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# A file's tests share what is dear: exported files, whole runs.
 test-torch: setup
-	$(PYTEST) tests
+	$(PYTEST) --dist loadfile tests
 
-# The same parity tests, with every kernel run by Triton's interpreter on the CPU.
+# The same parity tests, with every kernel run by Triton's interpreter on the CPU; those of the references ran before.
 test-triton: setup
-	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton $(PYTEST) $(KERNEL_TESTS) -k "not [reference and not -reference"
 
-test-openmmlab: $(MMDET_VENV)/.installed $(MMROTATE_VENV)/.installed
+test-openmmlab: test-mmdet test-mmrotate
+
+test-mmdet: $(MMDET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab --ignore tests/openmmlab/test_rotated.py
+
+test-mmrotate: $(MMROTATE_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MMROTATE_VENV)/bin/python -m pytest -rs -W default --disable-warnings tests/openmmlab
 
 $(MMDET_VENV)/.installed: REQUIREMENTS = mmdet==3.3.0 mmcv-lite==2.1.0
@@ -96,15 +102,17 @@ define environment
 	$(1)/venv/bin/python -m pip install --quiet $(2)
 	cp -r pyproject.toml benches tests $(1)
 endef
-IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto
+IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto --dist loadfile
 # Benches and pages are no part of it.
 ALL_TESTS := tests --ignore tests/test_benches.py --ignore tests/test_docs.py
 PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py
 
-# The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code.
+# The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code, and that of
+# the sources, whose other tests need no second run here: what is missing in a package, or without the extras, shows in
+# its modules and commands. On GitHub the wheel runs all of them.
 test-package: package
 	$(call environment,build/package,"$(TORCH)" "$$(echo build/dist/*.whl)[test]")
-	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS) tests/cli tests/golden
+	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS) tests/cli/test_cli.py
 	build/package/venv/bin/python -m pip uninstall --quiet --yes rtmdet-fast
 	build/package/venv/bin/python -m pip install --quiet build/dist/*.tar.gz
 	cd build/package && $(IN_ENVIRONMENT) $(PACKAGE_TESTS)
@@ -165,8 +173,20 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) -m benches.run
 
+# Each call is of use alone, and one that finds a fault keeps none from being made.
+GPU_CALL = $(PYTHON) -m benches.gpu $(1) $(if $(OUT),--out $(OUT)) $(ARGS)
+
 gpu:
-	$(PYTHON) -m benches.gpu
+	code=0; for call in parity kernels models; do $(call GPU_CALL,$$call) || code=1; done; exit $$code
+
+gpu-parity:
+	$(call GPU_CALL,parity)
+
+gpu-kernels:
+	$(call GPU_CALL,kernels)
+
+gpu-models:
+	$(call GPU_CALL,models)
 
 clean:
 	rm -rf $(VENV) $(MMDET_VENV) $(MMROTATE_VENV) $(MMCV_VENV) runs site build dist *.egg-info

@@ -4,8 +4,9 @@
 
 Every run is a process of its own: its peak of memory counts model, data and all that PyTorch loads. Time is that of a
 training step with its data, the median over the run; on a CPU the processor's own, which others' work disturbs less.
-A run that is done is not done again, so that the bench may be stopped at any time, and run again with other sizes into
-the same folder. Writes results.json and table.md. `--toy` tries the bench itself, in a minute.
+A run that is done is not done again, and its figures are in results.json and table.md at once, so that the bench may be
+killed at any time and run again, also with other sizes, into the same folder; nothing of it goes on without it. A run
+that fails is told of, and tried again next time. `--toy` tries the bench itself, in a minute.
 
 Data sets as of benches.finetuning; drawn scenes where none is given.
 """
@@ -14,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -55,6 +59,13 @@ class Steps(Callback):
     def seconds(self) -> float:
         taken = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
         return median(value for value in taken if value == value)
+
+
+def end_with_parent() -> None:
+    """Of a bench that is killed no run goes on, to write where the next one does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run(settings: dict[str, Any]) -> dict[str, float]:
@@ -105,6 +116,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
     results: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text()) if path.exists() else {}
+    failed: list[str] = []
     sets = data_sets(arguments)
     if len(sets) > 1:
         del sets["drawn"]
@@ -136,13 +148,21 @@ def main() -> None:
                         report=False,
                         progress=False,
                     )
-                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                        group[key] = pool.submit(run, settings).result()
+                    context = multiprocessing.get_context("spawn")
+                    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
+                        try:
+                            group[key] = pool.submit(run, settings).result()
+                        except Exception as error:
+                            failed.append(f"{name}, {key}: {type(error).__name__}: {error}")
+                            print(failed[-1], flush=True)
+                            continue
                     write_json(path, results)
                     with write_atomically(arguments.out / "table.md") as file:
                         file.write(table(results).encode())
                 print(f"{name}, {key}: {group[key]}", flush=True)
     print(table(results))
+    if failed:
+        sys.exit("\n".join(["some runs failed:", *failed]))
 
 
 if __name__ == "__main__":

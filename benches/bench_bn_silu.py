@@ -24,23 +24,38 @@ def cases(device: torch.device) -> list[Case]:
             _case(device, 1, "s", 64, 160, "inference", torch.float32),
             _case(device, 4, "s", 128, 80, "training", torch.float32),
         ]
+    # the last are tiny's and m's, which no power of two divides
     shapes = [("s", 64, 160), ("l", 128, 160), ("s", 128, 80), ("l", 256, 40), ("s", 256, 20)]
+    shapes += [("tiny", 24, 320), ("tiny", 48, 160), ("m", 96, 160)]
+    modes = [("training", torch.bfloat16, shapes), ("inference", torch.float16, shapes[:2])]
     return [
-        *(_case(device, 32, *shape, "training", torch.bfloat16) for shape in shapes),
-        *(_case(device, 32, *shape, "inference", torch.float16) for shape in shapes[:2]),
+        _case(device, 32, *shape, mode, dtype, last)
+        for last in (True, False)  # the models' layout first
+        for mode, dtype, some in modes
+        for shape in some
     ]
 
 
-def _case(device: torch.device, batch: int, size: str, channels: int, side: int, mode: str, dtype: torch.dtype) -> Case:
+def _case(
+    device: torch.device,
+    batch: int,
+    size: str,
+    channels: int,
+    side: int,
+    mode: str,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+) -> Case:
     shape = (batch, channels, side, side)
     wrap = inference if mode == "inference" else training
-    kind = f"{mode}, {str(dtype).removeprefix('torch.')}"
+    layout = "channels_last" if channels_last else "contiguous"
+    kind = f"{mode}, {str(dtype).removeprefix('torch.')}, {layout}"
     return Case(
         op="bn_silu",
         name=f"{kind}: RTMDet-{size} {list(shape)}",
         group=kind,
         shapes={"x": list(shape)},
-        inputs=partial(_inputs, shape, dtype, device),
+        inputs=partial(_inputs, shape, dtype, channels_last, device),
         expected=lambda *inputs: wrap(bn_silu_reference)(*(x.double() for x in inputs)),
         compare=lambda result, expected: relative_error(result, expected, TOLERANCE[dtype]),
         contenders=[
@@ -49,7 +64,7 @@ def _case(device: torch.device, batch: int, size: str, channels: int, side: int,
             Contender(name="eager", build=lambda: wrap(eager), graph=True),
         ],
         bytes=PASSES[mode] * batch * channels * side * side * dtype.itemsize,
-        headline=False,
+        headline=channels_last,
     )
 
 
@@ -60,6 +75,8 @@ def eager(
     return F.silu(y, inplace=not training)
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    x, _, *rest = tensors(shape, dtype, False, device, seed)
+def _inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: torch.device, seed: int
+) -> tuple[Tensor, ...]:
+    x, _, *rest = tensors(shape, dtype, channels_last, device, seed)
     return x, *rest

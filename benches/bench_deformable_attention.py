@@ -1,6 +1,7 @@
 """Deformable attention of RT-DETR's decoder beside the published one, a grid_sample for each level.
 
 transformers' function is that one, from locations and weights on; softmax and locations before it are RT-DETR's too.
+msda-triton (github.com/rziga/msda-triton, MIT) is the public Triton kernel, from locations and weights on as well.
 Boxes lie anywhere, sizes are those of objects, and offsets reach a box's size from its centre, as trained ones do.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.harness import Case, Contender, compiled, own, relative_error
+from benches.harness import Absent, Case, Contender, compiled, own, relative_error
 from rtmdet_fast.kernels.deformable_attention import box_deformable_attention
 from rtmdet_fast.kernels.deformable_attention_torch import (
     attention,
@@ -50,8 +51,9 @@ def _case(device: torch.device, mode: str, batch: int, dtype: torch.dtype, headl
         contenders=[
             *own(device, wrap(_ours), wrap(_reference(forward))),
             Contender(name="transformers", build=lambda: wrap(_transformers()), graph=forward),
-            Contender(name="torch.compile", build=lambda: wrap(compiled(device, standard)()), graph=forward),
             Contender(name="grid_sample", build=lambda: wrap(standard), graph=forward),
+            *([Contender(name="msda-triton", build=lambda: wrap(_msda_triton()))] if device.type == "cuda" else []),
+            Contender(name="torch.compile", build=lambda: wrap(compiled(device, standard)()), graph=forward),
         ],
         headline=headline,
     )
@@ -118,5 +120,24 @@ def _transformers() -> Callable[..., Tensor]:
         reference = boxes[:, :, None, None]
         locations = reference[..., :2] + offsets * scale * reference[..., 2:] * 0.5
         return multi_scale_deformable_attention_v2(value, SIZES, locations, logits.softmax(-1), list(POINTS))
+
+    return run
+
+
+def _msda_triton() -> Callable[..., Tensor]:
+    # not its `multiscale_deformable_attention`, which takes grid_sample where the kernel fails, and does not say so
+    from msda_triton.frontend import (  # type: ignore[import-not-found]
+        triton_multiscale_deformable_attention,
+    )
+
+    if len(set(POINTS)) > 1:
+        raise Absent("it takes as many points of each level")
+    by_level = len(POINTS), POINTS[0]
+
+    def run(value: Tensor, boxes: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        sizes = torch.tensor(SIZES, device=value.device)
+        locations = box_locations(boxes, offsets, POINTS).unflatten(3, by_level)
+        weights = logits.softmax(3).unflatten(3, by_level)
+        return triton_multiscale_deformable_attention(value, sizes, locations, weights, "zeros", False).flatten(2)
 
     return run

@@ -29,12 +29,11 @@ def cases(device: torch.device) -> list[Case]:
             _case(device, 4, "s", *shape, "training", torch.float32) for shape in SHAPES["s"][1:2]
         ]
     every = [(size, *shape) for place in range(4) for size in "sl" for shape in [SHAPES[size][place]]]
+    modes = ("inference", torch.float16), ("training", torch.bfloat16)
     wide = partial(_case, device, 32)
-    return [
-        *(wide(*shape, "inference", torch.float16) for shape in every),
-        *(wide(*shape, "training", torch.bfloat16) for shape in every),
-        *(wide(*shape, "inference", torch.float16, channels_last=True, headline=False) for shape in every[:2]),
-        *(wide(*shape, "training", torch.bfloat16, channels_last=True, headline=False) for shape in every[:2]),
+    return [  # the models' layout first
+        *(wide(*shape, *mode, channels_last=True) for mode in modes for shape in every),
+        *(wide(*shape, *mode, headline=False) for mode in modes for shape in every),
     ]
 
 

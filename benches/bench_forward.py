@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benches.harness import Absent, Case, Contender, relative_error
+from benches.harness import Case, Contender, relative_error
 from benches.models import mmdet_model, ours, plain
 from rtmdet_fast import accelerate
 from rtmdet_fast.kernels import _dispatch
@@ -21,18 +21,31 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
         return [_case(device, size, 1, torch.float32) for size in ("tiny", "s")]
+    every = [(size, batch) for size in ("tiny", "s", "l", "m", "x") for batch in (32, 1)]
     return [
-        _case(device, size, batch, torch.float16, headline=size != "l")
-        for batch in (32, 1)
-        for size in ("tiny", "s", "l")
+        *(_case(device, *which, torch.float16, headline=which[0] not in "mx") for which in every),
+        *(
+            _case(device, "tiny", batch, torch.float16, mode=mode)
+            for mode in ("default", "max-autotune")
+            for batch in (32, 1)
+        ),
     ]
 
 
-def _case(device: torch.device, size: str, batch: int, dtype: torch.dtype, headline: bool = True) -> Case:
+def _case(
+    device: torch.device, size: str, batch: int, dtype: torch.dtype, headline: bool = True, mode: str | None = None
+) -> Case:
+    """`mode`: of torch.compile, beside which ours and eager run; on a GPU it takes minutes, and a case of its own."""
     cuda = device.type == "cuda"
 
-    def own() -> Callable[..., Any]:
+    def own(fold: bool = False) -> Callable[..., Any]:
+        if fold:  # in float32, as the predictor does
+            return inference(ours(size, CLASSES, device).eval().fold().to(dtype))
         return inference(ours(size, CLASSES, device, dtype))
+
+    def contiguous() -> Callable[..., Any]:
+        run = plain(inference(ours(size, CLASSES, device, dtype), layout=torch.contiguous_format))
+        return lambda images: run(images.contiguous())
 
     def mmdet(accelerated: bool = False) -> Callable[..., Any]:
         model, _ = mmdet_model(size, CLASSES, device)
@@ -42,35 +55,46 @@ def _case(device: torch.device, size: str, batch: int, dtype: torch.dtype, headl
         return inference(model, forward=model._forward)  # type: ignore[operator]
 
     def compiled() -> Callable[..., Any]:
-        if cuda and (size, batch) != ("s", 32):
-            raise Absent("measured in one case only: compiling takes its time")
         torch.compiler.reset()
         model = ours(size, CLASSES, device, dtype)
-        return plain(inference(model, forward=torch.compile(model, dynamic=False)))
+        return plain(inference(model, forward=torch.compile(model, dynamic=False, mode=mode)))
 
     contenders = [Contender(name="triton" if cuda else "reference", build=own, graph=_dispatch.AVAILABLE)]
     if cuda:
-        contenders.append(Contender(name="eager", build=lambda: plain(own()), graph=True))
-    contenders += [
-        Contender(name="torch.compile", build=compiled, graph=True),
-        Contender(name="mmdet", build=mmdet, graph=True),
-    ]
-    if cuda:  # on a CPU it computes what it did before
-        contenders.append(Contender(name="mmdet, accelerated", build=lambda: mmdet(True), graph=True))
+        folded = partial(own, fold=True)
+        contenders += [
+            Contender(name="triton, folded", build=folded, graph=_dispatch.AVAILABLE),
+            Contender(name="eager, channels_last", build=lambda: plain(own()), graph=True),
+        ]
+    if mode is not None or not cuda:
+        # max-autotune makes CUDA graphs of its own, which cannot be part of another
+        name = "torch.compile" if mode in (None, "default") else f"torch.compile, {mode}"
+        contenders.append(Contender(name=name, build=compiled, graph=mode != "max-autotune", warm_up=3 * cuda))
+    if mode is None:
+        if cuda:
+            contenders.append(Contender(name="eager", build=contiguous, graph=True))
+        contenders.append(Contender(name="mmdet", build=mmdet, graph=True))
+        if cuda:  # on a CPU it computes what it did before
+            contenders.append(Contender(name="mmdet, accelerated", build=lambda: mmdet(True), graph=True))
     return Case(
         op="forward",
-        name=f"RTMDet-{size}, {str(dtype).removeprefix('torch.')}, {batch} x 3 x {SIDE} x {SIDE}",
+        name=f"RTMDet-{size}, {str(dtype).removeprefix('torch.')}, {batch} x 3 x {SIDE} x {SIDE}"
+        + ("" if mode is None else f", beside torch.compile, {mode}"),
         shapes={"images": [batch, 3, SIDE, SIDE]},
         inputs=partial(_inputs, batch, dtype, device),
         expected=lambda images: inference(ours(size, CLASSES, device, torch.float64))(images.double()),
         compare=lambda result, expected: relative_error(result, expected, TOLERANCE[dtype]),
         contenders=contenders,
-        headline=headline,
+        headline=headline and mode is None,
+        late=mode is not None,
+        images=batch,
     )
 
 
-def inference(model: nn.Module, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def inference(
+    model: nn.Module, forward: Callable[..., Any] | None = None, layout: torch.memory_format = torch.channels_last
+) -> Callable[..., Any]:
+    model.eval().to(memory_format=layout)  # type: ignore[call-overload]
     forward = model if forward is None else forward
 
     def run(images: Tensor) -> list[Tensor]:

@@ -5,11 +5,13 @@ The turns go A B C, C B A, A B C, ...: else one would always follow the contende
 On CUDA there are two clocks. "call" is a whole call between two synchronisations, launches included, as a user sees
 it. "graph" replays a CUDA graph that holds one call for every set of inputs, between two CUDA events, divided by
 their number: the kernels alone. The sets exceed the L2 cache together, and the graph keeps every output, so that
-neither reads nor writes are served from it. On a CPU "call" is the only clock.
+neither reads nor writes are served from it. "host" is the part of "call" until the call returns: where it is all of it,
+the device waits for the host, and a faster kernel gains nothing. On a CPU "call" is the only clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -40,6 +42,7 @@ class Contender:
     build: Callable[[], Callable[..., Any]]  # imports what it needs and returns what is timed
     result: Callable[[Any], Any] = lambda output: output  # what `Case.compare` takes; not timed
     graph: bool = False  # whether it can be captured, that is, never synchronises
+    warm_up: int = 0  # calls before the first that counts, besides that whose result is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Case:
     bytes: int | None = None  # that a call must move, for memory-bound ops
     group: str | None = None  # of cases whose ratios have a mean worth telling
     headline: bool = True  # measured first, and by --quick
+    late: bool = False  # measured after all others, and not by --quick: its contenders take minutes to compile
+    images: int | None = None  # of a call, where images a second are worth telling
     least: int = 5  # rounds, however long they take
 
 
@@ -80,14 +85,16 @@ def own(
     ]
 
 
-def compiled(device: torch.device, function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+def compiled(
+    device: torch.device, function: Callable[..., Any], mode: str | None = None
+) -> Callable[[], Callable[..., Any]]:
     """Builder of a `torch.compile` contender."""
 
     def build() -> Callable[..., Any]:
         if device.type != "cuda":
             raise Absent("measured on GPUs only")
         torch.compiler.reset()
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, mode=mode)
 
     return build
 
@@ -120,15 +127,10 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
     A contender that is absent, fails or is wrong gets no times and a `why`. `seconds` is spent on each clock, on
     at least `least` and at most `most` rounds.
     """
-    cuda = device.type == "cuda"
-    sets = [case.inputs(0)]
-    if cuda:
-        size = sum(x.numel() * x.element_size() for x in sets[0] if isinstance(x, Tensor))
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        sets += [case.inputs(seed) for seed in range(1, min(max(2, -(-2 * cache // max(size, 1))), 16))]
+    cuda, sets = device.type == "cuda", input_sets(case, device)
     entries: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[..., Any]] = {}
-    expected = case.expected(*sets[0])
+    expected = exact(case, sets[0])
     for contender in case.contenders:
         entry: dict[str, Any] = {}
         entries[contender.name] = entry
@@ -137,7 +139,7 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
             output = call(*sets[0])
             entry["parity"] = case.compare(contender.result(output), expected)
             del output
-            for inputs in sets[1:]:
+            for inputs in sets[1:] + sets[:1] * contender.warm_up:
                 call(*inputs)
             entry["memory"] = _extra_memory(call, sets[-1], device)
         except (Absent, ImportError) as error:
@@ -151,8 +153,12 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
             calls[contender.name] = call
     del expected
     gc.collect()
-    times = {"call": _turns({n: _call_clock(call, sets, device) for n, call in calls.items()}, seconds, least, most)}
+    until_return: dict[str, list[float]] = {name: [] for name in calls}
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    clocks = {name: _call_clock(call, sets, wait, until_return[name]) for name, call in calls.items()}
+    times = {"call": _turns(clocks, seconds, least, most)}
     if cuda:
+        times["host"] = until_return
         torch.cuda.empty_cache()
         clocks = {}
         for contender in case.contenders:
@@ -165,7 +171,7 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
     for clock, by_name in times.items():
         for name, samples in by_name.items():
             entries[name][clock] = spread([1e3 * sample for sample in samples]) | {"rounds": len(samples)}
-            if case.bytes is not None and cuda:
+            if case.bytes is not None and cuda and clock != "host":
                 entries[name][clock]["gb_s"] = case.bytes / statistics.median(samples) / 1e9
     ours = case.contenders[0].name
     return {
@@ -174,6 +180,7 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
         "group": case.group,
         "shapes": case.shapes,
         "bytes": case.bytes,
+        "images": case.images,
         "input_sets": len(sets),
         "malloc": malloc_settings(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -185,12 +192,37 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
     }
 
 
+def input_sets(case: Case, device: torch.device) -> list[tuple[Any, ...]]:
+    """One on a CPU; on a GPU as many as exceed its L2 cache together, at least 2 and at most 16."""
+    sets = [case.inputs(0)]
+    if device.type == "cuda":
+        size = sum(x.numel() * x.element_size() for x in sets[0] if isinstance(x, Tensor))
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        sets += [case.inputs(seed) for seed in range(1, min(max(2, -(-2 * cache // max(size, 1))), 16))]
+    return sets
+
+
+def compile_first(case: Case) -> None:
+    """Calls its torch.compile once, which keeps on the disk what it compiled; what fails does so again when timed."""
+    inputs = case.inputs(0)
+    for contender in case.contenders:
+        if contender.name == "torch.compile":
+            with contextlib.suppress(Exception):
+                contender.build()(*inputs)
+
+
+def exact(case: Case, inputs: tuple[Any, ...]) -> Any:
+    """The float64 result, without cudnn's benchmark, which would try algorithms that take seconds in float64."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        return case.expected(*inputs)
+
+
 def verify(case: Case, device: torch.device) -> str:
     """The verdict on ours alone, without timing: how near it is to the float64 result, or what is wrong."""
     inputs = case.inputs(0)
     try:
         contender = case.contenders[0]
-        return "right: " + case.compare(contender.result(contender.build()(*inputs)), case.expected(*inputs))
+        return "right: " + case.compare(contender.result(contender.build()(*inputs)), exact(case, inputs))
     except (Absent, ImportError) as error:
         return f"absent: {_first_line(error)}"
     except Parity as error:
@@ -243,8 +275,10 @@ def _turns(clocks: dict[str, Callable[[], float]], seconds: float, least: int, m
     return times
 
 
-def _call_clock(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device) -> Callable[[], float]:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def _call_clock(
+    call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], synchronize: Callable[[], Any], until_return: list[float]
+) -> Callable[[], float]:
+    """Each reading adds to `until_return` the seconds until the call returned, whatever the device was at then."""
     turn = 0
 
     def clock() -> float:
@@ -253,6 +287,7 @@ def _call_clock(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], devic
         synchronize()
         start = time.perf_counter()
         output = call(*inputs)
+        until_return.append(time.perf_counter() - start)
         synchronize()
         end = time.perf_counter()
         del output

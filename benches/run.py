@@ -35,6 +35,7 @@ OPS = (  # in order of importance
     "deformable_attention",
     "dwconv_bn_silu",
     "bn_silu",
+    "quality_focal_loss",
     "letterbox",
     "forward",
     "rtdetr",
@@ -108,9 +109,10 @@ class Results:
         self.record: dict[str, Any] = {"device": describe(device), "versions": versions(), "quick": quick}
         old = json.loads(path.read_text()) if path.exists() else {}
         same = all(old.get(key) == self.record[key] for key in self.record)
-        self.record["copy_gb_s"] = harness.copy_bandwidth(device) if cuda else None
+        known = old.get("copy_gb_s") if same and only is not None else None
+        self.record["copy_gb_s"] = (known or harness.copy_bandwidth(device)) if cuda else None
         # of `benches.gpu`
-        self.record |= {key: old[key] for key in ("tests", "verdicts") if same and key in old}
+        self.record |= {key: old[key] for key in ("call", "tests", "verdicts", "sweep") if same and key in old}
         pinned = bool(self.key_suffix)
         anew = None if only is None else {self.key(case) for case in only}
         for part in ("not_measured", "cases"):

@@ -18,6 +18,7 @@ OPS = {
     "deformable_attention": "Deformable attention",
     "dwconv_bn_silu": "Depth-wise convolution + BatchNorm + SiLU",
     "bn_silu": "BatchNorm + SiLU",
+    "quality_focal_loss": "Quality focal loss",
     "letterbox": "Letterbox",
     "layers": "Layers",
     "forward": "Forward pass of the whole network",
@@ -31,6 +32,7 @@ OPS = {
 }
 KERNELS = (
     *("assign", "rotated_iou", "nms", "dynamic_mask", "deformable_attention", "dwconv_bn_silu", "bn_silu"),
+    "quality_focal_loss",
     "letterbox",
 )
 PICTURES = {  # file name -> title, ops
@@ -41,7 +43,8 @@ REASONS = {"absent": "not here", "wrong": "not timed, wrong", "failed": "failed"
 INTRO = """# Benches
 
 Generated from `results/*.json` by `make bench` (`pytest benches --benchmark-only`, or `python -m benches.run` without
-pytest; `make gpu` on a GPU machine); do not edit. `make bench-compare` tells what got slower since.
+pytest; `make gpu` on a GPU machine, which also writes [docs/gpu.md](../docs/gpu.md)); do not edit. `make bench-compare`
+tells what got slower since.
 
 How many times faster ours is than each peer, and how many times less extra memory it takes at its peak: ratios of
 medians, in brackets the quartiles of the ratios of single rounds. All contenders of a row ran in turns in one process
@@ -49,14 +52,15 @@ on the same inputs, after warm-up, and a contender whose result differed from th
 iterations with their data draw batches of their own: each is checked on its own. Input pipelines are random: they must
 agree in the number and size of boxes and the grey level over 256 images.) A CPU's clock is "call". On a GPU "graph" is
 a CUDA graph's replay (kernels only) over inputs that exceed the L2 cache, for
-contenders that can be captured, and "call" a call between two synchronisations, launches included.
+contenders that can be captured, and "call" a call between two synchronisations, launches included. Goals, and how long
+the host takes of a call, stand in [docs/gpu.md](../docs/gpu.md).
 Extra memory on a CPU is the growth of the resident set at its peak, on a GPU PyTorch's peak; outputs are included.
 The bandwidth counts the bytes that the fused op must move, for every contender.
 """
 
 
 def write(folder: Path) -> None:
-    records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    records = devices({path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))})
     parts = [INTRO]
     for kind, heading in (("cpu", "CPU"), ("cuda", "GPU")):
         found = {stem: record for stem, record in records.items() if record["device"]["type"] == kind}
@@ -70,6 +74,19 @@ def write(folder: Path) -> None:
     part = folder / "README.part"
     part.write_text(text)
     part.replace(folder / "README.md")
+
+
+def devices(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records by file name, where those of the calls of `benches.gpu` on one device are one."""
+    found: dict[str, dict[str, Any]] = {}
+    for stem, record in records.items():
+        stem = stem.removesuffix(f"-{record.get('call')}")
+        if stem in found and found[stem]["versions"] == record["versions"]:
+            for part in ("cases", "not_measured"):
+                found[stem][part] = {**found[stem][part], **record[part]}
+        else:
+            found[stem if stem not in found else f"{stem}-{record.get('call')}"] = record
+    return found
 
 
 def draw(folder: Path, stem: str, record: dict[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benches/README.md")
@@ -20,9 +21,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Pages of docs/ stand at the top of the site, beside README.md."""
-    return re.sub(r"\]\((?:\.\./)?(?:docs/|(?=benches/|CONTRIBUTING|CHANGELOG|SECURITY|README))", "](", markdown)
+    top = "](" + "../" * page.file.src_uri.count("/")
+    return re.sub(r"\]\((?:\.\./)?(?:docs/|(?=benches/|CONTRIBUTING|CHANGELOG|SECURITY|README))", top, markdown)
 
 
 class Package(griffe.Extension):

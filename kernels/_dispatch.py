@@ -123,6 +123,39 @@ def memory_barrier(AMD: tl.constexpr):
 IS_AMD = torch.version.hip is not None
 
 
+@triton.jit
+def is_last(counter_ptr, expected, AMD: tl.constexpr):
+    """Whether this program is the last of `expected` that come here: it may load what all of them stored before.
+
+    `counter_ptr` is one of `counters`. Each program's threads wait for their stores before one of them counts; counting
+    publishes them (release) and, for the last, lets no load go before it (acquire). Such loads take ".cg", which passes
+    by the cache of a multiprocessor. Which program is last hangs on the moment: whoever it is, it has to do the same.
+    """
+    memory_barrier(AMD)
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def counters(x: torch.Tensor, number: int) -> torch.Tensor:
+    """At least `number` integers 0 on x's device, for `is_last`, which leaves them so.
+
+    Kept for each stream, whose kernels follow each other: clearing them is a launch. A CUDA graph, which may be
+    replayed on any stream, and a trace clear their own.
+    """
+    if not _launches.real or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(number, dtype=torch.int32, device=x.device)
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    if key not in _counters or len(_counters[key]) < number:
+        _counters[key] = torch.zeros(max(number, 4096), dtype=torch.int32, device=x.device)
+    return _counters[key]
+
+
 class TritonOp:
     """`torch.library.triton_op` that runs on the GPU of its first argument: Triton launches on the current one.
 
@@ -131,8 +164,10 @@ class TritonOp:
     such ops is loaded after `import rtmdet_fast.kernels._registered`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], *, opaque: bool = False) -> None:
-        self.name, self.function, self.opaque = name, function, opaque
+    def __init__(
+        self, name: str, function: Callable[..., Any], *, opaque: bool = False, mutates: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.function, self.opaque, self.mutates = name, function, opaque, mutates
         self._more: list[Callable[[Any], Any]] = []
 
     def __call__(self, *arguments: Any) -> Any:
@@ -161,19 +196,22 @@ class TritonOp:
         """The op as PyTorch knows it, registered at first access."""
         # without Triton a plain op, which is never called: torch's own decorator would warn of each
         make: Any = torch.library.triton_op if AVAILABLE and not self.opaque else torch.library.custom_op
-        op = make(self.name, self.function, mutates_args=())
+        op = make(self.name, self.function, mutates_args=self.mutates)
         op.register_kernel("cuda")(self.undispatched)
         for add in self._more:
             add(op)
         return op
 
 
-def triton_op(name: str, *, opaque: bool = False) -> Callable[[Callable[..., Any]], TritonOp]:
+def triton_op(
+    name: str, *, opaque: bool = False, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], TritonOp]:
     """Makes a function of tensors and numbers, the first of them a tensor, a `TritonOp`.
 
-    `opaque`: torch.compile calls it and does not look into it; it needs `register_fake`.
+    `opaque`: torch.compile calls it and does not look into it; it needs `register_fake`. `mutates`: parameters that it
+    writes to; PyTorch lets such an op have no gradient.
     """
-    return partial(TritonOp, name, opaque=opaque)
+    return partial(TritonOp, name, opaque=opaque, mutates=mutates)
 
 
 # of kernels that pass pointers through tuples it takes all for written there, and clones what they only read

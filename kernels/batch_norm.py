@@ -9,14 +9,26 @@ weight, bias, mean and var go through the host's functions as one tuple.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, use_triton, wrap_triton
+from rtmdet_fast.kernels import _dispatch
+from rtmdet_fast.kernels._dispatch import (
+    TritonOp,
+    cdiv,
+    counters,
+    is_last,
+    tl,
+    triton,
+    unwatched,
+    use_triton,
+    wrap_triton,
+)
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, var
 
@@ -28,6 +40,12 @@ TUNING = {
     "small_image_channels": 4,  # ... so that it takes this many
     "programs": 2048,  # of a kernel that sums: they keep any GPU busy
     "program_tiles": 64,  # at most, for the factor that cancellation may cost
+    # rows of partial results that a program merges at once, of a tile's: more take more registers than the sums before
+    "merged": 4,
+    "group": 8,  # times as many parts are a group, which one program merges; the last of those merges the groups
+    # elements of x below which PyTorch's own batch_norm and silu train, as then launches are all that counts and both
+    # take as many: 2^16 in fp16 are read in 0.1 us. Not measured.
+    "least_training": 2**16,
     "merge_parts": 1024,  # partial moments that `_merge_kernel` takes at once: few programs, of many threads
     "merge_channels": 8,
     "merge_warps": 16,
@@ -36,6 +54,11 @@ TUNING = {
 
 def takes_triton(x: Tensor) -> bool:
     return use_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether PyTorch's own kernels train on `x`: not where RTMDET_FAST_KERNELS insists on Triton."""
+    return _dispatch.BACKEND == "auto" and x.numel() < TUNING["least_training"]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -83,6 +106,26 @@ def group_name(process_group: dist.ProcessGroup | None) -> str:
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Sum of `x` over the processes of the group of that name; traceable."""
     return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def with_running_stats(op: TritonOp, x: Tensor, *rest: Any, running: tuple[Tensor, Tensor]) -> Any:
+    """`op` of `x`, `rest` and the running statistics, which it updates; nothing of it has a gradient."""
+    with torch.no_grad():
+        x = x.detach()
+        if not unwatched(x):
+            return op(x, *rest, *running)
+        return op.undispatched(x, *rest, *running)
+
+
+@contextmanager
+def contiguous_running_stats(mean: Tensor, var: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both as kernels write them; copied back where they are no plain vectors."""
+    dense = mean.is_contiguous() and var.is_contiguous()
+    running = (mean, var) if dense else (mean.contiguous(), var.contiguous())
+    yield running
+    if not dense:
+        mean.copy_(running[0])
+        var.copy_(running[1])
 
 
 def update_running_stats(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float) -> None:
@@ -158,38 +201,106 @@ def load_du(dy_ptr, x_ptr, offsets, valid, parameters):
     return silu_backward(dy, xhat * weight + bias), xhat
 
 
-@triton.jit(do_not_specialize=["parts", "fold"])
-def _merge_kernel(partial_ptr, stats_ptr, channels, parts, fold, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """BLOCK_C channels of moments [parts / fold, 3, fold, C] -> [5, C].
+@triton.jit
+def merge_parts(ptr, first, end, c, channels, FOLD: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Moments of channels `c` [BLOCK_C] of the parts first to end - 1 of [parts / FOLD, 3, FOLD, channels].
 
-    Rows: mean, sum of squared deviations, count, variance, unbiased variance. BLOCK_P parts are merged at once.
+    In this order, BLOCK_P at once.
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_channels = (c < channels)[None, :]
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    n = tl.zeros([BLOCK_C], tl.float32)
-    start = 0
-    while start < parts:
-        p = start + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
-        at = partial_ptr + (p // fold * 3 * fold + p % fold) * channels + c[None, :]
-        valid = in_channels & (p < parts)
-        mean_ = tl.load(at, mask=valid, other=0)
-        m2_ = tl.load(at + fold * channels, mask=valid, other=0)
-        n_ = tl.load(at + 2 * fold * channels, mask=valid, other=0)
+    mean = tl.zeros(c.shape, tl.float32)
+    m2 = tl.zeros(c.shape, tl.float32)
+    n = tl.zeros(c.shape, tl.float32)
+    while first < end:
+        p = first + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+        at = ptr + (p // FOLD * 3 * FOLD + p % FOLD) * channels + c[None, :]
+        valid = (c < channels)[None, :] & (p < end)
+        mean_ = tl.load(at, mask=valid, other=0, cache_modifier=".cg")
+        m2_ = tl.load(at + FOLD * channels, mask=valid, other=0, cache_modifier=".cg")
+        n_ = tl.load(at + 2 * FOLD * channels, mask=valid, other=0, cache_modifier=".cg")
         mean_, m2_, n_ = merge_moments(mean_, m2_, n_, 0)
         deviation = mean_ - mean
         total = tl.maximum(n + n_, 1)
         mean += deviation * (n_ / total)
         m2 += m2_ + deviation * deviation * (n * n_ / total)
         n = total
-        start += BLOCK_P
-    at = stats_ptr + c
+        first += BLOCK_P
+    return mean, m2, n
+
+
+@triton.jit
+def add_parts(ptr, first, end, c, channels, FOLD: tl.constexpr, BLOCK_P: tl.constexpr):
+    """As `merge_parts` the two sums of [parts / FOLD, 2, FOLD, channels]."""
+    s1 = tl.zeros(c.shape, tl.float32)
+    s2 = tl.zeros(c.shape, tl.float32)
+    while first < end:
+        p = first + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+        at = ptr + (p // FOLD * 2 * FOLD + p % FOLD) * channels + c[None, :]
+        valid = (c < channels)[None, :] & (p < end)
+        s1 += tl.sum(tl.load(at, mask=valid, other=0, cache_modifier=".cg"), 0)
+        s2 += tl.sum(tl.load(at + FOLD * channels, mask=valid, other=0, cache_modifier=".cg"), 0)
+        first += BLOCK_P
+    return s1, s2
+
+
+@triton.jit
+def store_moments(ptr, row, c, channels, mean, m2, n):
+    """Into row `row` of [parts, 3, channels]."""
+    at = ptr + row.to(tl.int64) * 3 * channels + c
     tl.store(at, mean, mask=c < channels)
     tl.store(at + channels, m2, mask=c < channels)
     tl.store(at + 2 * channels, n, mask=c < channels)
-    tl.store(at + 3 * channels, m2 / n, mask=c < channels)
-    tl.store(at + 4 * channels, m2 / tl.maximum(n - 1, 1), mask=c < channels)
+
+
+@triton.jit
+def store_statistics(stats_ptr, running_mean_ptr, running_var_ptr, c, channels, mean, m2, n, momentum):
+    """[5, C]: mean, sum of squared deviations, count, variance and unbiased variance; the running statistics follow."""
+    variance = m2 / tl.maximum(n - 1, 1)
+    store_moments(stats_ptr, tl.program_id(0) * 0, c, channels, mean, m2, n)
+    tl.store(stats_ptr + 3 * channels + c, m2 / n, mask=c < channels)
+    tl.store(stats_ptr + 4 * channels + c, variance, mask=c < channels)
+    if running_mean_ptr is not None:
+        momentum = tl.cast(momentum, tl.float32)
+        old = tl.load(running_mean_ptr + c, mask=c < channels, other=0)
+        tl.store(running_mean_ptr + c, old + momentum * (mean - old), mask=c < channels)
+        old = tl.load(running_var_ptr + c, mask=c < channels, other=0)
+        tl.store(running_var_ptr + c, old + momentum * (variance - old), mask=c < channels)
+
+
+@triton.jit
+def comes_last_of_group(counter_ptr, group_parts, AMD: tl.constexpr):
+    """Whether this program is the last of its `group_parts` parts (of the last group fewer) of its block of channels.
+
+    And the number of the group, the first of its parts, and the one after its last. Counters are one for each block of
+    channels, then one for each group of each.
+    """
+    group = tl.program_id(0) // group_parts
+    first = group * group_parts
+    end = tl.minimum(first + group_parts, tl.num_programs(0))
+    place = tl.num_programs(1) + tl.program_id(1) * tl.cdiv(tl.num_programs(0), group_parts) + group
+    return is_last(counter_ptr + place, end - first, AMD), group, first, end
+
+
+@triton.jit
+def comes_last_of_all(counter_ptr, groups, FOLD: tl.constexpr, AMD: tl.constexpr):
+    """Whether it is, of those that were last of their group, the last of its block of channels.
+
+    Or, where FOLD spreads a channel over several blocks, the last of all.
+    """
+    if FOLD == 1:
+        return is_last(counter_ptr + tl.program_id(1), groups, AMD)
+    else:
+        return is_last(counter_ptr, groups * tl.num_programs(1), AMD)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_kernel(
+    partial_ptr, stats_ptr, running_mean_ptr, running_var_ptr, channels, parts, momentum,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C channels of moments [parts, 3, C] -> [5, C], see `store_statistics`. BLOCK_P parts are merged at once."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, m2, n = merge_parts(partial_ptr, tl.program_id(0) * 0, parts, c, channels, 1, BLOCK_P)
+    store_statistics(stats_ptr, running_mean_ptr, running_var_ptr, c, channels, mean, m2, n, momentum)
 
 
 @triton.jit(do_not_specialize=["image_tiles"])
@@ -210,13 +321,18 @@ def _apply_kernel(
     tl.store(y_ptr + offsets, y, mask=valid)
 
 
-@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles"])
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles", "group_parts"])
 def _sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, partial_ptr,
-    channels, pixels, image_tiles, tiles, program_tiles, eps,
-    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, count_ptr, partial_ptr, sums_ptr, counter_ptr,
+    channels, pixels, image_tiles, tiles, program_tiles, group_parts, eps,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    AMD: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [parts, 2, C] of du and of du xhat, each over `program_tiles` tiles."""
+    """Sums [4, C] of du and of du xhat, and both divided by the count (0 where there is none).
+
+    A program adds up `program_tiles` tiles, the last of a group of programs their sums [parts + groups, 2, C], and the
+    last of these the sums of the groups.
+    """
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     part = tl.program_id(0)
     tile = part * program_tiles
@@ -235,6 +351,45 @@ def _sums_kernel(
     at = partial_ptr + part.to(tl.int64) * 2 * channels + c
     tl.store(at, tl.sum(s1, AXIS), mask=c < channels)
     tl.store(at + channels, tl.sum(s2, AXIS), mask=c < channels)
+
+    last, group, first, end = comes_last_of_group(counter_ptr, group_parts, AMD)
+    if last:
+        groups = tl.cdiv(tl.num_programs(0), group_parts)
+        partial2_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * channels
+        t1, t2 = add_parts(partial_ptr, first, end, c, channels, 1, BLOCK_P)
+        tl.store(partial2_ptr + group * 2 * channels + c, t1, mask=c < channels)
+        tl.store(partial2_ptr + (group * 2 + 1) * channels + c, t2, mask=c < channels)
+        if comes_last_of_all(counter_ptr, groups, FOLD, AMD):
+            each = channels // FOLD
+            start = tl.program_id(1) * (BLOCK[0] if FOLD == 1 else 0)
+            stop = tl.minimum(start + BLOCK[0], each) if FOLD == 1 else each
+            while start < stop:
+                c = start + tl.arange(0, BLOCK[0])
+                t1, t2 = add_parts(partial2_ptr, group * 0, groups * FOLD, c, each, FOLD, BLOCK_P)
+                share = tl.zeros_like(t1)
+                if count_ptr is not None:
+                    share += 1 / tl.load(count_ptr + c, mask=c < each, other=1)
+                tl.store(sums_ptr + c, t1, mask=c < each)
+                tl.store(sums_ptr + each + c, t2, mask=c < each)
+                tl.store(sums_ptr + 2 * each + c, t1 * share, mask=c < each)
+                tl.store(sums_ptr + 3 * each + c, t2 * share, mask=c < each)
+                start += BLOCK[0]
+
+
+@triton.jit(do_not_specialize=["image_tiles"])
+def _dx_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, channels, pixels, image_tiles, eps,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx, from the means [2, C] of du and du xhat (zeros where the statistics were given)."""
+    c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+    inside, c = c < channels, unfolded(c, channels, FOLD)
+    parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
+    mean_du = tl.load(means_ptr + c, mask=inside, other=0)
+    mean_du_xhat = tl.load(means_ptr + channels // FOLD + c, mask=inside, other=0)
+    du, xhat = load_du(dy_ptr, x_ptr, offsets, valid, parameters)
+    dx = (du - mean_du - xhat * mean_du_xhat) * (parameters[0] * parameters[3])
+    tl.store(dx_ptr + offsets, dx, mask=valid)
 
 
 def tiling(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
@@ -259,23 +414,47 @@ def tiling(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, 
     return (images * image_tiles, cdiv(channels, block_c)), (channels, pixels, image_tiles), constexprs
 
 
-def program_tiles(tiles: int, channel_blocks: int) -> int:
-    """Tiles of a program that sums."""
-    return min(TUNING["program_tiles"], cdiv(tiles * channel_blocks, TUNING["programs"]))
+def summing(x: Tensor) -> tuple[tuple[int, int], tuple[int, ...], int, Tensor, dict[str, Any]]:
+    """What a kernel that sums over x is launched with.
+
+    The grid (parts, channel blocks); channels, pixels and tiles of an image, all tiles, tiles of a part and parts of a
+    group; the number of parts and groups; counters; constexprs.
+    """
+    (tiles, channel_blocks), sizes, constexprs = tiling(x)
+    each = min(TUNING["program_tiles"], cdiv(tiles * channel_blocks, TUNING["programs"]))
+    block_p = max(constexprs["BLOCK"][1] // TUNING["merged"], 1)
+    parts, group_parts = cdiv(tiles, each), TUNING["group"] * block_p
+    groups = cdiv(parts, group_parts)
+    counter = counters(x, channel_blocks * (1 + groups))
+    sizes = *sizes, tiles, each, group_parts
+    return (
+        (parts, channel_blocks),
+        sizes,
+        parts + groups,
+        counter,
+        {**constexprs, "BLOCK_P": block_p, "AMD": _dispatch.IS_AMD},
+    )
 
 
-def merge_partial_moments(partial: Tensor, group: str, fold: int = 1) -> Tensor:
-    """Moments [parts, 3, fold C] of this process and then of all -> [5, C], see `_merge_kernel`."""
-    parts, channels = partial.shape[0] * fold, partial.shape[2] // fold
-    stats = partial.new_empty(5, channels)
-    blocks = dict(BLOCK_P=TUNING["merge_parts"], BLOCK_C=TUNING["merge_channels"])
-    grid = (cdiv(channels, TUNING["merge_channels"]),)
-    wrap_triton(_merge_kernel)[grid](partial, stats, channels, parts, fold, **blocks, num_warps=TUNING["merge_warps"])
-    if group:
-        size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(stats[:3], size, group)
-        return merge_partial_moments(torch.ops._c10d_functional.wait_tensor(gathered).view(size, 3, channels), "")
+def statistics_of_parts(
+    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> Tensor:
+    """Moments [parts, 3, C] -> [5, C], see `store_statistics`."""
+    (parts, _, channels), tuning = partial.shape, TUNING
+    stats = torch.empty(5, channels, dtype=torch.float32, device=partial.device)
+    blocks = dict(BLOCK_P=tuning["merge_parts"], BLOCK_C=tuning["merge_channels"])
+    wrap_triton(_merge_kernel)[(cdiv(channels, tuning["merge_channels"]),)](
+        partial, stats, running_mean, running_var, channels, parts, momentum, **blocks,
+        num_warps=tuning["merge_warps"],
+    )  # fmt: skip
     return stats
+
+
+def gather_moments(stats: Tensor, group: str) -> Tensor:
+    """Moments [processes, 3, C] of all processes, from the statistics [5, C] of this one."""
+    size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(stats[:3], size, group)
+    return torch.ops._c10d_functional.wait_tensor(gathered).view(size, 3, -1)
 
 
 def normalise(x: Tensor, parameters: Parameters, residual: Tensor | None, eps: float) -> Tensor:
@@ -292,22 +471,28 @@ def normalise(x: Tensor, parameters: Parameters, residual: Tensor | None, eps: f
     return y
 
 
-def gradient_sums(dy: Tensor, x: Tensor, parameters: Parameters, eps: float) -> Tensor:
-    """[2, C]: the sums of du and of du xhat, which are dbias and dweight. `dy` is in x's memory format."""
-    (tiles, channel_blocks), sizes, constexprs = tiling(x)
-    each = program_tiles(tiles, channel_blocks)
-    partial = torch.empty(cdiv(tiles, each), 2, sizes[0], dtype=torch.float32, device=x.device)
-    wrap_triton(_sums_kernel)[partial.shape[0], channel_blocks](
-        dy, x, *parameters, partial, *sizes, tiles, each, eps, **constexprs
-    )
-    return partial.view(len(partial), 2, constexprs["FOLD"], x.shape[1]).sum((0, 2))
+def gradient_sums(
+    dy: Tensor, x: Tensor, parameters: Parameters, count: Tensor | None, eps: float, group: str
+) -> tuple[Tensor, Tensor]:
+    """Sums [2, C] of du and of du xhat, which are dbias and dweight, and their means over the batch of all processes.
+
+    Means are zeros without a `count`, where no statistics were taken of a batch. `dy` is in x's memory format.
+    """
+    grid, sizes, rows, counter, constexprs = summing(x)
+    partial = torch.empty(rows, 2, sizes[0], dtype=torch.float32, device=x.device)
+    sums = torch.empty(4, x.shape[1], dtype=torch.float32, device=x.device)
+    wrap_triton(_sums_kernel)[grid](dy, x, *parameters, count, partial, sums, counter, *sizes, eps, **constexprs)
+    if group and count is not None:
+        return sums[:2], all_reduce(sums[:2], group) / count
+    return sums[:2], sums[2:]
 
 
-def gradient_means(sums: Tensor, count: Tensor | None, group: str) -> Tensor:
-    """Means of `sums` over the batch of all processes; zeros where no statistics were taken of a batch."""
-    if count is None:
-        return torch.zeros_like(sums)
-    return (all_reduce(sums, group) if group else sums) / count
+def input_gradient(dy: Tensor, x: Tensor, parameters: Parameters, means: Tensor, eps: float) -> Tensor:
+    """dx, by the means of `gradient_sums`. `dy` is in x's memory format."""
+    dx = torch.empty_like(x, memory_format=memory_format(x))
+    grid, sizes, constexprs = tiling(x)
+    wrap_triton(_dx_kernel)[grid](dy, x, *parameters, means, dx, *sizes, eps, **constexprs)
+    return dx
 
 
 def save_for_backward(

@@ -12,6 +12,11 @@ Statistics. A program sums x - s and (x - s)^2 in fp32, with s the mean of its c
 finds lies within sqrt(N / n) standard deviations of s (N values, n of them in the tile), so at most a factor N / n
 (64 for full tiles) is lost to cancellation however large the mean; Chan, Golub and LeVeque's formula (1983) merges
 programs, and processes under SyncBN. Float atomics appear nowhere: a result is the same bit for bit in every run.
+
+Launches. Two forward and two backward, and one counts the batch: programs count how many of them have stored their
+partial sums, and the last of a group merges them, always in the same order (`_dispatch.is_last`); the last of these
+merges the groups, and forward moves the running statistics. Eager PyTorch has five launches too. The merging takes
+fewer registers than the sums before it, so that it costs no program its place on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -24,8 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtmdet_fast.kernels import batch_norm as bn
-from rtmdet_fast.kernels._dispatch import cdiv, tl, triton, triton_op, unwatched, wrap_triton
-from rtmdet_fast.kernels.batch_norm import load_du, load_parameters, tile_offsets, unfolded
+from rtmdet_fast.kernels._dispatch import tl, triton, triton_op, unwatched, wrap_triton
+from rtmdet_fast.kernels.batch_norm import (
+    comes_last_of_all,
+    comes_last_of_group,
+    merge_parts,
+    store_moments,
+    store_statistics,
+    tile_offsets,
+)
 
 
 def bn_silu(
@@ -43,16 +55,16 @@ def bn_silu(
     parameters = weight, bias, running_mean, running_var
     bn.check_batch_norm(x, *parameters)
     bn.check_residual(residual, x.shape, x)
-    if not bn.takes_triton(x):
+    if not bn.takes_triton(x) or (training and process_group is None and bn.is_small(x)):
         options: dict[str, Any] = dict(momentum=momentum, eps=eps, residual=residual, process_group=process_group)
         return bn_silu_reference(x, *parameters, training=training, **options)
     if not training:
         op = _inference.undispatched if unwatched(x) else _inference
         return op(x, *parameters, residual, eps)
     bn.check_count(x.numel() // x.shape[1], x.shape, process_group)
-    y, stats = _training(x, weight, bias, residual, eps, bn.group_name(process_group))
-    bn.update_running_stats(running_mean, running_var, stats, momentum)
-    return y
+    group = bn.group_name(process_group)
+    stats = bn.with_running_stats(_statistics, x, momentum, group, running=(running_mean, running_var))
+    return _training(x, weight, bias, residual, stats, eps, group)
 
 
 def bn_silu_reference(
@@ -110,12 +122,18 @@ def sync_batch_norm(
     return y.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles"])
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles", "group_parts"])
 def _moments_kernel(
-    x_ptr, partial_ptr, channels, pixels, image_tiles, tiles, program_tiles,
-    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, partial_ptr, stats_ptr, running_mean_ptr, running_var_ptr, counter_ptr,
+    channels, pixels, image_tiles, tiles, program_tiles, group_parts, momentum,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    AMD: tl.constexpr,
 ):  # fmt: skip
-    """Partial moments [parts, 3, C]: mean, sum of squared deviations and count, each of `program_tiles` tiles."""
+    """Statistics [5, C], see `store_statistics`.
+
+    A program takes the moments of `program_tiles` tiles, the last of a group of programs merges theirs [parts + groups,
+    3, C], and the last of these those of the groups. Whichever is last merges in the same order.
+    """
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     part = tl.program_id(0)
     tile = part * program_tiles
@@ -139,26 +157,23 @@ def _moments_kernel(
     mean = tl.sum(shift, AXIS) + total / count
     m2 = tl.sum(s2, AXIS) - total * total / count
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0])
-    at = partial_ptr + part.to(tl.int64) * 3 * channels + c
-    tl.store(at, mean, mask=c < channels)
-    tl.store(at + channels, tl.where(m2 < 0, 0, m2), mask=c < channels)  # a NaN stays
-    tl.store(at + 2 * channels, count, mask=c < channels)
+    store_moments(partial_ptr, part, c, channels, mean, tl.where(m2 < 0, 0, m2), count)  # a NaN stays
 
-
-@triton.jit(do_not_specialize=["image_tiles"])
-def _dx_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, channels, pixels, image_tiles, eps,
-    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A tile of dx, from the means [2, C] of du and du xhat (zeros where the statistics were given)."""
-    c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
-    inside, c = c < channels, unfolded(c, channels, FOLD)
-    parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
-    mean_du = tl.load(means_ptr + c, mask=inside, other=0)
-    mean_du_xhat = tl.load(means_ptr + channels // FOLD + c, mask=inside, other=0)
-    du, xhat = load_du(dy_ptr, x_ptr, offsets, valid, parameters)
-    dx = (du - mean_du - xhat * mean_du_xhat) * (parameters[0] * parameters[3])
-    tl.store(dx_ptr + offsets, dx, mask=valid)
+    last, group, first, end = comes_last_of_group(counter_ptr, group_parts, AMD)
+    if last:
+        groups = tl.cdiv(tl.num_programs(0), group_parts)
+        partial2_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * 3 * channels
+        mean, m2, count = merge_parts(partial_ptr, first, end, c, channels, 1, BLOCK_P)
+        store_moments(partial2_ptr, group, c, channels, mean, m2, count)
+        if comes_last_of_all(counter_ptr, groups, FOLD, AMD):
+            each = channels // FOLD
+            start = tl.program_id(1) * (BLOCK[0] if FOLD == 1 else 0)
+            stop = tl.minimum(start + BLOCK[0], each) if FOLD == 1 else each
+            while start < stop:
+                c = start + tl.arange(0, BLOCK[0])
+                mean, m2, count = merge_parts(partial2_ptr, group * 0, groups * FOLD, c, each, FOLD, BLOCK_P)
+                store_statistics(stats_ptr, running_mean_ptr, running_var_ptr, c, each, mean, m2, count, momentum)
+                start += BLOCK[0]
 
 
 @triton_op("rtmdet_fast::bn_silu_inference")
@@ -173,17 +188,26 @@ def _(x, weight, bias, mean, var, residual, eps):
     return torch.empty_like(x, memory_format=bn.memory_format(x))
 
 
+@triton_op("rtmdet_fast::bn_silu_statistics", mutates=("running_mean", "running_var"))
+def _statistics(x: Tensor, momentum: float, group: str, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """Of the batches of all processes [5, C]; moves the running statistics towards them."""
+    x = x.contiguous(memory_format=bn.memory_format(x))
+    grid, sizes, rows, counter, constexprs = bn.summing(x)
+    partial = torch.empty(rows, 3, sizes[0], dtype=torch.float32, device=x.device)
+    stats = torch.empty(5, x.shape[1], dtype=torch.float32, device=x.device)
+    with bn.contiguous_running_stats(running_mean, running_var) as running:
+        at_once = (None, None) if group else running
+        wrap_triton(_moments_kernel)[grid](x, partial, stats, *at_once, counter, *sizes, momentum, **constexprs)
+        if group:
+            stats = bn.statistics_of_parts(bn.gather_moments(stats, group), *running, momentum)
+    return stats
+
+
 @triton_op("rtmdet_fast::bn_silu_training")
 def _training(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, group: str
-) -> tuple[Tensor, Tensor]:
-    x = x.contiguous(memory_format=bn.memory_format(x))
-    (tiles, channel_blocks), sizes, constexprs = bn.tiling(x)
-    each = bn.program_tiles(tiles, channel_blocks)
-    partial = torch.empty(cdiv(tiles, each), 3, sizes[0], dtype=torch.float32, device=x.device)
-    wrap_triton(_moments_kernel)[partial.shape[0], channel_blocks](x, partial, *sizes, tiles, each, **constexprs)
-    stats = bn.merge_partial_moments(partial, group, constexprs["FOLD"])
-    return bn.normalise(x, (weight, bias, stats[0], stats[3]), residual, eps), stats
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stats: Tensor, eps: float, group: str
+) -> Tensor:
+    return bn.normalise(x, (weight, bias, stats[0], stats[3]), residual, eps)
 
 
 @triton_op("rtmdet_fast::bn_silu_backward")
@@ -194,12 +218,8 @@ def _backward(
     format = bn.memory_format(x)
     x, dy = x.contiguous(memory_format=format), dy.contiguous(memory_format=format)
     parameters: bn.Parameters = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
-    du_sums = bn.gradient_sums(dy, x, parameters, eps)
-    dx = torch.empty_like(x, memory_format=format)
-    grid, sizes, constexprs = bn.tiling(x)
-    du_means = bn.gradient_means(du_sums, count, group)
-    wrap_triton(_dx_kernel)[grid](dy, x, *parameters, du_means, dx, *sizes, eps, **constexprs)
-    return dx, du_sums
+    sums, means = bn.gradient_sums(dy, x, parameters, count, eps, group)
+    return bn.input_gradient(dy, x, parameters, means, eps), sums
 
 
 def _inference_context(ctx, inputs, output):
@@ -212,12 +232,11 @@ def _inference_backward(ctx, dy):
 
 
 def _training_context(ctx, inputs, output):
-    x, weight, bias, residual, eps, group = inputs
-    ctx.mark_non_differentiable(output[1])
-    bn.save_for_backward(ctx, (x, weight, bias, output[1]), (weight, bias, residual), eps, group)
+    x, weight, bias, residual, stats, eps, group = inputs
+    bn.save_for_backward(ctx, (x, weight, bias, stats), (weight, bias, residual), eps, group)
 
 
-def _training_backward(ctx, dy, _):
+def _training_backward(ctx, dy):
     return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 

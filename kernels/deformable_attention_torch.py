@@ -6,7 +6,7 @@ rows of `value` of 128 bytes, 15 MB, of which `value` has 8.6 MB, and 3.7 M FMAs
 sample, 3.7 MB, to weight and add it afterwards. Here `value` stays as it is, and a head of a query is one bag of
 `embedding_bag`: the numbers of its 48 rows and a coefficient for each, bilinear weight times attention weight, which is
 all that is stored, 1.4 MB. Backward is a bag for each row of `value`, whose terms are rows of the upstream gradient:
-the row numbers are sorted, and nothing is added in an order that depends on threads.
+the bags of the forward pass, transposed, and nothing is added in an order that depends on threads.
 
 The ops are opaque to `torch.compile`. For export there is `deformable_attention_grid_sample`, in standard operators.
 """
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,23 +127,41 @@ def _outer(y: Tensor, x: Tensor) -> Tensor:
     return y[:, :, :, :, None] * x[:, :, :, None]
 
 
+def _sum(x: Tensor, dim: int) -> Tensor:
+    """Over one or two, which `sum` is slow at."""
+    first, *rest = x.unbind(dim)
+    return sum(rest, first)
+
+
 def _bags(rows: Tensor, table: Tensor, coefficients: Tensor) -> Tensor:
     """Sums of rows of `table`."""
     return F.embedding_bag(rows, table, per_sample_weights=coefficients, mode="sum")
 
 
-def _in_order(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers >= 0 [N], sorted, and where each stood; equal ones stay in their order.
+class _ByRow(NamedTuple):
+    """Terms of bags [N, K] in the order of the rows of the table that they take, those of a row in their own order."""
 
-    Both in one int64, as sorting values is faster than sorting places, and NumPy's sort than PyTorch's.
-    """
-    bits = (len(numbers) - 1).bit_length()
-    packed = (numbers.long() << bits) | torch.arange(len(numbers), device=numbers.device)
-    if packed.is_cpu:
-        packed.numpy().sort()
-    else:
-        packed = packed.sort().values
-    return packed >> bits, packed & ((1 << bits) - 1)
+    order: Tensor  # [N K] where each stood
+    bags: Tensor  # [N K] which bag it is of
+    starts: Tensor  # [rows of the table] where the terms of each row begin
+    rows: Tensor  # [N K] which row it takes
+
+
+def _by_row(rows: Tensor, count: int) -> _ByRow:
+    """rows: int [N, K], all below `count`."""
+    N, K = rows.shape
+    if rows.is_cpu:  # bags by rows are a sparse matrix, and SciPy transposes one by counting, without a sort
+        from scipy.sparse import csr_array  # type: ignore[import-untyped]
+
+        numbers = rows.numpy().ravel()
+        places = np.arange(N * K, dtype=numbers.dtype)
+        begin = np.arange(0, N * K + 1, K, dtype=numbers.dtype)
+        found = csr_array((places, numbers, begin), shape=(N, count)).tocsc()
+        taken = np.repeat(np.arange(count), np.diff(found.indptr))
+        return _ByRow(*(torch.from_numpy(x).long() for x in (found.data, found.indices, found.indptr[:-1], taken)))
+    taken, order = rows.flatten().sort(stable=True)
+    counts = torch.bincount(taken, minlength=count)
+    return _ByRow(order, order // K, counts.cumsum(0) - counts, taken.long())
 
 
 def undispatched(
@@ -170,7 +189,7 @@ def attention_backward(
     method: str, published_clamp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of value, locations (empty if the method is discrete) and weights."""
-    B, S, H, D = value.shape
+    D = value.shape[3]
     dtype = precision(value, locations, weights)
     discrete = method != "bilinear"
     dlocations = torch.empty_like(locations[:0] if discrete else locations)
@@ -184,22 +203,18 @@ def attention_backward(
     # Both gradients in the order of the rows of value, which then is read from its beginning to its end, while the
     # upstream rows, 0.3 MB an image, stay in the cache.
     table, dout = value.reshape(-1, D).to(dtype), dout.reshape(-1, D).to(dtype)
-    numbers, order = _in_order(rows.flatten())
-    counts = torch.bincount(numbers, minlength=B * S * H)
-    upstream, starts = order // (len(order) // len(dout)), counts.cumsum(0) - counts
+    order, bags, starts, numbers = _by_row(rows.view(len(dout), -1), len(table))
     in_order = coefficients.flatten().index_select(0, order)
-    dvalue = F.embedding_bag(upstream, dout, starts, mode="sum", per_sample_weights=in_order)
+    dvalue = F.embedding_bag(bags, dout, starts, mode="sum", per_sample_weights=in_order)
     # what the bags of the forward pass would have as the gradients of their coefficients, value and dout exchanged
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        table, dout, upstream, starts, numbers, 0
-    )  # fmt: skip
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(table, dout, bags, starts, numbers, 0)
     products = torch.empty_like(products).scatter_(0, order, products).view(rows.shape)
-    by_row = (products * x[:, :, :, None]).sum(4)
-    dweights = (by_row * y).sum(3).to(weights.dtype)
+    by_row = _sum(products * x[:, :, :, None], 4)
+    dweights = _sum(by_row * y, 3).to(weights.dtype)
     if not discrete:
         x_slope, y_slope = corners.derivatives
-        by_column = (products * x_slope[:, :, :, None]).sum(4)
-        dx, dy = (by_column * y).sum(3), (by_row * y_slope).sum(3)
+        by_column = _sum(products * x_slope[:, :, :, None], 4)
+        dx, dy = _sum(by_column * y, 3), _sum(by_row * y_slope, 3)
         dlocations = (torch.stack([dx, dy], 4) * size.T * wide_weights.squeeze(3)[..., None]).to(locations.dtype)
     return dvalue.view_as(value).to(value.dtype), dlocations, dweights
 

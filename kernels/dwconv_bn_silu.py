@@ -6,8 +6,8 @@
 
 Bytes. Inference reads x and writes y, the affine being folded into w. Training forward is conv (reads x, writes z and
 the moments of its tiles) and normalisation (reads z, writes y). Backward is the two sums of bn_silu (reads dy, z) and
-one kernel for dx and dw (reads dy, z, x, writes dx): six passes, because dz is never stored but computed from dy and
-z where it is used. Kept for the backward pass: x and z.
+one kernel for dx and dw (reads dy, z, x, writes dx): six passes, because dz is not stored but computed from dy and z
+where it is used. Kept for the backward pass: x and z.
 
 Arithmetic, 5 x 5 in fp16 on an H200 (datasheet: 4.8 TB/s, 132 multiprocessors, 33.5 T fp32 FMA/s). An element is 4
 bytes, thus 0.83 ps of bandwidth, and 25 FMAs, thus 0.75 ps: near balance, and every instruction beside the FMAs
@@ -27,7 +27,8 @@ For sm_90 Triton 3.6 makes, of fp16 and 5 x 5, for an output without a residual 
     training, contiguous           72   48.7
     training, channels_last       188   52.0
     backward, contiguous          128   142.5 for an element of dx, where dz is computed 3 times, once for each thread
-                                        that needs it; storing it would cost two passes more
+                                        that needs it; with TUNING["store_dz"] 107.5 and two passes more
+    backward, channels_last       128   170.5; with "store_dz" 134.5
 """
 
 # Triton's tuples and tensors are no types of Python's
@@ -76,6 +77,8 @@ TUNING: dict[str, Any] = {
         "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
     },
     "few": dict(columns=2, prefetch=4, resident=5, block=(32, 4)),  # stride 2, K = 7: more columns and weights
+    # dz in a pass of its own, two passes more: the thread that needs it then does not compute it, see above
+    "store_dz": False,
     "backward": dict(prefetch=(1, 2), resident=4, block=(32, 4)),  # of dy, z and x together; in pairs there is room
 }
 
@@ -105,9 +108,9 @@ def dwconv_bn_silu(
         op = _inference.undispatched if unwatched(x) else _inference
         return op(x, conv_weight, *parameters, residual, stride, eps)
     bn.check_count(out_shape[0] * out_shape[2] * out_shape[3], out_shape, process_group)
-    y, _, stats = _training(x, conv_weight, bn_weight, bn_bias, residual, stride, eps, bn.group_name(process_group))
-    bn.update_running_stats(running_mean, running_var, stats, momentum)
-    return y
+    group, running = bn.group_name(process_group), (running_mean, running_var)
+    z, stats = bn.with_running_stats(_convolution, x, conv_weight.detach(), stride, momentum, group, running=running)
+    return _training(x, conv_weight, bn_weight, bn_bias, residual, z, stats, stride, eps, group)
 
 
 def dwconv_bn_silu_reference(
@@ -363,10 +366,10 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, z_ptr, x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, dw_ptr,
     channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
-    K: tl.constexpr, S: tl.constexpr, PREFETCH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, PREFETCH: tl.constexpr, STORED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx, with the tile's share of dw [tiles, K * K, C].
+    """A tile of dx, with the tile's share of dw [tiles, K * K, C]. STORED: `dy_ptr` holds dz, `z_ptr` is not read.
 
     A tile is BLOCK = (channels, pairs of columns); the program slides down S (steps - IN_FLIGHT + 1) rows of it.
     """
@@ -390,7 +393,7 @@ def _backward_kernel(
     w, dw = (), ()
     for i in tl.static_range(K * K):
         v = tl.load(w_ptr + c * K * K + i, mask=c < channels, other=0).to(tl.float32)
-        w += (v * (weight * invstd) + zeros,)
+        w += ((v if STORED else v * (weight * invstd)) + zeros,)
         dw += (zeros,)
     dx, x = (), ()  # of the K rows that the current row of dz adds to
     for _i in tl.static_range(2 * (K - S)):
@@ -406,7 +409,8 @@ def _backward_kernel(
     for i in tl.static_range(PREFETCH):
         valid = (row + i >= 0) & (row + i < out_height)
         prefetched += _load(dy_ptrs, z_masks, (row + i) * z_row, valid)
-        prefetched += _load(z_ptrs, z_masks, (row + i) * z_row, valid)
+        if not STORED:
+            prefetched += _load(z_ptrs, z_masks, (row + i) * z_row, valid)
         for k in tl.static_range(S):
             x_new = S * (row + i) - P + K - S + k
             prefetched += _load(x_ptrs, x_masks, x_new * x_row, (x_new >= first_dx) & (x_new < end_dx))
@@ -414,16 +418,19 @@ def _backward_kernel(
     x_at = (S * (row + PREFETCH) - P + K - S) * x_row
     dx_at = (S * row - P) * dx_row
     Z: tl.constexpr = len(z_ptrs)
+    BOTH: tl.constexpr = Z if STORED else 2 * Z  # loads of dy and z
     X: tl.constexpr = len(x_ptrs)
     while row < end:
         dy = _unpack(prefetched[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
-        z = _unpack(prefetched[Z : 2 * Z], z_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
+        if not STORED:
+            z = _unpack(prefetched[Z:BOTH], z_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
         for k in tl.static_range(S):
-            x += _unpack(prefetched[2 * Z + k * X : 2 * Z + (k + 1) * X], DTYPE, 0, 1, PACK_IN)
+            x += _unpack(prefetched[BOTH + k * X : BOTH + (k + 1) * X], DTYPE, 0, 1, PACK_IN)
         ahead = row + PREFETCH
         valid = (ahead >= 0) & (ahead < out_height)
-        prefetched = prefetched[2 * Z + S * X :] + _load(dy_ptrs, z_masks, z_at, valid)
-        prefetched += _load(z_ptrs, z_masks, z_at, valid)
+        prefetched = prefetched[BOTH + S * X :] + _load(dy_ptrs, z_masks, z_at, valid)
+        if not STORED:
+            prefetched += _load(z_ptrs, z_masks, z_at, valid)
         z_at = (ahead + 1) * z_row if CHANNELS_LAST else z_at + z_row
         for k in tl.static_range(S):
             x_new = S * ahead - P + K - S + k
@@ -434,11 +441,14 @@ def _backward_kernel(
 
         valid = (row >= 0) & (row < out_height)
         dz = ()  # without the factor weight * invstd, which w and the sum of dw take
-        for i in tl.static_range(len(z)):
-            xhat = (z[i] - mean) * invstd
-            du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
-            mask = z_masks[(i + FIRST) // PACK_OUT - FIRST // PACK_OUT]
-            dz += (tl.where(mask & valid, du, 0),)
+        if STORED:
+            dz = dy  # with it, and 0 outside as it was loaded
+        else:
+            for i in tl.static_range(len(z)):
+                xhat = (z[i] - mean) * invstd
+                du = silu_backward(dy[i], xhat * weight + bias) - mean_du - xhat * mean_du_xhat
+                mask = z_masks[(i + FIRST) // PACK_OUT - FIRST // PACK_OUT]
+                dz += (tl.where(mask & valid, du, 0),)
         updated, updated_dw = (), ()
         for i in tl.static_range(K):
             v0, v1 = dx[2 * i], dx[2 * i + 1]
@@ -463,7 +473,8 @@ def _backward_kernel(
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
     at = dw_ptr + tl.program_id(0).to(tl.int64) * (K * K) * channels + c
     for i in tl.static_range(K * K):
-        tl.store(at + i * channels, tl.sum(dw[i] * (weight * invstd), AXIS), mask=c < channels)
+        v = dw[i] if STORED else dw[i] * (weight * invstd)
+        tl.store(at + i * channels, tl.sum(v, AXIS), mask=c < channels)
 
 
 def _pack(tensors: Sequence[Tensor], columns: int, last: bool) -> int:
@@ -555,15 +566,28 @@ def _(x, conv_weight, weight, bias, mean, var, residual, stride, eps):
     return x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
 
 
+@triton_op(
+    "rtmdet_fast::dwconv_bn_silu_convolution", opaque=CLONES_WHAT_IS_READ, mutates=("running_mean", "running_var")
+)
+def _convolution(
+    x: Tensor, conv_weight: Tensor, stride: int, momentum: float, group: str, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z, and statistics [5, C] of the batches of all processes, towards which it moves the running statistics."""
+    x = x.contiguous(memory_format=bn.memory_format(x))
+    unused: Any = (running_mean,) * 4
+    z, partial = _forward(x, conv_weight, unused, None, stride, 0.0, training=True)
+    with bn.contiguous_running_stats(running_mean, running_var) as running:
+        if group:
+            partial = bn.gather_moments(bn.statistics_of_parts(partial, None, None, momentum), group)
+        return z, bn.statistics_of_parts(partial, *running, momentum)
+
+
 @triton_op("rtmdet_fast::dwconv_bn_silu_training", opaque=CLONES_WHAT_IS_READ)
 def _training(
-    x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
+    x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, z: Tensor, stats: Tensor,
     stride: int, eps: float, group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x = x.contiguous(memory_format=bn.memory_format(x))
-    z, partial = _forward(x, conv_weight, (weight, bias, weight, weight), None, stride, eps, training=True)
-    stats = bn.merge_partial_moments(partial, group)
-    return bn.normalise(z, (weight, bias, stats[0], stats[3]), residual, eps), z, stats
+) -> Tensor:  # fmt: skip
+    return bn.normalise(z, (weight, bias, stats[0], stats[3]), residual, eps)
 
 
 @triton_op("rtmdet_fast::dwconv_bn_silu_backward", opaque=CLONES_WHAT_IS_READ)
@@ -579,27 +603,37 @@ def _backward(
     parameters: bn.Parameters = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
     if z is None:
         z, _ = _forward(x, conv_weight, parameters, None, stride, eps, training=True)
-    du_sums = bn.gradient_sums(dy, z, parameters, eps)
+    sums, means = bn.gradient_sums(dy, z, parameters, count, eps, group)
     dx = torch.empty_like(x, memory_format=format)
     size, padding = conv_weight.shape[2], conv_weight.shape[2] // 2
     rows = (x.shape[2] - 1 + padding) // stride - padding // stride + 1  # of S rows of dx each
-    plan = TUNING["backward"]
+    plan, stored = TUNING["backward"], TUNING["store_dz"]
+    if stored:
+        dy = bn.input_gradient(dy, z, parameters, means, eps)
     grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride), 2, plan["block"], plan["resident"])
     partial = torch.empty(grid[0], size * size, x.shape[1], dtype=torch.float32, device=x.device)
     pack_in = _pack([x], 2, last)
     pack_out = _pack([z, dy, x], 2, last) if stride == 1 else 1
-    pointers = dy, z, x, conv_weight, *parameters, bn.gradient_means(du_sums, count, group), dx, partial
+    pointers = dy, z, x, conv_weight, *parameters, means, dx, partial
     wrap_triton(_backward_kernel)[grid](
         *pointers, *x.shape[1:], *z.shape[2:], *tiles, eps, K=size, S=stride,
-        PREFETCH=plan["prefetch"][pack_out - 1], CHANNELS_LAST=last, PACK_IN=pack_in, PACK_OUT=pack_out, BLOCK=block,
+        PREFETCH=plan["prefetch"][pack_out - 1], STORED=stored, CHANNELS_LAST=last,
+        PACK_IN=pack_in, PACK_OUT=pack_out, BLOCK=block,
     )  # fmt: skip
-    return dx, partial.sum(0).t().reshape(conv_weight.shape).to(conv_weight.dtype), du_sums
+    dw = partial.sum(0).t().reshape(conv_weight.shape)
+    # as a parameter lies, or autograd copies it into such a tensor
+    return dx, dw.to(conv_weight.dtype, memory_format=torch.contiguous_format), sums
+
+
+@_convolution.register_fake
+def _(x, conv_weight, stride, momentum, group, running_mean, running_var):
+    z = x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
+    return z, x.new_empty(5, x.shape[1], dtype=torch.float32)
 
 
 @_training.register_fake
-def _(x, conv_weight, weight, bias, residual, stride, eps, group):
-    z = x.new_empty(*_out_shape(x, stride)).to(memory_format=bn.memory_format(x))
-    return torch.empty_like(z), z, x.new_empty(5, x.shape[1], dtype=torch.float32)
+def _(x, conv_weight, weight, bias, residual, z, stats, stride, eps, group):
+    return torch.empty_like(z)
 
 
 @_backward.register_fake
@@ -619,13 +653,11 @@ def _inference_backward(ctx, dy):
 
 
 def _training_context(ctx, inputs, output):
-    x, conv_weight, weight, bias, residual, *settings = inputs
-    _, z, stats = output
-    ctx.mark_non_differentiable(z, stats)
+    x, conv_weight, weight, bias, residual, z, stats, *settings = inputs
     bn.save_for_backward(ctx, (x, z, conv_weight, weight, bias, stats), (weight, bias, residual), *settings)
 
 
-def _training_backward(ctx, dy, *_):
+def _training_backward(ctx, dy):
     return bn.gradients(ctx, dy, bn.with_statistics(ctx.saved_tensors), _backward)
 
 

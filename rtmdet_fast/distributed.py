@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +23,17 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_processes(device: torch.device) -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started, joined; (0, 1) for one alone."""
+def join_processes(device: torch.device, graphs: bool = False) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started, joined; (0, 1) for one alone.
+
+    `graphs`: what they tell each other is to be part of CUDA graphs, for which PyTorch asks NCCL's errors to be found
+    by who waits for it, not by a thread of its own.
+    """
     world_size = process_count()
     if world_size == 1:
         return 0, 1
+    if graphs:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if not torch.distributed.is_initialized():
         # objects go by gloo also where tensors go by NCCL: they are no business of the GPUs
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
@@ -61,6 +67,15 @@ def greatest(value: int, device: torch.device) -> int:
     found = torch.tensor(int(value), device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return int(found)
+
+
+def greatest_on_host(values: Sequence[int]) -> list[int]:
+    """Of each of the values the greatest of all processes, which the host finds out without the device."""
+    if process_count() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.int64)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.tolist()
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

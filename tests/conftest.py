@@ -1,5 +1,7 @@
 """Shared fixtures. The reference's files stand beside the project in CI, and are absent for users: tests then skip."""
 
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,21 @@ def shared() -> Path:
     if not (SHARED / "reference").is_dir():
         pytest.skip("the reference's fixtures (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """What lies in the system's folder for temporary files goes with the session: MLflow, W&B, OpenVINO and torchrun
+    leave things there, and so does any loader that is killed."""
+    tmp_path_factory.getbasetemp()  # which stays in the system's
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "rtmdet_fast_inductor"))
+    # sockets lie in it, whose names may not be long
+    folder = tempfile.TemporaryDirectory(prefix="rf-", ignore_cleanup_errors=True)
+    with folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", inductor)  # compiled once, for all sessions
+        patch.setenv("TMPDIR", folder.name)
+        patch.setattr(tempfile, "tempdir", folder.name)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -37,6 +37,7 @@ from rtmdet_fast.kernels import (
     dynamic_mask_triton,
     letterbox,
     nms,
+    quality_focal_loss,
     rotated_iou,
 )
 from rtmdet_fast.models import detector
@@ -333,7 +334,7 @@ def step(task: str) -> None:
     torch.testing.assert_close(places.losses.host, torch.stack([expected[1], *expected[0].values()]), rtol=1e-4, atol=0)
     traces = [run(batch) for batch in batches]
     references_may_wait = False
-    launched = launch_nothing(assign_triton, batch_norm, bn_silu, dwconv_bn_silu, rotated_iou)
+    launched = launch_nothing(assign_triton, batch_norm, bn_silu, dwconv_bn_silu, quality_focal_loss, rotated_iou)
     traces += [run(batch) for batch in batches]
     assert len(fixed._places) == 1 and len(traces[0]) > 1000
     for three in (traces[:3], traces[3:]):
@@ -343,6 +344,7 @@ def step(task: str) -> None:
         "_moments_kernel",
         "_dx_kernel",
         "_merge_kernel",
+        "_loss_kernel",
     }
     kernels |= {"_dice_kernel", "_dkernels_kernel"} if task == "ins" else set()
     kernels |= {"_aligned_kernel"} if task == "rotated" else set()

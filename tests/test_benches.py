@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
 import subprocess
 import sys
-import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benches import assigners, bench_postprocess, bench_training, chart, compare, gpu, harness, models, run, table
+from benches import (
+    assigners,
+    bench_deformable_attention,
+    bench_postprocess,
+    bench_predict,
+    bench_rtdetr,
+    bench_training,
+    chart,
+    compare,
+    gpu,
+    gpu_page,
+    harness,
+    models,
+    run,
+    sweep,
+    table,
+)
 from benches.harness import Absent, Case, Contender, Parity
 
 CPU = torch.device("cpu")
@@ -41,7 +59,7 @@ clock = Clock()
 
 @pytest.fixture(autouse=True)
 def no_test_waits_for_a_real_clock(monkeypatch):
-    for module in (harness, run, gpu):
+    for module in (harness, run, gpu, sweep):
         monkeypatch.setattr(module, "time", clock)
 
 
@@ -135,10 +153,37 @@ def test_turns_medians_and_ratios():
 def test_rounds_stop_at_the_budget_but_not_before_the_least():
     record = measure(toy(), least=4)
     assert record["contenders"]["slow"]["call"]["rounds"] == record["contenders"]["double"]["call"]["rounds"] == 4
-    assert record["contenders"]["slow"]["call"]["median"] == pytest.approx(11)  # ms
-    assert record["ratios"]["slow"]["time"] == pytest.approx(11)
+    assert record["contenders"]["slow"]["call"]["median"] == pytest.approx(12)  # ms, of which 2 are readings
+    assert record["ratios"]["slow"]["time"] == pytest.approx(6)
     record = harness.measure(toy(), CPU, seconds=1, least=4)
     assert 4 < record["contenders"]["slow"]["call"]["rounds"] < 1 / 0.012
+
+
+def test_the_host_clock_ends_where_the_call_returns():
+    def wait():
+        clock.now += 0.1
+
+    until_return = []
+    read = harness._call_clock(slow, [(torch.ones(1),)], wait, until_return)
+    assert read() == pytest.approx(0.112) and until_return == [pytest.approx(0.011)]
+
+
+def test_float64_is_computed_without_looking_for_the_fastest_algorithm(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found = []
+    case = replace(toy(), expected=lambda x: found.append(torch.backends.cudnn.benchmark) or (2 * x.double(),))
+    assert measure(case)["contenders"]["double"]["status"] == "timed" and harness.verify(case, CPU).startswith("right")
+    assert found == [False, False] and torch.backends.cudnn.benchmark
+
+
+def test_what_warms_up_first_is_not_timed_before():
+    calls = []
+    case = toy()
+    contender = Contender(
+        name="warm", build=lambda: lambda x: calls.append(1) or 2 * x, result=lambda y: (y,), warm_up=4
+    )
+    assert measure(replace(case, contenders=[contender]), least=2)["contenders"]["warm"]["call"]["rounds"] == 2
+    assert len(calls) == 1 + 4 + 1 + 2  # what is looked at, warm-up, memory, rounds
 
 
 def test_discrete_results_may_differ_in_a_few_decisions():
@@ -298,7 +343,11 @@ def test_every_op_has_cases_with_names_of_their_own(op: str, device: str):
     for case in cases:
         names = [contender.name for contender in case.contenders]
         assert names[0] == (
-            "triton" if device == "cuda" and op not in ("pipeline", "matcher", "engines", "predict") else "reference"
+            "predictor"
+            if (device, op) == ("cuda", "predict")
+            else "triton"
+            if device == "cuda" and op not in ("pipeline", "matcher", "engines")
+            else "reference"
         )
         assert len(set(names)) == len(names) > 1
 
@@ -406,25 +455,150 @@ def in_this_process(command, **options):
     return subprocess.CompletedProcess(command, 0)
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """What processes would do is done here, one after the other; the commands."""
+    commands = []
+
+    def side_by_side(jobs, most, end, told, ended):
+        for name, command in jobs.items():
+            commands.append(command)
+            with redirect_stdout(io.StringIO()) as out:
+                gpu.main(command[3:])
+            for line in out.getvalue().splitlines():
+                told(name, line)
+            ended(name, 0, 0.0)
+
+    monkeypatch.setattr(gpu, "side_by_side", side_by_side)
+    monkeypatch.setattr(
+        gpu.subprocess, "run", lambda command, **_: commands.append(command) or in_this_process(command)
+    )
+    return commands
+
+
+def dry_run(what: str, out: Path, *options: str):
+    """Exit code and the file that a call left."""
+    with pytest.raises(SystemExit) as exit:
+        gpu.main([what, "--dry-run", "--out", str(out), *options])
+    return exit.value.code, load(out / f"{run.slug(CPU)}-{what}.json")
+
+
 @pytest.mark.parametrize("right", [True, False])
-def test_the_gpu_run_without_pytest_keeps_everything_in_one_file(tmp_path: Path, monkeypatch, right: bool):
+def test_without_pytest_parity_is_the_verdict_on_every_case(tmp_path: Path, monkeypatch, one_process, right: bool):
     def cases(ops, device):
         double = {} if right else {"double": lambda x: x}
         return [replace(toy(**double), op=op) for op in ops if op in ("nms", "assign")]
 
     monkeypatch.setattr(run, "cases_of", cases)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.subprocess, "run", in_this_process)
-    out = tmp_path / "all.json"
-    with pytest.raises(SystemExit) as exit:
-        gpu.main(["--dry-run", "--out", str(out)])
-    record = load(out)
-    assert exit.value.code == (0 if right else 1)
+    code, record = dry_run("parity", tmp_path)
+    assert code == (0 if right else 1)
     verdict = "right: relative error 0.0e+00" if right else "wrong: relative error 5.0e-01, allowed 1e-06"
     assert record["verdicts"] == {"assign: doubling": verdict, "nms: doubling": verdict}
-    assert set(record["cases"]) == {"assign: doubling", "nms: doubling"}
-    assert record["cases"]["nms: doubling"]["contenders"]["slow"]["status"] == "timed"
-    assert "samples" not in record["cases"]["nms: doubling"]
+    assert record["tests"] == {"why_not": "pytest or hypothesis is not installed", "files": {}}
+
+
+TUNED = SimpleNamespace(TUNING={"blocks": {"WIDTH": 4, "num_warps": 2}, "pair": (8, 2), "unread": 7})
+
+
+def tuned(x):
+    """Faster with fewer columns; wrong with 8, and with 2 x 8 it asks for too much."""
+    options = dict(**TUNED.TUNING["blocks"])
+    pair = TUNED.TUNING["pair"]
+    if pair == (2, 8):
+        raise RuntimeError("out of resources")
+    clock.now += 1e-3 * options["WIDTH"]
+    return (3 if options["WIDTH"] == 8 else 2) * x
+
+
+def test_kernels_are_measured_headlines_first_with_other_constants(tmp_path: Path, monkeypatch, one_process):
+    def cases(ops, device):
+        ours = {"double": tuned}
+        return [
+            replace(toy(name, headline=name == "wide", **ours), op=op)
+            for op in ops[:1]
+            if op == "nms"
+            for name in ("deep", "wide")
+        ]
+
+    monkeypatch.setattr(run, "cases_of", cases)
+    monkeypatch.setattr(sweep, "modules", lambda: {"tuned": TUNED})
+    real = sweep.checked
+    monkeypatch.setattr(sweep, "checked", lambda *args, quick: real(*args))
+    code, record = dry_run("kernels", tmp_path)
+    stages = [command[command.index("--part") + 1] for command in one_process]
+    assert code == 0 and stages == ["check", "headline", "sweep"]  # the rest is not for a dry run
+    assert list(record["cases"]) == ["nms: wide"] and record["verdicts"]["nms: wide"].startswith("right")
+    assert list(record["sweep"]) == ["tuned: blocks WIDTH", "tuned: blocks num_warps", "tuned: pair"]
+    width, warps, pair = (row["cases"]["nms: wide"] for row in record["sweep"].values())
+    assert width["verdicts"]["8"].startswith("wrong") and width["verdicts"]["2"].startswith("right")
+    assert set(width["times"]) == {"4", "2"} and set(warps["times"]) == {"2", "1", "4"}
+    assert pair["verdicts"]["[4, 4]"].startswith("right") and "[16, 1]" in pair["times"]
+    assert sweep.suggestion(record["sweep"]["tuned: blocks WIDTH"]) == ("2", pytest.approx(6 / 4))
+    assert sweep.suggestion(record["sweep"]["tuned: blocks num_warps"]) == ("2", 1.0)
+    assert TUNED.TUNING == {"blocks": {"WIDTH": 4, "num_warps": 2}, "pair": (8, 2), "unread": 7}
+    text = "\n".join(gpu_page._constants(record))
+    assert "| `tuned: blocks WIDTH` | 4 | 2 | 50% | wide: 4 → 6, 2 → 4 |" in text
+
+
+def test_a_value_that_ends_the_process_is_known_by_having_no_verdict(monkeypatch):
+    def ends(x):
+        if TUNED.TUNING["pair"] == (4, 2):
+            raise KeyboardInterrupt
+        return tuned(x)
+
+    monkeypatch.setattr(sweep, "modules", lambda: {"tuned": TUNED})
+    case, rows = toy(double=ends), {}
+    with pytest.raises(KeyboardInterrupt):
+        for row in sweep.checked([case], [case], CPU):
+            sweep.keep(rows, row)
+    assert rows["tuned: pair"]["cases"]["nms: doubling"] == {"verdicts": {}, "times": {}}
+    assert sweep.suggestion(rows["tuned: pair"]) is None
+
+
+def test_constants_of_real_launches_are_seen_and_changed(monkeypatch):
+    lowering = pytest.importorskip("lowering", reason="without Triton nothing is launched")
+    from rtmdet_fast.kernels import _dispatch, batch_norm, dwconv_bn_silu
+
+    monkeypatch.setattr(_dispatch, "BACKEND", "triton")
+    try:
+        launches = lowering.record_launches(monkeypatch, batch_norm, dwconv_bn_silu)
+    except AttributeError:
+        pytest.skip("Triton is not installed")
+    x = torch.zeros(2, 64, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    vectors = [torch.ones(64) for _ in range(4)]
+    call = lambda: dwconv_bn_silu._inference.function(x, torch.zeros(64, 1, 5, 5).half(), *vectors, None, 1, 1e-5)  # noqa: E731
+    read = sweep.read_by(call)
+    path = ("dwconv_bn_silu", "inference", "wide", "columns")
+    assert path in read and read[path] == dwconv_bn_silu.TUNING["inference"]["wide"]["columns"]
+    assert ("dwconv_bn_silu", "backward", "resident") not in read
+    with sweep.changed(path, 2 * read[path]):
+        call()
+    columns = [dict(launch.constexprs)["COLUMNS"] for launch in launches]
+    assert columns == [read[path], 2 * read[path]]
+
+
+def test_models_that_take_minutes_to_compile_come_last(tmp_path: Path, monkeypatch, one_process):
+    def cases(ops, device):
+        if "rtdetr" in ops:
+            raise ImportError("No module named 'scipy'")
+        names = ("compiled", "large", "small")
+        return [
+            replace(toy(name, headline=name == "small"), op=op, late=name == "compiled")
+            for op in ops[:1]
+            for name in names
+        ]
+
+    monkeypatch.setattr(run, "cases_of", cases)
+    monkeypatch.setattr(gpu, "_quick", lambda results: False)
+    monkeypatch.setattr(gpu, "MODELS", ("forward", "rtdetr"))
+    command = gpu._command
+    monkeypatch.setattr(gpu, "_command", lambda *args: [*command(*args), "--dry-run"])
+    code, record = dry_run("models", tmp_path)
+    stages = [command[command.index("--part") + 1] for command in one_process]
+    assert stages == ["headline", "rest", "late"]
+    assert record["not_measured"]["rtdetr: all"] == "No module named 'scipy'"
+    assert code == 0
 
 
 def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch):
@@ -432,7 +606,7 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
         op = command[-1]
         assert timeout <= 60
         if op == "assign":
-            gpu.main(command[3:])  # its second case is one too many
+            in_this_process(command)  # its second case is one too many
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, -11) if op == "nms" else in_this_process(command)
 
@@ -454,8 +628,9 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(gpu, "measure_part", first_case_only)
     out = tmp_path / "all.json"
     results = run.Results(CPU, out, (), quick=True)
+    results.record["call"] = "kernels"
     results.write()
-    gpu.measure_parts([["assign"], ["nms"], ["bn_silu"]], results, clock.now + 60)
+    gpu.measure_parts([("headline", [op]) for op in ("assign", "nms", "bn_silu")], results, clock.now + 60)
     record = load(out)
     died = "the process that measured nms ended with exit code -11"
     assert set(record["cases"]) == {"assign: one", "bn_silu: one"}
@@ -468,41 +643,202 @@ def test_an_op_that_hangs_or_dies_leaves_the_others(tmp_path: Path, monkeypatch)
     assert not gpu.sound({"tests": {}, **record})
 
 
-@pytest.fixture
-def limits(tmp_path: Path, monkeypatch) -> list[float]:
-    """Two files of tests for `gpu.run_tests`; the limits that it set. That of the one that hangs comes when it does."""
-    (tmp_path / "tests" / "kernels").mkdir(parents=True)
-    (tmp_path / "tests/kernels/test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    hang = "import time\nfrom pathlib import Path\ndef test_c(): pass\n"
-    hang += "def test_d():\n    Path('hangs').touch()\n    time.sleep(9999)\n"
-    (tmp_path / "tests/kernels/test_slow.py").write_text(hang)
+class Timer:
+    """Stands in for `threading.Timer`: its time comes when its function is called."""
+
+    started: ClassVar[list] = []
+
+    def __init__(self, seconds, function):
+        self.function = function
+
+    def start(self):
+        self.started.append(self)
+
+    def cancel(self):
+        if self in self.started:
+            self.started.remove(self)
+
+
+def test_a_file_of_tests_that_was_cut_off_is_not_sound(tmp_path: Path, monkeypatch):
+    """Two files side by side, one of which hangs: with what it started it ends when its time comes."""
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '-q'\n")  # as in the project's
+    (folder / "test_toy.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    hang = "import subprocess\ndef test_c(): pass\ndef test_d():\n    print('hangs', flush=True)\n"
+    (folder / "test_slow.py").write_text(hang + "    subprocess.run(['sleep', '100'])\n")
     monkeypatch.setattr(run, "FOLDER", tmp_path / "benches")
-    limits = []
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # of which none is needed
+    monkeypatch.setattr(gpu.threading, "Timer", Timer)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(Timer, "started", [])
+    out = tmp_path / "all.json"
+    results = run.Results(CPU, out, (), quick=True)
+    results.record["call"] = "parity"
+    side_by_side = gpu.side_by_side
+    seen = []
 
-    def process(command, timeout, **options):
-        limits.append(timeout)
-        if "tests/kernels/test_slow.py" not in command:
-            return real(command, **options)
-        (tmp_path / "hangs").unlink(missing_ok=True)
-        with subprocess.Popen(command, **options) as started:
-            while not (tmp_path / "hangs").exists() and started.poll() is None:
-                time.sleep(0.01)
-            started.kill()
-            raise subprocess.TimeoutExpired(command, timeout, started.communicate()[0])
+    def watched(commands, most, end, told, ended):
+        def telling(name, line):
+            told(name, line)
+            if line.endswith("hangs"):
+                assert load(out)["tests"]["files"]["tests/kernels/test_slow.py"] == {"status": "not run"}
+                for timer in list(Timer.started):
+                    timer.function()
 
-    real = subprocess.run
-    monkeypatch.setattr(gpu.subprocess, "run", process)
-    return limits
+        def ending(name, *how):
+            ended(name, *how)
+            seen.append(load(out)["tests"]["files"][name]["status"])
+
+        side_by_side(commands, 1, end, telling, ending)
+
+    monkeypatch.setattr(gpu, "side_by_side", watched)
+    files = {f"tests/kernels/test_{name}.py": ("-s",) for name in ("toy", "slow")}
+    gpu.run_tests(results, files, clock.now + 600)
+    toy_file, slow_file = (load(out)["tests"]["files"][name] for name in files)
+    assert seen == ["ended", "cut off"]
+    assert toy_file["exit_code"] == 1 and toy_file["failed"] == ["tests/kernels/test_toy.py::test_b"]
+    assert (slow_file["exit_code"], slow_file["passed"], slow_file["failed"]) == (None, 1, [])
+    whole = {"status": "ended", "exit_code": 0, "failed": [], "passed": 3, "skipped": 0}
+    record = {"call": "parity", "cases": {}, "not_measured": {}}
+    assert gpu.sound({**record, "tests": {"files": {"a": whole}}})
+    for file in (toy_file, slow_file, {"status": "not run"}, {**whole, "passed": 0}):
+        assert not gpu.sound({**record, "tests": {"files": {"a": whole, "b": file}}})
+    assert not gpu.sound({**record, "tests": {"files": {}}})  # nothing was looked at
 
 
-def test_the_parity_tests_are_counted_and_cut_off(limits: list[float]):
-    found = gpu.run_tests(12, ("slow", "toy"))
-    assert limits == pytest.approx([12, 12], abs=0.1)  # of two equal shares twice the first, then all that is left
-    assert found["exit_codes"] == {"slow": None, "toy": 1}
-    assert (found["passed"], found["failed"]) == (2, ["tests/kernels/test_toy.py::test_b"])
-    assert not gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
-    found = gpu.run_tests(3, ("slow",))
-    assert found["passed"] == 1 and gpu.sound({"tests": found, "cases": {}, "not_measured": {}})
+def test_outcomes_are_read_from_pytest_and_xdist(tmp_path: Path, monkeypatch):
+    def side_by_side(commands, most, end, told, ended):
+        (name,) = commands
+        for line in (
+            f"{name}::test_a[x y] PASSED [ 50%]",
+            f"[gw1] [100%] FAILED {name}::test_b ",
+            f"[gw0] [100%] SKIPPED {name}::test_c ",
+            f"FAILED {name}::test_b - AssertionError",  # of the summary
+        ):
+            told(name, line)
+        ended(name, 1, 2.0)
+
+    monkeypatch.setattr(gpu, "side_by_side", side_by_side)
+    results = run.Results(CPU, tmp_path / "all.json", (), quick=True)
+    gpu.run_tests(results, {"tests/a.py": ()}, clock.now + 600)
+    file = results.record["tests"]["files"]["tests/a.py"]
+    assert (file["passed"], file["skipped"], file["failed"]) == (1, 1, ["tests/a.py::test_b"])
+
+
+def test_the_files_of_tests_are_those_that_there_are():
+    root = Path(run.FOLDER).parent
+    assert all((root / name).is_file() for name in gpu.TESTS)
+    marked = {str(path.relative_to(root)) for path in root.glob("tests/*/test_*.py") if "mark.gpu" in path.read_text()}
+    assert marked <= gpu.TESTS.keys()
+
+
+def test_the_page_is_what_the_command_writes():
+    assert gpu_page.PAGE.read_text() == gpu_page.page(gpu_page.results())
+
+
+def test_the_page_has_not_measured_in_every_cell_and_then_figures():
+    text = gpu_page.page({})
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " not measured |" not in line]
+    assert len(rows) == sum(line.startswith("|---") for line in text.splitlines())  # the heads alone
+
+    def entry(graph: float, **more) -> dict:
+        time = {"q1": 1, "q3": 1}
+        return {"status": "timed", "graph": {"median": graph, **time, **more}, "call": {"median": 2 * graph, **time},
+                "host": {"median": 0.5, **time}}  # fmt: skip
+
+    def case(op: str, name: str, ours: str, images: int | None = None, **times: float) -> dict:
+        entries = {key.replace("_", "."): entry(value, gb_s=1000) for key, value in times.items()}
+        ratios = {
+            key: {"time": other["graph"]["median"] / entries[ours]["graph"]["median"]}
+            for key, other in entries.items()
+            if key != ours
+        }
+        return {"op": op, "case": name, "ours": ours, "contenders": entries, "ratios": ratios, "images": images}
+
+    inference = "inference, float16, channels_last: RTMDet-s [32, 32, 160, 160]"
+    kernels = [
+        case("dwconv_bn_silu", inference, "triton", triton=1.0, torch_compile=3.0, eager=2.0),
+        case("assign", "32 images, 8400 priors, 80 classes, 100 ground truths each", "triton", triton=0.25, eager=50.0),
+    ]
+    step = "step: RTMDet-tiny, 32 x 3 x 640 x 640, 20 ground truths each, autocast to bfloat16"
+    training = case("training", step, "triton", images=32, triton=10.0, mmdet=80.0)
+    training["contenders"]["triton, one CUDA graph"] = entry(8.0)
+    common = {"device": {"name": "a GPU"}, "versions": {"torch": "2"}, "quick": True, "copy_gb_s": 2000}
+    record = {
+        call: {**common, "cases": {f"{c['op']}: {c['case']}": c for c in cases}}
+        for call, cases in (("kernels", kernels), ("models", [training]))
+    }
+    text = gpu_page.page(record)
+    assert "beside torch.compile | 1.5x | 3x |" in text and "of a copy's speed | 60 % | 50 % |" in text
+    assert "under 1 ms | 0.25 ms |" in text and "mmdet's | 2.5x | 10x |" in text
+    assert f"| {inference} | 1 (graph) |  | 2 (graph), 2x | 3 (graph), 3x | 50% | 0.5 of 2 |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {step} |"))
+    assert row.endswith("| 0.5 of 20 | 1600 |") and "Of a quick run" in text
+
+
+def test_a_step_with_its_loader_and_one_that_stays_in_its_place_are_judged_by_their_first():
+    case = bench_training._iteration(CPU, "nano", 2, 64, iterations=2)
+    assert case.images == 4
+    ours = case.contenders[0]
+    assert "on its own batch" in case.compare(ours.result(ours.build()()), None)
+    inputs = (models.pictures(2, 64, CPU, 0), *models.objects(2, 5, 3, 64, CPU, 0))
+    step = bench_training.RecordedStep("nano", 3, CPU, torch.float32)
+    plain = bench_training.Step("nano", 3, CPU, torch.float32, layout=torch.contiguous_format)
+    for _ in range(2):
+        torch.testing.assert_close(step(*inputs)[1], plain(*inputs)[1], rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_predictor_finds_is_judged(monkeypatch):
+    case = bench_predict._frames(CPU, "det", "nano", 2, side=64, score_threshold=0.02)
+    inputs = case.inputs(0)
+    expected = case.expected(*inputs)
+    for contender in case.contenders:
+        assert "detections differ" in case.compare(contender.result(contender.build()(*inputs)), expected)
+    with pytest.raises(Parity):
+        case.compare(expected[::-1], expected)
+
+
+def test_rtdetr_needs_no_transformers_for_its_weights(monkeypatch):
+    monkeypatch.setattr(bench_rtdetr, "saved", absent)
+    one, other = (bench_rtdetr.ours(CPU, torch.float32, layers).state_dict() for layers in (None, 1))
+    assert all(map(torch.equal, one.values(), other.values()))
+
+
+def test_the_public_kernel_is_asked_for_the_same(monkeypatch):
+    """Its own fallback, in place of the kernel that no CPU runs."""
+
+    def native(value, sizes, locations, weights, padding, align_corners):
+        assert (padding, align_corners) == ("zeros", False)
+        levels = value.split(sizes.prod(1).tolist(), 1)
+        found = 0
+        for level, (h, w), at, share in zip(
+            levels, sizes.tolist(), locations.unbind(3), weights.unbind(3), strict=True
+        ):
+            image = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (h, w))
+            sampled = torch.nn.functional.grid_sample(
+                image, 2 * at.transpose(1, 2).flatten(0, 1) - 1, align_corners=False
+            )
+            sampled = (sampled * share.transpose(1, 2).flatten(0, 1)[:, None]).sum(3)
+            found = found + sampled.unflatten(0, value.shape[::2][:1] + value.shape[2:3]).permute(0, 3, 1, 2)
+        return found
+
+    module = SimpleNamespace(triton_multiscale_deformable_attention=native)
+    monkeypatch.setitem(sys.modules, "msda_triton", SimpleNamespace(frontend=module))
+    monkeypatch.setitem(sys.modules, "msda_triton.frontend", module)
+    inputs = bench_deformable_attention._inputs(CPU, 1, torch.float32, 0)
+    found, expected = bench_deformable_attention._msda_triton()(*inputs), bench_deformable_attention.standard(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_calls_on_one_device_are_one_section_of_the_table():
+    def record(call: str, key: str, version: str = "2") -> dict:
+        return {"call": call, "versions": {"torch": version}, "cases": {key: {}}, "not_measured": {}}
+
+    records = {f"gpu-{call}": record(call, call) for call in ("kernels", "models", "parity")}
+    found = table.devices({"cpu": {"cases": {}, "versions": {}}, **records})
+    assert list(found) == ["cpu", "gpu"] and list(found["gpu"]["cases"]) == ["kernels", "models", "parity"]
+    assert len(table.devices({**records, "gpu-models": record("models", "models", "3")})) == 2
 
 
 BARE = """
@@ -548,17 +884,22 @@ def test_runs_of_assigners_are_done_once_and_their_table_has_means(tmp_path, mon
     done = []
 
     def train(pool, function, settings):
+        if settings["assigner"] == fails:
+            raise ValueError("the loss is nan")
         done.append((settings["assigner"], settings["seed"]))
         ap = 0.1 * (len(done) == 1) + 0.2
         return SimpleNamespace(result=lambda: {"AP": ap, "AP50": 0.5, "seconds": 0.25, "bytes": 2e8})
 
     monkeypatch.setattr(assigners.ProcessPoolExecutor, "submit", train)
-    for seeds in ("1", "2", "2"):
+    monkeypatch.setattr(assigners, "data_sets", lambda _: {"drawn": {}})
+    names = list(assigners.ASSIGNERS)
+    for seeds, fails in (("1", names[1]), ("1", None), ("2", None), ("2", None)):
         monkeypatch.setattr(sys, "argv", ["", "--image-size", "32", "--seeds", seeds, "--out", str(tmp_path)])
-        monkeypatch.setattr(assigners, "data_sets", lambda _: {"drawn": {}})
-        assigners.main()
-    names = assigners.ASSIGNERS
-    assert done == [*((name, 0) for name in names), *((name, 1) for name in reversed(names))]
+        with pytest.raises(SystemExit, match="the loss is nan") if fails else nullcontext():
+            assigners.main()
+        assert len(list(*load(tmp_path / "results.json").values())) == len(done)
+    others = [name for name in names if name != names[1]]
+    assert done == [*((name, 0) for name in [*others, names[1]]), *((name, 1) for name in reversed(names))]
     table = (tmp_path / "table.md").read_text()
     assert "### drawn: RTMDet-tiny, 8 images of 32 px a step, 12 epochs" in table
     assert f"| {names[0]} | 0.250 | 0.300 0.200 | 0.500 | 0.250 | 200 |" in table

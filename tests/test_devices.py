@@ -23,6 +23,7 @@ from rtmdet_fast.kernels import (
     dwconv_bn_silu,
     dynamic_mask_triton,
     nms,
+    quality_focal_loss,
     rotated_iou,
 )
 from rtmdet_fast.kernels._dispatch import AVAILABLE, TritonOp, triton_op, unwatched, use_triton, wrap_triton
@@ -80,7 +81,9 @@ def test_the_dispatcher_is_left_out_only_where_nobody_watches():
         assert torch.equal(torch.compile(lambda x: x + unwatched(x), backend="eager")(x), x)
 
 
-@pytest.mark.parametrize("module", [assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, rotated_iou])
+@pytest.mark.parametrize(
+    "module", [assign_triton, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, quality_focal_loss, rotated_iou]
+)
 def test_every_triton_op_has_a_kernel_for_gpus(module):
     import rtmdet_fast.kernels._registered  # noqa: F401
 

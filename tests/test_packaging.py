@@ -54,8 +54,8 @@ def test_every_module_imports():
         (
             rtmdet_fast.ops,
             "atss_assign batched_nms batched_nms_padded bn_silu box_iou_rotated dwconv_bn_silu dynamic_mask_dice_loss "
-            "dynamic_mask_logits dynamic_soft_label_assign nms nms_rotated rotated_iou_loss simota_assign soft_nms "
-            "task_aligned_assign",
+            "dynamic_mask_logits dynamic_soft_label_assign nms nms_rotated quality_focal_loss rotated_iou_loss "
+            "simota_assign soft_nms task_aligned_assign",
         ),
         (rtmdet_fast.ops.torchvision, "batched_nms nms"),
     ],

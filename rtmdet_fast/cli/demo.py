@@ -15,7 +15,7 @@ LR = {"rotated": 1e-3}  # at 2e-3, which boxes and masks take, the angles get wo
 def settings_of(model: str, task: str, epochs: int | None) -> dict[str, Any]:
     """What the demo changes in the published training of a family, for small scenes and few minutes."""
     if model == "rtdetr":  # all of it from scratch; without strong augmentation, which asks for more epochs
-        epochs = 5 if epochs is None else epochs
+        epochs = 4 if epochs is None else epochs
         return dict(size="r18", version=2, queries=60, epochs=epochs, stage2_epochs=epochs, image_size=96, lr=8e-4)
     epochs = 10 if epochs is None else epochs
     # More than the 20 of 300 epochs of a full run: mosaics of small scenes are hard.
@@ -33,7 +33,7 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Where data, weights, report and pictures go."""
     epochs: int | None = None
-    """Passes over the drawn images; 10 (rtdetr: 5) where not given."""
+    """Passes over the drawn images; 10 (rtdetr: 4) where not given."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the first GPU where there is one."""
     seed: int = 0

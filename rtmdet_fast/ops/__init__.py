@@ -9,6 +9,7 @@ from rtmdet_fast.kernels.deformable_attention import box_deformable_attention, d
 from rtmdet_fast.kernels.dwconv_bn_silu import dwconv_bn_silu
 from rtmdet_fast.kernels.dynamic_mask import dynamic_mask_dice_loss, dynamic_mask_logits
 from rtmdet_fast.kernels.nms import batched_nms_padded
+from rtmdet_fast.kernels.quality_focal_loss import quality_focal_loss
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated, rotated_iou_loss
 from rtmdet_fast.ops.mmcv import (
     MultiScaleDeformableAttnFunction,
@@ -35,6 +36,7 @@ __all__ = [
     "multi_scale_deformable_attn_pytorch",
     "nms",
     "nms_rotated",
+    "quality_focal_loss",
     "rotated_iou_loss",
     "simota_assign",
     "soft_nms",

@@ -139,7 +139,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     graph: str = "off"
-    """Run each step as one CUDA graph: auto, which is for rtmdet on one GPU, without --accumulate and --compile, or
+    """Run each step as one CUDA graph: auto, which is for rtmdet on GPUs, without --accumulate and --compile, or
     off, which stays the default until GPUs have run it."""
     report: bool = True
     """Write report.html at the end."""

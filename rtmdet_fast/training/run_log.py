@@ -76,6 +76,7 @@ class Meter:
         losses, batches = dict(state.get("losses", {})), state.get("batches", 0)
         if not (type(batches) is int and all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in losses.values())):
             raise ValueError("these are no means of losses")
+        self.restart()
         self._losses, self._batches = losses, batches
 
     def read(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
         shapes = {name: tuple(value.shape) for name, value in moments.items()}
         if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
             raise ValueError(f"moments of shapes {shapes} for a parameter of shape {tuple(parameter.shape)}")
+
+
+def refuse_other_run(out: Path, resume: bool | str) -> None:
+    """UserError where the folder holds a run; best weights alone, of which `resume` "auto" knows no run, are moved."""
+    last, best = out / "last.pth", out / "best.pth"
+    if last.exists():
+        raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
+    if best.exists():
+        if resume != "auto":
+            raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
+        best.replace(out / "best-before.pth")
+        warnings.warn(f"{best} is no part of a run to continue, and is best-before.pth now", stacklevel=5)
 
 
 def remove_run(out: Path) -> None:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtmdet_fast.data.augment import Batch
-from rtmdet_fast.distributed import process_count
+from rtmdet_fast.distributed import greatest_on_host, process_count
 from rtmdet_fast.models.detector import Detector, Targets
 from rtmdet_fast.training.config import Settings
 from rtmdet_fast.training.schedule import ModelEMA
@@ -33,6 +35,8 @@ FULL = 2
 """Room for matched predictions is that of half of the padded ground truths: fuller batches take the next size."""
 WARM_UP = 3
 """Steps before one is recorded: libraries choose algorithms, kernels are compiled, moments are allocated."""
+WARM_UP_OF_SEVERAL = 11
+"""Steps of any size that DistributedDataParallel is to have taken before: it times the first ten, which waits."""
 MAX_GRAPHS = 12
 """Sizes of batches, images and ground truths that are recorded; a step of another is taken as it comes."""
 
@@ -45,15 +49,42 @@ def targets_of(batch: Batch, room: int | None = None) -> Targets:
 
 
 def is_graph(settings: Settings, model: Detector) -> bool:
-    """Whether a run's steps are recorded: of one batch on one GPU, not compiled, with losses that do not wait."""
+    """Whether a run's steps are recorded: of one batch on GPUs, not compiled, with losses that do not wait."""
     return (
         settings.graph == "auto"
         and torch.device(settings.device).type in GRAPHED
         and model.most_matches is not None
         and settings.accumulate == 1
         and not settings.compile
-        and process_count() == 1
     )
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """On which steps are recorded, and taken before that."""
+    return torch.cuda.Stream(device)
+
+
+def of_several_processes(model: Detector, graph: bool) -> Callable[..., Any]:
+    """The model as one of several processes calls it: its gradients, and moments of BatchNorm, are those of all.
+
+    graph: its steps are to be recorded, on the stream on which it is made here: it keeps nodes that gradients end in.
+    """
+    device = next(model.parameters()).device
+    model.enable_sync_bn()
+    with warnings.catch_warnings(), ExitStack() as around:
+        # of torch 2.13, whose successor of the argument those before it do not have
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        if graph and device.type == "cuda":
+            side_stream(device).wait_stream(torch.cuda.current_stream(device))
+            around.callback(torch.cuda.current_stream(device).wait_stream, side_stream(device))
+            around.enter_context(torch.cuda.stream(side_stream(device)))
+        made = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if graph:
+        made._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # it would wait in every hundredth step, recorded or not
+    return made
 
 
 class Step:
@@ -162,7 +193,9 @@ class GraphStep(Step):
         self._updated = False
         self._recording = self.device.type == "cuda"
         self._pool: Any = None
-        self._side, self._copies = (torch.cuda.Stream(self.device) if self._recording else None for _ in range(2))
+        self._side = side_stream(self.device) if self._recording else None
+        self._copies = torch.cuda.Stream(self.device) if self._recording else None
+        self._taken = 0
         if self._recording:
             torch.cuda.reset_peak_memory_stats(self.device)
         for group in self.optimizer.param_groups:
@@ -218,17 +251,22 @@ class GraphStep(Step):
         else:
             places.losses.copy_(found)
 
+    def _gradients(self, images: Tensor, targets: Targets, parts: int) -> tuple[Losses, Tensor]:
+        self._taken += 1
+        return super()._gradients(images, targets, parts)
+
     def _fitting(self, batch: Batch) -> Places | None:
-        """Where a batch is to lie; None where there is no such place."""
+        """Where a batch is to lie; None where there is no such place. The same in all processes."""
         images, most = batch.images.shape, batch.gt_boxes.shape[1]
-        fitting = [size for size in SIZES if size >= most and size * len(batch.images) >= FULL * self._objects]
-        if not fitting:
+        too_small = [size < most or size * images[0] < FULL * self._objects for size in SIZES]
+        size, count, other = greatest_on_host([sum(too_small), images[0], -images[0]])
+        if size == len(SIZES) or count != -other:
             return None
-        key = (*images, fitting[0])
+        key = (*images, SIZES[size])
         if key not in self._places:
             if len(self._places) == MAX_GRAPHS:
                 return None
-            self._places[key] = self._made(batch, fitting[0])
+            self._places[key] = self._made(batch, SIZES[size])
         return self._places[key]
 
     def _made(self, batch: Batch, size: int) -> Places:
@@ -249,7 +287,8 @@ class GraphStep(Step):
 
     def _run(self, places: Places) -> None:
         places.steps += 1
-        if places.graph is None and self._recording and places.steps > WARM_UP:
+        warm = process_count() == 1 or self._taken >= WARM_UP_OF_SEVERAL
+        if places.graph is None and self._recording and places.steps > WARM_UP and warm:
             self._record(places)
         if places.graph is not None:
             places.graph.replay()
@@ -268,26 +307,34 @@ class GraphStep(Step):
         torch.cuda.empty_cache()
         needed = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
-        if self._pool is None and free < 2 * needed:  # graphs share theirs with each other, but not with other steps
+        # graphs share theirs with each other, but not with other steps
+        short = self._pool is None and free < 2 * needed
+        if any(greatest_on_host([short])):
             self._give_up(f"of {free / 1e9:.1f} GB of memory a graph and a step without take {2 * needed / 1e9:.1f}")
             return
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # AdamW warns where it is, and nothing is recorded
+        why = ""
         try:
             # graphs run one after another and share their memory; other threads may go on with what they do
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"),
+            ):
                 self.step(places)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # which a recording that fails leaves
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler._per_optimizer_states.clear()  # it would take the step for done
-            self._give_up(str(error))
-        else:
-            self._pool, places.graph = graph.pool(), graph
+            why = str(error) or "no reason was given"
         finally:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
+        if any(greatest_on_host([bool(why)])):
+            self._give_up(why or "another process could not do it")
+            return
+        self._pool, places.graph = graph.pool(), graph
 
     def _give_up(self, reason: str) -> None:
         self._recording = False

@@ -1,4 +1,4 @@
-"""Training: one loop for every family, which reads from top to bottom."""
+"""Training: one loop for every family. `Run` is what it is made of, and `_train` the order in which it goes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,20 +18,15 @@ from tqdm import tqdm
 
 from rtmdet_fast.data.augment import Batch, collate
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
-from rtmdet_fast.data.coco import CocoDataset
-from rtmdet_fast.data.image_cache import ImageCache, room_for_images
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.data.workers import handed_over, init_worker
-from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node, process_count
+from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node
 from rtmdet_fast.errors import UserError
-from rtmdet_fast.evaluation.analysis import analyse, best_score_thresholds
-from rtmdet_fast.evaluation.evaluate import evaluate, match_categories
-from rtmdet_fast.evaluation.pictures import ReportSample, report_samples
-from rtmdet_fast.evaluation.report import write_report
+from rtmdet_fast.evaluation.analysis import best_score_thresholds
+from rtmdet_fast.evaluation.evaluate import Evaluation, evaluate, match_categories
 from rtmdet_fast.files import write_json
-from rtmdet_fast.models.checkpoint import Checkpoint, damage_told, read_checkpoint, resolve_weights, save_atomically
+from rtmdet_fast.models.checkpoint import damage_told
 from rtmdet_fast.models.detector import Detector
-from rtmdet_fast.models.families import load_model
 from rtmdet_fast.tasks import TASKS
 from rtmdet_fast.training.batch_size import find_batch_size
 from rtmdet_fast.training.callbacks import (
@@ -45,21 +38,30 @@ from rtmdet_fast.training.callbacks import (
     set_random_states,
 )
 from rtmdet_fast.training.checkpoints import Checkpoints, Wish
-from rtmdet_fast.training.config import Settings, TrainConfig, TrainResult, resolve
+from rtmdet_fast.training.config import TrainConfig, TrainResult, resolve
 from rtmdet_fast.training.horizon import Horizon, clock
 from rtmdet_fast.training.interruption import Interruption
 from rtmdet_fast.training.loggers import LOGGERS, check_loggers
-from rtmdet_fast.training.preview import draw_batches
-from rtmdet_fast.training.run_log import Meter, RunLog, read_metrics, timed
+from rtmdet_fast.training.loss_watch import LossWatch
+from rtmdet_fast.training.run_log import Meter, RunLog, timed
+from rtmdet_fast.training.run_report import report_run
 from rtmdet_fast.training.schedule import ModelEMA, random_side
-from rtmdet_fast.training.state import load_optimizer_state, read_training_state, remove_run, shared_anew
-from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph
+from rtmdet_fast.training.setup import image_cache, make_model, tell_settings
+from rtmdet_fast.training.state import (
+    load_optimizer_state,
+    read_training_state,
+    refuse_other_run,
+    remove_run,
+    shared_anew,
+)
+from rtmdet_fast.training.step import AMP_TYPES, GraphStep, Step, is_graph, of_several_processes
 
 LOG_EVERY = 10
 OfProcess = tuple[dict[str, Any], list[torch.Tensor], float, dict[str, Any]]
 """What a checkpoint holds of each process: where its loaders and generators stand, and means of losses."""
 SHOWN = ("AP", "AP50", "segm_AP", "segm_AP50")
 """Of the figures of a validation, those that an epoch's line shows."""
+T = TypeVar("T")
 
 
 def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -80,493 +82,525 @@ def train(config: TrainConfig, *, model: Detector | None = None, callbacks: Sequ
 def _train(
     config: TrainConfig, model: Detector | None, callbacks: Sequence[Callback], interruption: Interruption
 ) -> TrainResult:
-    started = clock()
-    settings = resolve(config)
-    check_loggers(settings.loggers)
-    rank, world_size = join_processes(torch.device(settings.device))
-    if rank > 0:
-        settings = replace(settings, progress=False)
-    task, recipe = TASKS[settings.task], settings.recipe
-    device, out = torch.device(settings.device), settings.out
-    last, best = out / "last.pth", out / "best.pth"
-    if rank == 0 and not (settings.resume or settings.overwrite):
-        if last.exists():
-            raise UserError(f"{out} holds a run already; continue it with --resume, or start anew with --overwrite")
-        if best.exists():
-            if config.resume != "auto":
-                raise UserError(f"{out} holds the weights of a run already; start anew with --overwrite")
-            best.replace(out / "best-before.pth")
-            warnings.warn(f"{best} is no part of a run to continue, and is best-before.pth now", stacklevel=3)
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
+    run = Run(config, model, callbacks, interruption)
+    while run.goes_on:
+        run.train_epoch()
+    return run.end()
 
-    dataset, val_dataset = once_per_node(settings.open_data)
-    if config.batch_size == "auto":
-        batch_size = find_batch_size(settings, dataset)
-        lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * world_size)
-        settings = replace(settings, batch_size=batch_size, lr=lr)
-    if settings.cache is not None:
-        dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
-    repeats = None
-    if settings.repeat_threshold is not None:
-        repeats = repeat_factors(dataset.labels_by_image, settings.repeat_threshold)
-    check = ImageCheck(dataset, *([val_dataset] if val_dataset is not None else [])) if rank == 0 else None
-    sampler = PlanSampler(
-        len(dataset),
-        settings.batch_size,
-        recipe.caches,
-        settings.seed,
-        settings.num_workers,
-        rank=rank,
-        world_size=world_size,
-        repeats=repeats,
-        as_one=settings.as_one,
-    )
-    loader = DataLoader(
-        recipe.augment(dataset, settings.image_size),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=settings.num_workers,
-        worker_init_fn=init_worker,
-        pin_memory=device.type == "cuda",
-        persistent_workers=settings.num_workers > 0,
-    )
-    steps_per_epoch = math.ceil(len(sampler) / settings.accumulate)
-    horizon = Horizon(settings.epochs, settings.stage2_epochs)
-    total = horizon.epochs * steps_per_epoch
 
-    torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
-    model = make_model(settings, dataset, model)
-    frozen = [] if settings.freeze is None else [model.get_submodule(settings.freeze)]
-    for module in frozen:
-        module.requires_grad_(False)
-    if val_dataset is not None:
-        match_categories(model, val_dataset)  # which cannot be seen too early
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEMA(model, lambda step: recipe.ema_share(step, total, settings.ema_momentum))
-    optimizer = torch.optim.AdamW(recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    step_model: Callable[..., Any] = model
-    if world_size > 1:
-        model.enable_sync_bn()
-        with warnings.catch_warnings():
-            # of torch 2.13, whose successor of the argument those before it do not have
-            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            step_model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
-    if settings.compile:
-        step_model = torch.compile(step_model)
-    stepping = (GraphStep if is_graph(settings, model) else Step)(
-        model, optimizer, scaler, ema, call=step_model, amp=AMP_TYPES[settings.amp], clip_norm=recipe.clip_norm
-    )
+@dataclass
+class Epoch:
+    """The epoch under way: how it was planned when it began, and what its last step left."""
 
-    if settings.progress:
-        tell_settings(config, settings, sampler)
-    if check is not None:
-        check.report(wait=CHECK_SECONDS, progress=settings.progress)
-    iteration = epoch = first_step = 0
-    shift = 0  # of the count of steps against the schedule: what other numbers of processes took more, or fewer, before
-    best_epoch, best_metrics = None, {}
-    seconds_before = validation_seconds = 0.0  # of the last validation
-    epoch_loss = torch.zeros((), device=device)
-    if settings.resume:
+    name: str
+    """For people."""
+    number: int
+    """From 1."""
+    epochs: int
+    """Of the run."""
+    iterations: int
+    """Steps of the run, those of before a `--resume` too."""
+    sides: tuple[int, ...]
+    """Those of images in pixels, to one of which each batch is resized."""
+    batches: Iterator[Batch]
+    sampler_state: dict[str, Any]
+    """From which the epoch begins; once it is over, the next one."""
+    first_step: int
+    """Of those taken here: not 0 where the epoch was broken off and goes on."""
+    bar: tqdm
+    begun: float
+    lr: float
+    losses: dict[str, torch.Tensor]
+    wish: Wish = Wish.GO_ON
+    """What all processes do after the step."""
+
+
+class Run:
+    """A training: the parts that it is made of, where it stands, and what it does.
+
+    Where it stands is `epoch`, of those that are over, and `step`, of the one under way: 0 up to `steps_per_epoch`
+    before its validation, and 0 after. Every process has a Run and takes the same way through it: what one decides by a
+    clock, a callback or a file of its own, it tells the others before any of them acts on it. The first alone writes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Detector | None, callbacks: Sequence[Callback], interruption: Interruption
+    ):
+        """Makes all parts; what can be wrong with the settings and the data is raised before anything is written."""
+        self.started = clock()
+        self.interruption = interruption
+        self.settings = resolve(config)
+        check_loggers(self.settings.loggers)
+        self.device = torch.device(self.settings.device)
+        self.rank, self.world_size = join_processes(self.device, graphs=self.settings.graph == "auto")
+        if self.rank > 0:
+            self.settings = replace(self.settings, progress=False)
+        self.task, self.recipe = TASKS[self.settings.task], self.settings.recipe
+        self.out = self.settings.out
+        self.last, self.best = self.out / "last.pth", self.out / "best.pth"
+        if self.rank == 0 and not (self.settings.resume or self.settings.overwrite):
+            refuse_other_run(self.out, config.resume)
+        random.seed(self.settings.seed)
+        np.random.seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed)
+
+        self._open_data(config)
+        self._make_model(model)
+        self._make_step()
+        if self.settings.progress:
+            tell_settings(config, self.settings, self.sampler)
+        if self.check is not None:
+            self.check.report(wait=CHECK_SECONDS, progress=self.settings.progress)
+        self._stand_at_the_start()
+        if self.settings.resume:
+            self._resume()
+        elif self.settings.overwrite and self.rank == 0:
+            remove_run(self.out)
+        self._open_files()
+        self._begin(callbacks)
+
+    def _open_data(self, config: TrainConfig) -> None:
+        """The images, in which order they are shown, and, where that was left to the run, how many at a time."""
+        settings, recipe = self.settings, self.recipe
+        dataset, self.val_dataset = once_per_node(settings.open_data)
+        if config.batch_size == "auto":
+            batch_size = find_batch_size(settings, dataset)
+            lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * self.world_size)
+            self.settings = settings = replace(settings, batch_size=batch_size, lr=lr)
+        if settings.cache is not None:
+            dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
+        repeats = None
+        if settings.repeat_threshold is not None:
+            repeats = repeat_factors(dataset.labels_by_image, settings.repeat_threshold)
+        self.check = None
+        if self.rank == 0:
+            self.check = ImageCheck(dataset, *([self.val_dataset] if self.val_dataset is not None else []))
+        self.dataset = dataset
+        self.sampler = PlanSampler(
+            len(dataset),
+            settings.batch_size,
+            recipe.caches,
+            settings.seed,
+            settings.num_workers,
+            rank=self.rank,
+            world_size=self.world_size,
+            repeats=repeats,
+            as_one=settings.as_one,
+        )
+        self.loader = DataLoader(
+            recipe.augment(dataset, settings.image_size),
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=settings.num_workers,
+            worker_init_fn=init_worker,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=settings.num_workers > 0,
+        )
+        self.steps_per_epoch = math.ceil(len(self.sampler) / settings.accumulate)
+        self.horizon = Horizon(settings.epochs, settings.stage2_epochs)
+
+    def _make_model(self, start: Detector | None) -> None:
+        """The model on its device, and the average of its weights."""
+        torch.backends.cudnn.benchmark = True  # batches have one shape, or one of a few
+        self.model = model = make_model(self.settings, self.dataset, start)
+        self.frozen = [] if self.settings.freeze is None else [model.get_submodule(self.settings.freeze)]
+        for module in self.frozen:
+            module.requires_grad_(False)
+        if self.val_dataset is not None:
+            match_categories(model, self.val_dataset)  # which cannot be seen too early
+        model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = ModelEMA(model, self._ema_share())
+
+    def _make_step(self) -> None:
+        """The optimiser, and what a step is: plain, compiled, of several processes, or a CUDA graph."""
+        settings, recipe, model = self.settings, self.recipe, self.model
+        self.optimizer = torch.optim.AdamW(
+            recipe.parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        step_model: Callable[..., Any] = model
+        graph = is_graph(settings, model)
+        if self.world_size > 1:
+            step_model = of_several_processes(model, graph)
+        if settings.compile:
+            step_model = torch.compile(step_model)
+        self.stepping = (GraphStep if graph else Step)(
+            model,
+            self.optimizer,
+            self.scaler,
+            self.ema,
+            call=step_model,
+            amp=AMP_TYPES[settings.amp],
+            clip_norm=recipe.clip_norm,
+        )
+
+    def _stand_at_the_start(self) -> None:
+        """Before the first step."""
+        self.iteration = self.epoch = self.step = 0
+        self.shift = 0  # of iteration against the schedule: what other numbers of processes took more, or fewer, before
+        self.best_epoch: int | None = None
+        self.best_metrics: dict[str, float] = {}
+        self.seconds_before = self.validation_seconds = 0.0  # of the last validation
+        self.epoch_loss = torch.zeros((), device=self.device)
+        self.meter = Meter()
+        self.stopped = False
+        self.random_states: list[torch.Tensor] = []  # with which an epoch goes on that was broken off
+
+    def _resume(self) -> None:
+        """Goes to where last.pth stands."""
+        settings, last = self.settings, self.last
         state = read_training_state(last, settings)
         with damage_told(last):
-            if (processes := len(state["samplers"])) != world_size:
-                state = shared_anew(state, settings, steps_per_epoch)
-            model.load_state_dict(state["model"])
-            ema.model.load_state_dict(state["ema"])
-            load_optimizer_state(optimizer, state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            first_step = state["step"]
-            if first_step > steps_per_epoch:
-                raise ValueError(f"step {first_step} of {steps_per_epoch}")
-            sampler.load_state_dicts(state["samplers"], skip=first_step * settings.accumulate)
-            random_numbers = state["random_states"][rank % len(state["random_states"])]
-            set_random_states(random_numbers)
-            epoch_loss += state["epoch_losses"][rank % len(state["epoch_losses"])]
-            seconds_before, validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
-            horizon = Horizon(*state["horizon"])
+            if (processes := len(state["samplers"])) != self.world_size:
+                state = shared_anew(state, settings, self.steps_per_epoch)
+            self.model.load_state_dict(state["model"])
+            self.ema.model.load_state_dict(state["ema"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step = state["step"]
+            if self.step > self.steps_per_epoch:
+                raise ValueError(f"step {self.step} of {self.steps_per_epoch}")
+            self.sampler.load_state_dicts(state["samplers"], skip=self.step * settings.accumulate)
+            self.random_states = self._of_this_process(state["random_states"])
+            set_random_states(self.random_states)
+            self.epoch_loss += self._of_this_process(state["epoch_losses"])
+            self.meter.load_state_dict(self._of_this_process(state["meters"]))
+            self.seconds_before, self.validation_seconds = map(float, state.get("seconds", (0.0, 0.0)))
+            self.horizon = Horizon(*state["horizon"])
             thresholds = state.get("score_thresholds")
-            ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
-        if processes != world_size and rank == 0:
+            self.ema.model.score_thresholds = None if thresholds is None else tuple(map(float, thresholds))
+        if processes != self.world_size and self.rank == 0:
             warnings.warn(
-                f"the run in {out} had {processes} processes and goes on with {world_size}, at "
-                f"{settings.batch_size * settings.accumulate * world_size} images a step and a rate of "
+                f"the run in {self.out} had {processes} processes and goes on with {self.world_size}, at "
+                f"{settings.batch_size * settings.accumulate * self.world_size} images a step and a rate of "
                 f"{settings.lr:.3g}: to the bit it would with {processes} alone",
-                stacklevel=3,
+                stacklevel=5,
             )
-        iteration, epoch = state["iteration"], state["epoch"]
-        best_epoch, best_metrics = state["best_epoch"], state["best_metrics"]
-        ema.step = epoch * steps_per_epoch + first_step
-        shift = iteration - ema.step
-    elif settings.overwrite and rank == 0:
-        remove_run(out)
-    validated = first_step == 0 or epoch >= horizon.epochs
-    log = RunLog(out, iteration, validated) if rank == 0 else None
-    checkpoints = Checkpoints(last, settings.save_every, settings.keep, iteration)
-    if log is not None:
-        write_json(out / "config.json", settings.as_json())
-    meter = Meter()
-    if settings.resume:
-        with damage_told(last):
-            meter.load_state_dict(state["meters"][rank % len(state["meters"])])
-    previous: tuple[Callable[[], float], Batch] | None = None
-    listeners = Callbacks([*(LOGGERS[name][0]() for name in settings.loggers), *callbacks] if rank == 0 else ())
-    listeners.tell("on_start", settings, iteration)
-    deadline = math.inf if settings.time is None else started - seconds_before + settings.time
-    begun, first_iteration = clock(), iteration
-    training_seconds = 0.0
-    stopped = False
+        self.iteration, self.epoch = state["iteration"], state["epoch"]
+        self.best_epoch, self.best_metrics = state["best_epoch"], state["best_metrics"]
+        self.ema.step = self.epoch * self.steps_per_epoch + self.step
+        self.shift = self.iteration - self.ema.step
 
-    def of_process(sampler_state: dict[str, Any]) -> OfProcess:
-        return sampler_state, random_states(), epoch_loss.item(), meter.state_dict()
+    def _of_this_process(self, values: Sequence[T]) -> T:
+        """Of what a state holds of each; there may be other numbers of them now."""
+        return values[self.rank % len(values)]
 
-    def write_checkpoint(epoch: int, step: int, horizon: Horizon, processes: Sequence[OfProcess]) -> None:
-        if log is None:  # the first process alone writes
+    def _open_files(self) -> None:
+        """What is written from now on; of rows and checkpoints those past the beginning go."""
+        validated = self.step == 0 or self.epoch >= self.horizon.epochs
+        self.log = RunLog(self.out, self.iteration, validated) if self.rank == 0 else None
+        self.checkpoints = Checkpoints(self.last, self.settings.save_every, self.settings.keep, self.iteration)
+        if self.log is not None:
+            write_json(self.out / "config.json", self.settings.as_json())
+        self.watch = LossWatch(self.out)
+
+    def _begin(self, callbacks: Sequence[Callback]) -> None:
+        """Tells those who listen, and looks at the clock."""
+        loggers = (LOGGERS[name][0]() for name in self.settings.loggers)
+        self.listeners = Callbacks([*loggers, *callbacks] if self.rank == 0 else ())
+        self.listeners.tell("on_start", self.settings, self.iteration)
+        time = self.settings.time
+        self.deadline = math.inf if time is None else self.started - self.seconds_before + time
+        self.begun, self.first_iteration = clock(), self.iteration
+        self.training_seconds = 0.0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another epoch."""
+        return self.epoch < self.horizon.epochs and not self.stopped
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Of the run as it is planned now; rate and averaging go by them."""
+        return self.horizon.epochs * self.steps_per_epoch
+
+    def _ema_share(self) -> Callable[[int], float]:
+        """The share of the new weights in the average at a step, as the run is planned now."""
+        share, total, momentum = self.recipe.ema_share, self.scheduled_steps, self.settings.ema_momentum
+        return lambda step: share(step, total, momentum)  # without the run, which would hold itself, and its loaders
+
+    def _rate(self, iteration: int) -> float:
+        """The learning rate of a step; `iteration` counts those before it."""
+        warmup = self.settings.warmup_iterations
+        if warmup is None:
+            warmup = min(self.recipe.warmup, self.scheduled_steps // 10)
+        return self.settings.lr * self.recipe.lr_factor(iteration - self.shift, self.scheduled_steps, warmup)
+
+    def _progress(self, epoch: Epoch, metrics: dict[str, float]) -> Progress:
+        return Progress(
+            epoch=epoch.number,
+            epochs=epoch.epochs,
+            iteration=self.iteration,
+            iterations=epoch.iterations,
+            lr=epoch.lr,
+            losses=epoch.losses,
+            metrics=metrics,
+            model=self.ema.model,
+            stop=self.listeners.stop,
+        )
+
+    def train_epoch(self) -> None:
+        """The steps of an epoch, or those left of one that was broken off, its validation, and a checkpoint of it.
+
+        A signal waits for the checkpoint, except in a validation.
+        """
+        self.interruption.hold()
+        epoch = self._begin_epoch()
+        self._take_steps(epoch)
+        self.stopped = epoch.wish > Wish.CHECKPOINT
+        finished = self.step == self.steps_per_epoch
+        epochs = self.epoch + finished
+        horizon = self._planned(epoch, epochs)
+        ended = finished or horizon.epochs == epochs
+        validates = ended and horizon.validates(epochs, self.settings.val_interval) and self.val_dataset is not None
+        evaluation = None
+        if validates or epoch.wish == Wish.END:
+            self._write_checkpoint(self._of_processes(epoch))
+            if epoch.wish == Wish.END:
+                gather(None, self.world_size)  # nobody leaves before it is written
+                self.interruption.end()
+            self.interruption.release()
+            evaluation = self._validate()
+
+        self.epoch, self.horizon = epochs, horizon
+        if finished:
+            self.step, epoch.sampler_state = 0, self.sampler.state_dict()
+        of_processes = self._of_processes(epoch)
+        if self.log is not None:
+            metrics = {"loss": sum(loss for *_, loss, _ in of_processes) / self.world_size}
+            if evaluation is not None:
+                self._judge(evaluation, epoch.number)
+                metrics |= evaluation.metrics
+            if self.settings.progress and ended:
+                _tell_epoch(epoch.name, metrics)
+            if self.val_dataset is None or (self.stopped and self.best_epoch is None):
+                self.ema.model.save(self.best)
+            self._write_checkpoint(of_processes)  # last: what it tells of is there
+            if self.check is not None:
+                self.check.report()
+            if ended:
+                self.listeners.tell("on_epoch", self._progress(epoch, metrics))
+        self.stopped = any_process(self.listeners.stopped, self.device)
+        self.horizon = gather(self.horizon, self.world_size)[0]
+        self.interruption.release()
+        self.epoch_loss.zero_()
+
+    def _begin_epoch(self) -> Epoch:
+        """Its plans, its batches, and the model ready to learn."""
+        settings, first_step = self.settings, self.step
+        stage2 = self.epoch >= self.horizon.stage2_begin
+        self.sampler.set_stage2(stage2)
+        self.ema.share = self._ema_share()
+        sampler_state = self.sampler.state_dict()
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        batches = timed(handed_over(iter(self.loader)), self.meter)
+        if first_step:  # what the loader's start has drawn, it drew before
+            set_random_states(self.random_states)
+        if first_step == self.steps_per_epoch:  # its validation alone is left
+            next(batches, None)  # makes the plans, upon which those of the next epoch hang
+        number, epochs, total = self.epoch + 1, self.horizon.epochs, self.steps_per_epoch
+        name = f"epoch {number}/{epochs}"
+        return Epoch(
+            name=name,
+            number=number,
+            epochs=epochs,
+            iterations=self.scheduled_steps + self.shift,
+            sides=(settings.image_size,) if stage2 else self.recipe.batch_sides(settings.image_size),
+            batches=batches,
+            sampler_state=sampler_state,
+            first_step=first_step,
+            begun=clock(),
+            lr=self._rate(max(self.iteration - 1, self.shift)),
+            losses={},
+            bar=tqdm(total=total, initial=first_step, desc=name, disable=not settings.progress, leave=False),
+        )
+
+    def _take_steps(self, epoch: Epoch) -> None:
+        """Up to the end of the epoch, or as far as a signal, a callback or the time allows."""
+        while self.step < self.steps_per_epoch:
+            self._take_step(epoch)
+            metrics = self._read_meter(epoch)
+            self.listeners.tell("on_step", self._progress(epoch, metrics))
+            epoch.wish = self._wish()
+            if epoch.wish > Wish.CHECKPOINT:
+                break
+            if epoch.wish == Wish.CHECKPOINT and self.step < self.steps_per_epoch:
+                self.watch.check(self.iteration)
+                self._write_checkpoint(self._of_processes(epoch))
+        epoch.bar.close()
+        self.watch.check(self.iteration)
+        self.watch.forget()
+        self.training_seconds += clock() - epoch.begun
+
+    def _take_step(self, epoch: Epoch) -> None:
+        """Of the optimiser, on one batch or on those that make a step together."""
+        settings = self.settings
+        epoch.lr = self._rate(self.iteration)
+        self.stepping.set_rate(epoch.lr)
+        parts = min(settings.accumulate, len(self.sampler) - self.step * settings.accumulate)
+        for part, batch in enumerate(itertools.islice(epoch.batches, parts)):
+            batch = self.stepping.take(batch, random_side(epoch.sides, settings.seed, self.iteration, part))
+            try:
+                epoch.losses, loss = self.stepping.backward(batch, parts)
+            except UserError as error:  # predictions that no loss can be made of
+                self.watch.check(self.iteration)
+                raise UserError(f"{error}; {self.watch.keep(batch, self.iteration)}") from error
+            self.meter.add(epoch.losses, len(batch.images) * self.world_size)
+            self.epoch_loss += loss / self.steps_per_epoch
+            self.watch.check(self.iteration)
+            self.watch.add(loss, batch)
+        self.stepping.update()
+        self.iteration, self.step = self.iteration + 1, self.step + 1
+        self.meter.step()
+        epoch.bar.update()
+
+    def _read_meter(self, epoch: Epoch) -> dict[str, float]:
+        """Means of losses and the pace, logged and shown, every LOG_EVERY steps; else nothing."""
+        if self.iteration % LOG_EVERY and self.iteration != epoch.iterations:
+            return {}
+        metrics = {"lr": epoch.lr, **self.meter.read()}
+        if self.log is not None:
+            self.log.write({"epoch": epoch.number, "iteration": self.iteration, **metrics})
+        left = self.meter.seconds_per_step * (epoch.iterations - self.iteration)
+        epoch.bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, lr {epoch.lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
+            f"data {metrics['data_wait']:.0%}, ETA {duration(left)}"
+        )
+        return metrics
+
+    def _wish(self) -> Wish:
+        """What all processes do now: the greatest of their wishes."""
+        # Several processes ask each other now and then: to do so is to wait for the device.
+        if self.world_size > 1 and self.iteration % LOG_EVERY:
+            return Wish.GO_ON
+        wish = Wish.GO_ON
+        if self.interruption.arrived is not None:
+            wish = Wish.END
+        elif self.listeners.stopped:
+            wish = Wish.STOP
+        elif self.rank == 0 and clock() > self.deadline - self.validation_seconds:
+            wish = Wish.TIME_IS_UP
+        elif self.rank == 0 and self.checkpoints.due:
+            wish = Wish.CHECKPOINT
+        return Wish(greatest(wish, self.device))
+
+    def _planned(self, epoch: Epoch, epochs: int) -> Horizon:
+        """The end of the run after its steps of an epoch, with which `epochs` are over; nearer by `--time` alone."""
+        horizon = self.horizon
+        if self.log is not None:  # the first process alone decides
+            if epoch.wish == Wish.TIME_IS_UP and epochs < horizon.epochs:
+                horizon = Horizon(epochs, 0, "time")
+            elif self.step == self.steps_per_epoch and self.settings.time is not None:
+                taken = self.step - epoch.first_step
+                if taken:
+                    epoch_seconds = (clock() - epoch.begun) / taken * self.steps_per_epoch
+                else:
+                    epoch_seconds = (clock() - self.started + self.seconds_before) / epoch.number
+                validation_seconds = self.validation_seconds
+                if not validation_seconds:
+                    validation_seconds = epoch_seconds * len(self.val_dataset or ()) / len(self.dataset)
+                left = self.deadline - clock()
+                horizon = horizon.within(left, epochs, epoch_seconds, validation_seconds, self.settings)
+        return gather(horizon, self.world_size)[0]
+
+    def _validate(self) -> Evaluation:
+        """The averaged weights on the images of validation, by all processes."""
+        assert self.val_dataset is not None
+        begun = clock()
+        with random_numbers_kept():  # how often it is validated changes nothing
+            evaluation = evaluate(
+                self.ema.model,
+                self.val_dataset,
+                batch_size=self.settings.batch_size,
+                num_workers=self.settings.num_workers,
+                progress=self.settings.progress,
+                together=self.world_size > 1,
+            )
+        self.validation_seconds = clock() - begun
+        self.meter.restart()
+        return evaluation
+
+    def _judge(self, evaluation: Evaluation, number: int) -> None:
+        """What follows from a validation after epoch `number`: thresholds, the best weights, and patience."""
+        assert self.log is not None
+        metrics, criterion, patience = evaluation.metrics, self.task.criterion, self.settings.patience
+        self.log.write({"epoch": number, "iteration": self.iteration, **metrics})
+        self.ema.model.score_thresholds = best_score_thresholds(evaluation, len(self.dataset.class_names))
+        if self.best_epoch is None or metrics[criterion] > self.best_metrics[criterion]:
+            self.best_epoch, self.best_metrics = number, metrics
+            self.ema.model.save(self.best)
+        if patience is None:
             return
-        samplers, random_numbers, epoch_losses, meters = zip(*processes, strict=True)
-        checkpoints.write(
-            ema.model,
+        planned, self.horizon = self.horizon, self.horizon.out_of_patience(self.epoch, self.best_epoch, patience)
+        if self.settings.progress and self.horizon != planned:
+            left = self.horizon.epochs - self.epoch
+            tqdm.write(
+                f"no better {criterion} for {patience} epochs: "
+                + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
+            )
+
+    def _of_processes(self, epoch: Epoch) -> list[OfProcess]:
+        """What a checkpoint holds of each process; all of them ask at the same time."""
+        own = epoch.sampler_state, random_states(), self.epoch_loss.item(), self.meter.state_dict()
+        return gather(own, self.world_size)
+
+    def _write_checkpoint(self, of_processes: Sequence[OfProcess]) -> None:
+        """last.pth of where the run stands, by the first process."""
+        if self.log is None:
+            return
+        samplers, random_numbers, epoch_losses, meters = zip(*of_processes, strict=True)
+        self.checkpoints.write(
+            self.ema.model,
             {
-                "config": settings.as_json(),
-                "model": model.state_dict(),
-                "ema": ema.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
+                "config": self.settings.as_json(),
+                "model": self.model.state_dict(),
+                "ema": self.ema.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "samplers": list(samplers),
                 "random_states": list(random_numbers),
-                "epoch": epoch,
-                "step": step,
-                "iteration": iteration,
-                "horizon": list(astuple(horizon)),
-                "seconds": [clock() - started + seconds_before, validation_seconds],
-                "best_epoch": best_epoch,
-                "best_metrics": best_metrics,
-                "score_thresholds": ema.model.score_thresholds,
-                "epoch_losses": list(epoch_losses) if step else [0.0] * world_size,
+                "epoch": self.epoch,
+                "step": self.step,
+                "iteration": self.iteration,
+                "horizon": list(astuple(self.horizon)),
+                "seconds": [clock() - self.started + self.seconds_before, self.validation_seconds],
+                "best_epoch": self.best_epoch,
+                "best_metrics": self.best_metrics,
+                "score_thresholds": self.ema.model.score_thresholds,
+                "epoch_losses": list(epoch_losses) if self.step else [0.0] * self.world_size,
                 "meters": list(meters),
             },
         )
 
-    while epoch < horizon.epochs and not stopped:
-        interruption.hold()
-        total = horizon.epochs * steps_per_epoch
-        warmup = settings.warmup_iterations
-        if warmup is None:
-            warmup = min(recipe.warmup, total // 10)
-        stage2 = epoch >= horizon.stage2_begin
-        sampler.set_stage2(stage2)
-        sampler_state = sampler.state_dict()
-        sides = (settings.image_size,) if stage2 else recipe.batch_sides(settings.image_size)
-        model.train()
-        for module in frozen:
-            module.eval()
-        batches = timed(handed_over(iter(loader)), meter)
-        if first_step:  # what the loader's start has drawn, it drew before
-            set_random_states(random_numbers)
-        if first_step == steps_per_epoch:  # its validation alone is left
-            next(batches, None)  # makes the plans, upon which those of the next epoch hang
-        number = epoch + 1
-        name = f"epoch {number}/{horizon.epochs}"
-        end = total + shift
-        progress = partial(
-            Progress, epoch=number, epochs=horizon.epochs, iterations=end, model=ema.model, stop=listeners.stop
-        )
-        epoch_begun = clock()
-        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=name, disable=not settings.progress, leave=False)
-        done, wish = first_step, Wish.GO_ON
-        lr = settings.lr * recipe.lr_factor(max(iteration - shift - 1, 0), total, warmup)
-        losses: dict[str, torch.Tensor] = {}
-        for step in range(first_step, steps_per_epoch):
-            lr = settings.lr * recipe.lr_factor(iteration - shift, total, warmup)
-            stepping.set_rate(lr)
-            parts = min(settings.accumulate, len(sampler) - step * settings.accumulate)
-            for part, batch in enumerate(itertools.islice(batches, parts)):
-                batch = stepping.take(batch, random_side(sides, settings.seed, iteration, part))
-                try:
-                    losses, loss = stepping.backward(batch, parts)
-                except UserError as error:  # predictions that no loss can be made of
-                    stop_on_nan(previous, out, iteration)
-                    raise UserError(f"{error}; {keep_batch(batch, out, iteration)}") from error
-                meter.add(losses, len(batch.images) * world_size)
-                epoch_loss += loss / steps_per_epoch
-                # Looking at the loss one batch late keeps the host one batch ahead of the device.
-                stop_on_nan(previous, out, iteration)
-                previous = (on_its_way(loss), batch)
-            stepping.update()
-            iteration, done = iteration + 1, step + 1
-            meter.step()
-            bar.update()
-            metrics: dict[str, float] = {}
-            if iteration % LOG_EVERY == 0 or iteration == end:
-                metrics = {"lr": lr, **meter.read()}
-                if log is not None:
-                    log.write({"epoch": number, "iteration": iteration, **metrics})
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['images_per_second']:.0f} img/s, "
-                    f"data {metrics['data_wait']:.0%}, ETA {duration(meter.seconds_per_step * (end - iteration))}"
-                )
-            listeners.tell("on_step", progress(iteration=iteration, lr=lr, losses=losses, metrics=metrics))
-            wish = Wish.GO_ON
-            # Several processes ask each other now and then: to do so is to wait for the device.
-            if world_size == 1 or iteration % LOG_EVERY == 0:
-                if interruption.arrived is not None:
-                    wish = Wish.END
-                elif listeners.stopped:
-                    wish = Wish.STOP
-                elif rank == 0 and clock() > deadline - validation_seconds:
-                    wish = Wish.TIME_IS_UP
-                elif rank == 0 and checkpoints.due:
-                    wish = Wish.CHECKPOINT
-                wish = Wish(greatest(wish, device))
-            if wish > Wish.CHECKPOINT:
-                break
-            if wish == Wish.CHECKPOINT and done < steps_per_epoch:
-                stop_on_nan(previous, out, iteration)
-                write_checkpoint(epoch, done, horizon, gather(of_process(sampler_state), world_size))
-        bar.close()
-        stop_on_nan(previous, out, iteration)
-        previous = None
-        epoch_seconds = (clock() - epoch_begun) / max(done - first_step, 1) * steps_per_epoch
-        if done == first_step:
-            epoch_seconds = (clock() - started + seconds_before) / number
-        training_seconds += clock() - epoch_begun
-        stopped = wish > Wish.CHECKPOINT
-        broken_off = epoch, done, horizon
-        step = done % steps_per_epoch  # 0: the epoch is over
-        if step == 0:
-            epoch += 1
-
-        if log is not None:  # the first process alone decides and writes
-            if wish == Wish.TIME_IS_UP and epoch < horizon.epochs:
-                horizon = Horizon(epoch, 0, "time")
-            elif step == 0 and settings.time is not None:
-                expected = validation_seconds or epoch_seconds * len(val_dataset or ()) / len(dataset)
-                horizon = horizon.within(deadline - clock(), epoch, epoch_seconds, expected, settings)
-        horizon = gather(horizon, world_size)[0]
-        ended = step == 0 or horizon.epochs == epoch
-        validates = val_dataset is not None and ended and horizon.validates(epoch, settings.val_interval)
-        if validates or wish == Wish.END:
-            write_checkpoint(*broken_off, gather(of_process(sampler_state), world_size))
-            if wish == Wish.END:
-                gather(None, world_size)  # nobody leaves before it is written
-                interruption.end()
-            interruption.release()
-        evaluation = None
-        if val_dataset is not None and validates:
-            validation_begun = clock()
-            with random_numbers_kept():  # how often it is validated changes nothing
-                evaluation = evaluate(
-                    ema.model,
-                    val_dataset,
-                    batch_size=settings.batch_size,
-                    num_workers=settings.num_workers,
-                    progress=settings.progress,
-                    together=world_size > 1,
-                )
-            validation_seconds = clock() - validation_begun
-            meter.restart()
-        if step == 0:
-            sampler_state = sampler.state_dict()
-        of_processes = gather(of_process(sampler_state), world_size)
-        if log is not None:
-            metrics = {"loss": sum(loss for *_, loss, _ in of_processes) / world_size}
-            if evaluation is not None:
-                log.write({"epoch": number, "iteration": iteration, **evaluation.metrics})
-                metrics |= evaluation.metrics
-                ema.model.score_thresholds = best_score_thresholds(evaluation, len(dataset.class_names))
-                if best_epoch is None or evaluation.metrics[task.criterion] > best_metrics[task.criterion]:
-                    best_epoch, best_metrics = number, evaluation.metrics
-                    ema.model.save(best)
-                if settings.patience is not None:
-                    planned, horizon = horizon, horizon.out_of_patience(epoch, best_epoch, settings.patience)
-                    if settings.progress and horizon != planned:
-                        left = horizon.epochs - epoch
-                        tqdm.write(
-                            f"no better {task.criterion} for {settings.patience} epochs: "
-                            + (f"the last {left}, without strong augmentation, come now" if left else "the run ends")
-                        )
-            if settings.progress and ended:
-                shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
-                figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
-                tqdm.write(f"{name}: {figures}")
-            if val_dataset is None or (stopped and best_epoch is None):
-                ema.model.save(best)
-            write_checkpoint(epoch, step, horizon, of_processes)  # last: what it tells of is there
-            if check is not None:
-                check.report()
-            if ended:
-                listeners.tell("on_epoch", progress(iteration=iteration, lr=lr, losses=losses, metrics=metrics))
-        stopped = any_process(listeners.stopped, device)
-        horizon = gather(horizon, world_size)[0]
-        interruption.release()
-        first_step = 0
-        epoch_loss.zero_()
-
-    seconds = clock() - begun
-    pace = training_seconds / max(iteration - first_iteration, 1)
-    report = None
-    ended_by = "callback" if epoch < horizon.epochs else horizon.reason
-    if settings.report and ended_by != "callback":
-        report = report_run(settings, dataset, val_dataset, best_epoch, seconds, pace, rank)
-    skipped, noticed = dict(dataset.skipped), dict(dataset.noticed)
-    if val_dataset is not None:
-        skipped |= {f"{reason}, of validation": what for reason, what in val_dataset.skipped.items()}
-        noticed |= {f"{reason}, of validation": what for reason, what in val_dataset.noticed.items()}
-    left_out, odd = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
-    result = TrainResult(best_metrics, best_epoch, seconds, pace, last, best, report, left_out, odd, ended_by)
-    listeners.tell("on_end", result)
-    return result
-
-
-def make_model(settings: Settings, dataset: CocoDataset, start: Detector | None) -> Detector:
-    """The model to train on `dataset`, with the weights that it starts from: those of `start` where it is given."""
-    recipe = settings.recipe
-    given, options = None, {}
-    if start is not None:
-        meta = {"rtmdet_fast": start.saved_options()}
-        given = Checkpoint(Path("the model given"), start.state_dict(), start.class_names, meta)
-        options = {name: value for name, value in start.inspect(given).options.items() if value is not None}
-    model = recipe.build(class_names=dataset.class_names, **options)
-    if recipe.needs_init and settings.init is None and start is None and not settings.resume:
-        warnings.warn(
-            f"{model.title} has frozen batch norms, which without weights to start from (--init) normalise nothing",
-            stacklevel=2,
-        )
-    if settings.freeze and settings.init is None and start is None and not settings.resume:
-        raise UserError(f"--freeze {settings.freeze} keeps weights as they are: give those to start from with --init")
-    checkpoint = given
-    if settings.init is not None:
-        checkpoint = read_checkpoint(resolve_weights(settings.init))
-    if checkpoint is not None:
-        model.load_weights(checkpoint)
-        before = checkpoint.class_names
-        if before and before != model.class_names and len(before) == len(model.class_names):
-            warnings.warn(
-                f"{checkpoint.path}: its classes ({', '.join(before[:8])}, …) are taken for those of the training data "
-                f"({', '.join(model.class_names[:8])}, …) in that order",
-                stacklevel=2,
+    def end(self) -> TrainResult:
+        """The report, and what came out."""
+        seconds = clock() - self.begun
+        pace = self.training_seconds / max(self.iteration - self.first_iteration, 1)
+        report = None
+        ended_by = "callback" if self.epoch < self.horizon.epochs else self.horizon.reason
+        if self.settings.report and ended_by != "callback":
+            report = report_run(
+                self.settings, self.dataset, self.val_dataset, self.best_epoch, seconds, pace, self.rank
             )
-    model.image_size = settings.image_size
-    if model.patch_size is not None:
-        model.patch_size = dataset.longest_side  # what an object's size in pixels was seen relative to
-    return model
-
-
-def image_cache(amount: str, dataset: CocoDataset, *, told: bool) -> ImageCache | None:
-    """Of the size that the images need or that there is room for; None, with a warning, where there is none."""
-    needed, processes = dataset.decoded_bytes, process_count()
-    room = room_for_images(amount, processes)
-    try:
-        cache = ImageCache(len(dataset), min(needed, room))
-    except MemoryError as error:
-        warnings.warn(f"--cache {amount}: {error}; images are decoded each time", stacklevel=2)
-        return None
-    if told:
-        share = f"all {len(dataset)}" if room >= needed else f"{room / needed:.0%} of {len(dataset)}"
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        tqdm.write(f"cache: {min(needed, room) / 1e9:.2f} GB of memory, shared by loaders{each}, for {share} images")
-    return cache
-
-
-def tell_settings(config: TrainConfig, settings: Settings, sampler: PlanSampler) -> None:
-    """Says what was worked out for the run and decides much."""
-    recipe, images = settings.recipe, settings.batch_size * settings.accumulate * process_count()
-    if config.lr is None:
-        rate = f"learning rate {settings.lr:.3g}: {recipe.lr:g} at {recipe.lr_batch} images a step, here {images}"
-        tqdm.write(f"batch size {settings.batch_size}{' (auto)' if config.batch_size == 'auto' else ''}, {rate}")
-    elif config.batch_size == "auto":
-        tqdm.write(f"batch size {settings.batch_size} (auto)")
-    if sampler.repeats is not None:
-        more = int((sampler.repeats > 1).sum())
-        tqdm.write(
-            f"an epoch shows {sampler.epoch_length} images: of {sampler.dataset_length} there are {more} repeated"
+        skipped, noticed = dict(self.dataset.skipped), dict(self.dataset.noticed)
+        if self.val_dataset is not None:
+            skipped |= {f"{reason}, of validation": what for reason, what in self.val_dataset.skipped.items()}
+            noticed |= {f"{reason}, of validation": what for reason, what in self.val_dataset.noticed.items()}
+        left_out, odd = ({reason: len(what) for reason, what in told.items()} for told in (skipped, noticed))
+        result = TrainResult(
+            self.best_metrics, self.best_epoch, seconds, pace, self.last, self.best, report, left_out, odd, ended_by
         )
+        self.listeners.tell("on_end", result)
+        return result
 
 
-def on_its_way(value: torch.Tensor) -> Callable[[], float]:
-    """Sends a scalar to the host; what is returned waits for it, but, unlike `item`, for no work queued later."""
-    if not value.is_cuda:
-        return value.item
-    host, arrived = value.to("cpu", non_blocking=True), torch.cuda.Event()  # into page-locked memory
-    arrived.record()
-
-    def wait() -> float:
-        arrived.synchronize()
-        return host.item()
-
-    return wait
-
-
-def stop_on_nan(previous: tuple[Callable[[], float], Batch] | None, out: Path, iteration: int) -> None:
-    """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
-    if previous is None or math.isfinite(value := previous[0]()):
-        return
-    kept = keep_batch(previous[1], out, iteration)
-    raise UserError(f"the loss is {value} near iteration {iteration}; {kept} (a lower --lr or --amp none may help)")
-
-
-def keep_batch(batch: Batch, out: Path, iteration: int) -> str:
-    """Write a batch for inspection, and say where."""
-    path = out / "nan_batch.pt"
-    tensors = {k: v.cpu() for k, v in asdict(batch).items() if v is not None}
-    save_atomically({"iteration": iteration, **tensors}, path)
-    return f"the batch is in {path}, the last good weights in last.pth"
-
-
-def report_run(
-    settings: Settings,
-    dataset: CocoDataset,
-    val_dataset: CocoDataset | None,
-    best_epoch: int | None,
-    seconds: float,
-    pace: float,
-    rank: int,
-) -> Path | None:
-    """Evaluate the best weights once more, for curves and pictures; the first process writes report.html."""
-    best = settings.out / "best.pth"
-    together = all(gather(best.is_file(), process_count()))  # not on nodes that have no disk in common
-    if rank > 0 and not (together and val_dataset is not None):
-        return None
-    model = load_model(best).to(settings.device)
-    metrics: dict[str, Any] = {}
-    curves: dict[str, Any] = {}
-    analysis = None
-    worst: list[ReportSample] = []
-    samples: list[ReportSample] = []
-    if val_dataset is not None:
-        evaluation = evaluate(
-            model, val_dataset, batch_size=settings.batch_size, progress=settings.progress, together=together
-        )
-        if rank > 0:
-            return None
-        analysis = analyse(evaluation, val_dataset.class_names)
-        metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "best_epoch": best_epoch}
-        if analysis is not None:
-            metrics["analysis"] = analysis.as_json()
-        curves = evaluation.pr_curves
-        write_json(settings.out / "metrics.json", metrics)
-        write_json(settings.out / "detections.json", evaluation.detections, indent=None)
-        worst, samples = report_samples(val_dataset, evaluation, analysis)
-    return write_report(
-        settings.out / "report.html",
-        title=f"{model.title} on {dataset.annotation_path.name}",
-        evaluation=metrics,
-        pr_curves=curves,
-        settings={**settings.as_json(), "training images": len(dataset), "seconds per iteration": round(pace, 4)},
-        class_names=dataset.class_names,
-        history=read_metrics(settings.out / "metrics.csv"),
-        analysis=analysis,
-        worst=worst,
-        samples=samples,
-        batches=[(drawn.told, drawn.picture) for drawn in draw_batches(settings, dataset, 1)],
-        train_objects=np.bincount(dataset.objects()[2], minlength=len(dataset.class_names)),
-        parameters=sum(p.numel() for p in model.parameters()),
-        seconds=seconds,
-    )
+def _tell_epoch(name: str, metrics: dict[str, float]) -> None:
+    """The line of an epoch."""
+    shown = {key: metrics[key] for key in ("loss", *SHOWN) if key in metrics}
+    figures = ", ".join(f"{key} {value:.3f}" if value >= 0 else f"{key} -" for key, value in shown.items())
+    tqdm.write(f"{name}: {figures}")
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import torch
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.export.engine import load_engine
 from rtmdet_fast.models.families import load_model
 
 
@@ -59,7 +60,10 @@ def test_the_report_of_an_exported_file(shapes, weights, tmp_path):
     pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
     pytest.importorskip("onnxscript", reason="extra `export` is not installed")
     file = tmp_path / "det.onnx"
-    assert run("export", "--weights", weights / "det.pth", "--out", file) == 0
+    options = ("--score-threshold", 0.05, "--candidates", 500, "--json", tmp_path / "x.json")
+    assert run("export", "--weights", weights / "det.pth", "--out", file, *options) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["unmatched"] == 0
+    assert load_engine(file).metadata["settings"]["score_threshold"] == 0.05
     assert run("eval", "--weights", file, "--data", shapes.root, "--report", tmp_path / "e.html") == 0
     assert "Confusion matrix" in (tmp_path / "e.html").read_text(encoding="utf-8")
     # it carries the thresholds, and finds by them what the weights do
@@ -69,6 +73,9 @@ def test_the_report_of_an_exported_file(shapes, weights, tmp_path):
         assert run("predict", shapes.val_images, "--weights", made, "--out", out) == 0
         found.append(json.loads((out / "predictions.json").read_text())["annotations"])
     assert found[0] and [a["category_id"] for a in found[0]] == [a["category_id"] for a in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
 def test_predict_takes_the_thresholds_of_the_weights_and_says_so(shapes, weights, tmp_path, capsys):

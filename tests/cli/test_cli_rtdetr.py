@@ -77,11 +77,13 @@ def test_info_tells_of_weights_and_checks_official_ones(shapes, weights, tmp_pat
     assert "does not give what is published of rtdetrv2-r18" in told and told.count("\n") == 1
 
     RTMDet("nano").save(tmp_path / "rtmdet.pth")
-    RTDETR("l", num_classes=3).save(tmp_path / "l.pth")
+    RTDETR("r18", 1, num_classes=3, num_queries=30).save(tmp_path / "r18.pth")
+    for name in ("rtdetr-r18", "rtdetr-r18-coco-objects365"):
+        monkeypatch.delitem(published.FIRST, name)
     for arguments, words in (
         (["--check", image], "is for weights of rtdetr: give them as --weights"),
         (["--check", image, "--weights", tmp_path / "rtmdet.pth"], "of RTMDet-nano"),
-        (["--check", image, "--weights", tmp_path / "l.pth"], "of RT-DETR-l no outputs are published"),
+        (["--check", image, "--weights", tmp_path / "r18.pth"], "of RT-DETR-r18 no outputs are published"),
     ):
         assert run("info", *arguments) == 2
         assert words in capsys.readouterr().err

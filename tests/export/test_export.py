@@ -10,10 +10,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from busy import assert_alike, busy, images, without_like
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from rtmdet_fast import RTMDet, UserError
@@ -187,12 +190,27 @@ def test_what_a_model_cannot_be_exported_as(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
+def left_in_float(network, task):
+    """The operations that 8 bits are to leave alone: the last convolutions, and all after them."""
+    in_float = {*stays_float(network)}
+    convolutions = [op for op in network.get_ops() if "Convolution" in op.get_type_name()]
+    last = {"det": 6, "rotated": 9, "ins": 10}[task]  # of the branches on three levels, and of the mask features
+    assert sum(op.get_friendly_name() in in_float for op in convolutions) == last
+    assert any("TopK" in op.get_type_name() and op.get_friendly_name() in in_float for op in network.get_ops())
+    return in_float
+
+
+def test_what_int8_is_to_leave_in_float(exported, tmp_path):
     openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
-    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    model, path = exported
+    convert_to_openvino(path, tmp_path / "a.xml", load_engine(path).metadata)
+    assert left_in_float(openvino.Core().read_model(str(tmp_path / "a.xml")), model.task)
+
+
+def test_calibration_takes_the_images_of_a_folder_that_can_be_read(tmp_path):
     import cv2
 
-    model, path = exported
+    model = busy("det")
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     for i, image in enumerate(images(4)):
@@ -209,19 +227,23 @@ def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported,
     (tmp_path / "damaged/1.jpg").touch()
     with pytest.raises(UserError, match=r"none of the images of .*damaged can be read, the first: .*1\.jpg"):
         calibration_canvases(model, tmp_path / "damaged", 96, 1)
+
+
+@pytest.mark.parametrize(
+    "exported", ["ins", *(pytest.param(task, marks=pytest.mark.slow) for task in ("det", "rotated"))], indirect=True
+)
+def test_int8_leaves_the_last_convolutions_and_all_after_them_in_float(exported, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    model, path = exported
+    canvases = [model.to_canvas(image, 96)[0] for image in images(2)]
     written = tmp_path / "a.xml"
     convert_to_openvino(
-        path, written, load_engine(path).metadata, lambda network: quantize(network, model, canvases[:2], 1)
+        path, written, load_engine(path).metadata, lambda network: quantize(network, model, canvases, 1)
     )
     network = openvino.Core().read_model(str(written))
     quantized = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "FakeQuantize"}
-    assert len(quantized) > 50
-    in_float = stays_float(network)
-    assert not quantized & {*in_float}
-    convolutions = [op for op in network.get_ops() if "Convolution" in op.get_type_name()]
-    last = {"det": 6, "rotated": 9, "ins": 10}[model.task]  # of the branches on three levels, and of the mask features
-    assert sum(op.get_friendly_name() in in_float for op in convolutions) == last
-    assert any("TopK" in op.get_type_name() and op.get_friendly_name() in in_float for op in network.get_ops())
+    assert len(quantized) > 50 and not quantized & left_in_float(network, model.task)
 
 
 def test_what_runs_in_other_dtypes(exported, tmp_path):
@@ -401,38 +423,28 @@ def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such stack")
-def test_openvino_leaves_the_stack_for_signals_alone(tmp_path):
+@pytest.mark.parametrize("exported", ["det"], indirect=True)
+def test_openvino_leaves_the_stack_for_signals_alone(exported, tmp_path):
     pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    _, path = exported
     before = SignalStack.of_this_thread()
-    busy("det").export(tmp_path / "a.xml", score_threshold=0.05, candidates=500)
+    convert_to_openvino(path, tmp_path / "a.xml", load_engine(path).metadata)
     load_engine(tmp_path / "a.xml", threads=1).predict(images(1))
     after = SignalStack.of_this_thread()
     assert (after.address, after.size) == (before.address, before.size)
 
 
-def test_the_command_line_exports_predicts_and_evaluates(tmp_path, capsys):
+@pytest.mark.parametrize("exported", ["det"], indirect=True)
+def test_the_command_line_refuses_formats_that_do_not_fit(exported, tmp_path, capsys):
+    """What it exports, predicts and evaluates: tests/cli/test_cli_report.py."""
     import cv2
 
-    model = busy("det")
+    model, path = exported
     model.save(tmp_path / "a.pth")
-    out = tmp_path / "a.onnx"
-    options = ["--score-threshold", "0.05", "--candidates", "500", "--json", str(tmp_path / "a.json")]
-    assert main(["export", "--weights", str(tmp_path / "a.pth"), "--out", str(out), *options]) == 0
-    assert json.loads((tmp_path / "a.json").read_text())["unmatched"] == 0
     cv2.imwrite(str(tmp_path / "image.png"), images(1)[0])
-    found = {}
-    for weights in ("a.pth", "a.onnx"):
-        folder = tmp_path / weights.replace(".", "_")
-        assert (
-            main(["predict", str(tmp_path / "image.png"), "--weights", str(tmp_path / weights), "--out", str(folder)])
-            == 0
-        )
-        found[weights] = json.loads((folder / "predictions.json").read_text())["annotations"]
-    assert len(found["a.pth"]) == len(found["a.onnx"]) > 0
-    wrong = ["--out", str(tmp_path / "b.onnx"), "--format", "openvino"]
-    assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
-    assert main(["predict", str(tmp_path / "image.png"), "--weights", str(out), "--format", "dota"]) == 2
+    assert main(["predict", str(tmp_path / "image.png"), "--weights", str(path), "--format", "dota"]) == 2
     assert "--format dota needs a model of rotated boxes" in capsys.readouterr().err
+    wrong = ["--out", str(tmp_path / "b.onnx"), "--format", "openvino"]
     assert main(["export", "--weights", str(tmp_path / "a.pth"), *wrong]) == 2
     assert "should end in .xml" in capsys.readouterr().err
 
@@ -450,6 +462,73 @@ def test_average_precision_is_that_of_the_checkpoint(shared, tmp_path):
         assert found.metrics["AP"] == pytest.approx(0.478, abs=1e-3)
 
 
+def official_nano(folder, tmp_path):
+    """The person detector that was published as an ONNX file."""
+    subprocess.run([sys.executable, folder / "nano_from_onnx.py", tmp_path / "nano.pth"], check=True)
+    return RTMDet.from_pretrained(tmp_path / "nano.pth")
+
+
+def link_coco206(shared, folder):
+    folder.mkdir(exist_ok=True)
+    for source in ("coco206", "coco_tiny"):
+        for image in (shared / "data" / source / "val").iterdir():
+            (folder / image.name).symlink_to(image)
+
+
+@pytest.mark.slow
+def test_detections_are_those_of_the_file_that_mmdeploy_exported(shared, tmp_path):
+    """Weights of an official end-to-end file, at its settings, on 206 images: what differs is what NMS clips first."""
+    import onnx
+    from onnx import numpy_helper
+
+    official, names = (
+        onnx.load(shared / f"reference/weights/{name}.onnx") for name in ("end2end", "rtmdet_nano_person_rawheads")
+    )
+    weights, renamed = ({w.name: w for w in file.graph.initializer} for file in (official, names))
+    convs = ([node for node in file.graph.node if node.op_type == "Conv"] for file in (official, names))
+    for theirs, ours in zip(*convs, strict=True):
+        for source, target in zip(theirs.input[1:], ours.input[1:], strict=True):
+            assert weights[source].dims == renamed[target].dims
+            renamed[target].raw_data = numpy_helper.to_array(weights[source]).tobytes()
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    onnx.save(names, folder / "rtmdet_nano_person_rawheads.onnx")
+    shutil.copy(shared / "reference/weights/nano_from_onnx.py", folder)
+    settings = dict(score_threshold=0.05, iou_threshold=0.6, max_detections=100)
+    official_nano(folder, tmp_path).export(tmp_path / "ours.onnx", **settings, candidates=5000)
+
+    link_coco206(shared, tmp_path / "images")
+    detect = runpy.run_path(str(Path(__file__).parents[2] / "examples/onnx_client.py"))["detect"]
+    sessions = [
+        onnxruntime.InferenceSession(str(path))
+        for path in (shared / "reference/weights/end2end.onnx", tmp_path / "ours.onnx")
+    ]
+    truth = COCO(str(shared / "data/coco206/instances.json"))
+    rows, alone, total = ([], []), 0, 0
+    for info in truth.loadImgs(truth.getImgIds()):
+        image = cv2.imread(str(tmp_path / "images" / info["file_name"]))
+        height, width = image.shape[:2]
+        side = max(height, width)  # of the square that the network sees
+        found = [detect(session, image, 320, 0.05)[0].clip(0, side) for session in sessions]
+        near = np.abs(found[0][:, None] - found[1]) < (0.05, 0.05, 0.05, 0.05, 1e-4)
+        alone += int((~near.all(2).any(1)).sum() + (~near.all(2).any(0)).sum())
+        total += sum(map(len, found))
+        for dets, result in zip(found, rows, strict=True):
+            result += [[info["id"], x1, y1, x2 - x1, y2 - y1, score, 1] for x1, y1, x2, y2, score in dets.tolist()]
+    assert total > 20_000 and alone <= 0.005 * total
+    ap = [_person_ap(truth, np.array(result)) for result in rows]
+    assert ap[0] == pytest.approx(0.3562, abs=1e-3) and ap[1] == pytest.approx(ap[0], abs=1e-3)
+
+
+def _person_ap(truth, rows):
+    scored = COCOeval(truth, truth.loadRes(rows), "bbox")
+    scored.params.catIds = [1]
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    return scored.stats[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "ap", "room"), [("bccd", 0.478, 0.005), ("nano", 0.3616, 0.012)])
 def test_average_precision_in_8_bits(weights, ap, room, shared, tmp_path):
@@ -464,14 +543,9 @@ def test_average_precision_in_8_bits(weights, ap, room, shared, tmp_path):
             (tmp_path / "photos" / image["file_name"]).symlink_to(source / "images" / image["file_name"])
         annotations, images_of, photos = source / "val.json", source / "images", tmp_path / "photos"
     else:
-        subprocess.run(
-            [sys.executable, shared / "reference/weights/nano_from_onnx.py", tmp_path / "nano.pth"], check=True
-        )
-        model = RTMDet.from_pretrained(tmp_path / "nano.pth")
-        for folder in ("coco206", "coco_tiny"):
-            for image in (shared / "data" / folder / "val").iterdir():
-                (data / image.name).symlink_to(image)
+        model = official_nano(shared / "reference/weights", tmp_path)
         annotations, images_of = shared / "data/coco206/instances.json", data
+        link_coco206(shared, data)
     model.export(tmp_path / "a.xml", int8=True, calibrate=photos)
     dataset = CocoDataset(annotations, images_of, class_names=model.class_names)
     found = evaluate(load_engine(tmp_path / "a.xml", threads=1), dataset, progress=False)

@@ -109,6 +109,13 @@ def test_parity_in_training(shape, size, stride, dtype, layout, residual):
 
 
 @needs_triton
+@pytest.mark.parametrize(("shape", "size", "stride", "dtype", "layout", "residual"), CASES[:4] + CASES[12:18:2])
+def test_parity_where_dz_is_stored(shape, size, stride, dtype, layout, residual, monkeypatch):
+    monkeypatch.setitem(m.TUNING, "store_dz", True)
+    check(m.dwconv_bn_silu, inputs(shape, size, stride, dtype, layout, residual), stride, training=True)
+
+
+@needs_triton
 @pytest.mark.parametrize(("shape", "size", "stride", "dtype", "layout", "residual"), CASES[:6] + CASES[12:18:2])
 def test_parity_in_inference(shape, size, stride, dtype, layout, residual):
     check(m.dwconv_bn_silu, inputs(shape, size, stride, dtype, layout, residual), stride, training=False)
@@ -214,7 +221,10 @@ def test_opcheck():
         tensor.requires_grad_()
     opcheck(m._inference.library_op, (*t.values(), 1, 1e-5), test_utils=tests)
     parameters = (t["x"], t["conv_weight"], t["bn_weight"], t["bn_bias"], t["residual"])
-    opcheck(m._training.library_op, (*parameters, 1, 1e-5, ""), test_utils=tests)
+    x, weight, running = t["x"].detach(), t["conv_weight"].detach(), (t["running_mean"], t["running_var"])
+    opcheck(m._convolution.library_op, (x, weight, 1, 0.1, "", *running), test_utils=tests[:1] + tests[2:])
+    z, stats = torch.rand_like(x), torch.rand(5, 3, device=DEVICE)
+    opcheck(m._training.library_op, (*parameters, z, stats, 1, 1e-5, ""), test_utils=tests)
 
 
 @not_interpreted
@@ -232,11 +242,12 @@ def test_compiles_without_graph_break(training):
 def test_traces_forward_and_backward(traced_for_cuda):  # noqa: F811
     tensors = {name: t.cpu() for name, t in inputs((2, 3, 4, 5), residual=True).items()}
     forward = ("_forward_kernel", ["partial_ptr", "y_ptr"])
-    backward = [("_sums_kernel", ["partial_ptr"]), ("_backward_kernel", ["dw_ptr", "dx_ptr"])]
+    sums = ("_sums_kernel", ["counter_ptr", "partial_ptr", "sums_ptr"])
+    backward = [sums, ("_backward_kernel", ["dw_ptr", "dx_ptr"])]
     assert traced_kernels(m.dwconv_bn_silu, tensors) == [("_forward_kernel", ["y_ptr"]), forward, *backward]
     assert traced_kernels(partial(m.dwconv_bn_silu, training=True), tensors) == [
         forward,
-        ("_merge_kernel", ["stats_ptr"]),
+        ("_merge_kernel", ["running_mean_ptr", "running_var_ptr", "stats_ptr"]),
         ("_apply_kernel", ["y_ptr"]),
         *backward,
     ]

@@ -18,7 +18,9 @@ from rtmdet_fast.kernels import (
     dynamic_mask,
     dynamic_mask_triton,
     nms,
+    quality_focal_loss,
 )
+from rtmdet_fast.models.fused import fused_bn_silu
 
 pytestmark = needs_lowering
 
@@ -27,7 +29,7 @@ pytestmark = needs_lowering
 def launches(monkeypatch):
     monkeypatch.setattr(_dispatch, "BACKEND", "triton")
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # what nobody writes is an index later
-    modules = assign_triton, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms
+    modules = assign_triton, batch_norm, bn_silu, dwconv_bn_silu, dynamic_mask_triton, nms, quality_focal_loss
     return record_launches(monkeypatch, *modules)
 
 
@@ -63,11 +65,18 @@ def masks(images, height, width, instances, truths):
     dynamic_mask.dynamic_mask_dice_loss(*inputs, truth, index).sum().backward()
 
 
+def loss(images, priors):
+    labels = torch.zeros(images, priors, dtype=torch.int64)
+    logits = torch.rand(images, priors, 80, requires_grad=True)
+    quality_focal_loss.quality_focal_loss(logits, labels, labels.float()).backward()
+
+
 @pytest.mark.parametrize(
     ("run", "sizes"),
     [
         (layers, [(1, 16, 32), (3, 48, 80), (2, 24, 40)]),
         (assignment, [(1, 64, 16), (2, 525, 7), (3, 33, 1)]),
+        (loss, [(1, 64), (2, 525), (3, 1)]),
         (suppression, [(1, 64), (2, 300), (3, 1025)]),
         (masks, [(1, 16, 16, 1, 1), (2, 12, 20, 5, 3), (3, 16, 8, 16, 16)]),
     ],
@@ -96,6 +105,99 @@ def test_what_other_threads_stored_is_waited_for_on_amd(launches, monkeypatch):
         # the barrier that comes next after such a wait, with no store between them
         pairs = [(w, next((b for b in barriers if b > w), None)) for w in waits]
         assert any(b and any(s < w for s in stores) and not any(w < s < b for s in stores) for w, b in pairs), launch
+
+
+SHAPES = {
+    "contiguous": ((8, 32, 40, 40), torch.contiguous_format),
+    "channels_last": ((8, 64, 40, 40), torch.channels_last),
+    "folded": ((8, 24, 40, 40), torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_norm_and_silu_train_with_five_launches(launches, shape, monkeypatch):
+    """Counting the batch, statistics, y; sums, dx. Eager PyTorch has as many: count, batch norm, SiLU and their two."""
+    x = torch.randn(SHAPES[shape][0]).half().to(memory_format=SHAPES[shape][1]).requires_grad_()
+    norm = torch.nn.BatchNorm2d(x.shape[1])
+    fused_bn_silu(x, norm)  # registers the ops, and makes the counters
+    launches.clear()
+    monkeypatch.setattr(_dispatch._launches, "real", True)  # as on a GPU, where ops run without PyTorch's dispatcher
+    y, forward = operations(lambda: fused_bn_silu(x, norm))
+    dy = torch.ones_like(y)
+    _, backward = operations(lambda: y.backward(dy))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["_moments_kernel", "_apply_kernel", "_sums_kernel", "_dx_kernel"]
+    assert forward == ["add_"] and backward == []
+
+
+@pytest.mark.parametrize("shape", ["contiguous", "channels_last"])
+def test_depthwise_layers_train_with_eight_launches(launches, shape, monkeypatch):
+    """Counting the batch, z and the moments of its tiles, their merging, y; sums, dx with dw of the tiles, dw."""
+    x = torch.randn(SHAPES[shape][0]).half().to(memory_format=SHAPES[shape][1]).requires_grad_()
+    norm, conv = torch.nn.BatchNorm2d(x.shape[1]), torch.nn.Conv2d(x.shape[1], x.shape[1], 5, 1, 2, groups=x.shape[1])
+    conv.half()
+    fused_bn_silu(x, norm, conv)
+    launches.clear()
+    monkeypatch.setattr(_dispatch._launches, "real", True)
+    y, forward = operations(lambda: fused_bn_silu(x, norm, conv))
+    dy = torch.ones_like(y)
+    _, backward = operations(lambda: y.backward(dy))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["_forward_kernel", "_merge_kernel", "_apply_kernel", "_sums_kernel", "_backward_kernel"]
+    assert forward == ["add_"] and backward == ["sum", "copy_"]
+
+
+def operations(function):
+    """What `function` returns, and the operations of PyTorch in it that launch: neither views nor memory."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = function()
+    views = (
+        "empty empty_like empty_strided new_empty detach view reshape select slice transpose t alias as_strided "
+        "to _to_copy contiguous result_type _reshape_alias"
+    )
+
+    def launches(event):
+        return event and event.name.startswith("aten::") and event.name.removeprefix("aten::") not in views.split()
+
+    events = [event for event in profile.events() if launches(event) and not launches(event.cpu_parent)]
+    return result, [event.name.removeprefix("aten::") for event in events]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("shape", ["channels_last", *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES)])
+def test_who_merges_sees_what_the_others_stored(launches, shape, target, monkeypatch):
+    """Stores, a barrier for the program's threads, counting with release and acquire, a barrier, and only then loads.
+
+    The interpreter takes one program after the other: of this it shows nothing.
+    """
+    monkeypatch.setattr(_dispatch, "IS_AMD", target == "gfx942")
+    x = torch.randn(SHAPES[shape][0]).half().to(memory_format=SHAPES[shape][1]).requires_grad_()
+    fused_bn_silu(x, torch.nn.BatchNorm2d(x.shape[1])).sum().backward()
+    found = {launch for launch in launches if launch.kernel in (bn_silu._moments_kernel, batch_norm._sums_kernel)}
+    assert len(found) == 2
+    for launch in found:
+        check_merging(launch.lower(target).assembly.splitlines(), amd=target == "gfx942")
+
+
+def check_merging(lines, amd):
+    def places(pattern):
+        return [i for i, line in enumerate(lines) if re.search(pattern, line)]
+
+    counts = places("global_atomic_add" if amd else r"atom\.global\.gpu\.acq_rel\.add")
+    barriers = places("s_barrier" if amd else r"bar\.sync")
+    stores = places("global_store" if amd else r"st\.global")
+    merged = places(r"global_load.* nt$" if amd else r"ld\.global\.cg")
+    assert len(counts) == 2 and merged and not places(r"ld\.global\.(ca|nc)|ld\.volatile")
+    for count in counts:
+        before, after = max(b for b in barriers if b < count), min(b for b in barriers if b > count)
+        stored = max(s for s in stores if s < count)
+        assert stored < before < count < after
+        assert not any(count < load < after for load in merged)
+        if amd:  # what has arrived is written back from the die's cache, and what lies in the own cache is dropped
+            assert any(stored < i < before for i in places(r"s_waitcnt.*vmcnt\(0\)"))
+            assert any(before < i < count for i in places("buffer_wbl2 sc1"))
+            assert any(count < i < after for i in places("buffer_inv sc1"))
+    assert min(merged) > min(counts)
 
 
 @pytest.mark.parametrize(("images", "boxes"), [(32, 5000), (1, 30000), (8, 1000)])
@@ -141,7 +243,10 @@ def test_opaque_ops_are_traced_as_such(monkeypatch, name):
     ops = [op for op in vars(module).values() if isinstance(op, _dispatch.TritonOp)]
     assert len(ops) in (3, 4) and all(op.opaque == _dispatch.CLONES_WHAT_IS_READ for op in ops)
     monkeypatch.setattr(_dispatch.TritonOp, "opaque", True, raising=False)
-    replaced = [_dispatch.TritonOp(op.name.replace("::", "_opaque::"), op.function, opaque=True) for op in ops]
+    replaced = [
+        _dispatch.TritonOp(op.name.replace("::", "_opaque::"), op.function, opaque=True, mutates=op.mutates)
+        for op in ops
+    ]
     for op, new in zip(ops, replaced, strict=True):
         new._more = op._more
         for attribute in [a for a, value in vars(module).items() if value is op]:

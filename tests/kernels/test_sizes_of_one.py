@@ -20,6 +20,7 @@ from rtmdet_fast.kernels import (
     dynamic_mask_triton,
     letterbox,
     nms,
+    quality_focal_loss,
     rotated_iou,
 )
 
@@ -33,7 +34,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     modules = (
         assign_triton, batch_norm, bn_silu, deformable_attention_triton, dwconv_bn_silu, dynamic_mask_triton,
-        letterbox, nms, rotated_iou,
+        letterbox, nms, quality_focal_loss, rotated_iou,
     )  # fmt: skip
     return record_launches(monkeypatch, *modules)
 
@@ -109,6 +110,14 @@ def test_attention(launches, method):
             value, sizes, torch.rand(1, 1, 4), offsets, weights, points, method=method
         ).sum().backward()
     trace_all(launches, 8)
+
+
+def test_losses(launches):
+    for shape in ((1, 1, 1), (1, 2, 1), (2, 1, 16)):
+        labels = torch.zeros(shape[:2], dtype=torch.int64)
+        logits = torch.rand(shape, requires_grad=True)
+        quality_focal_loss.quality_focal_loss(logits, labels, labels.float()).backward()
+    trace_all(launches, 4)
 
 
 def test_letterbox(launches):

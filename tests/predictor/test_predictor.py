@@ -15,6 +15,7 @@ from busy import assert_alike, busy, images
 
 from rtmdet_fast import UserError
 from rtmdet_fast.cli import main
+from rtmdet_fast.export import export as export_module
 from rtmdet_fast.inference.sources import Frame, iter_sources
 from rtmdet_fast.models.rtmdet.model import HEADS
 from rtmdet_fast.predictor.predictor import Predictor
@@ -106,9 +107,24 @@ def test_engines_find_the_same_in_every_kind_of_image(files, engine):
     assert (again.task, again.class_names) == ("det", ("a", "b", "ç"))
 
 
+@pytest.fixture(scope="module")
+def export_once():
+    """`export_onnx`, which takes half a minute, and makes one file of the same settings but once."""
+    made, make = {}, export_module.export_onnx
+
+    def export_onnx(graph, path, *settings):
+        if str(settings) not in made:
+            make(graph, path, *settings)
+            made[str(settings)] = path.read_bytes()
+        path.write_bytes(made[str(settings)])
+
+    return export_onnx
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_weights_are_exported_for_another_runtime(files, dtype, caplog, tmp_path, monkeypatch):
+def test_weights_are_exported_for_another_runtime(files, dtype, caplog, tmp_path, monkeypatch, export_once):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(export_module, "export_onnx", export_once)
     settings = dict(score_threshold=0.1, max_detections=40, image_size=64)
     with caplog.at_level(logging.WARNING):
         predictor = Predictor(files["torch"], engine="openvino", dtype=dtype, batch_size=2, **settings)

@@ -1,12 +1,15 @@
 """A run of seconds on drawn scenes."""
 
+from dataclasses import replace
+
 import pytest
 
 from rtmdet_fast.data.shapes import make_shapes
 from rtmdet_fast.training.config import TrainConfig
+from rtmdet_fast.training.train import train
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), num_train=18, num_val=4, image_size=96)
 
@@ -30,3 +33,17 @@ def config(shapes, tmp_path):
         progress=False,
         report=False,
     )
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Runs that nothing ended, by their settings; each is made once."""
+    runs = {}
+
+    def run(config):
+        key = str(replace(config, out=None, save_every="30m", keep=1))
+        if key not in runs:
+            runs[key] = train(replace(config, out=tmp_path_factory.mktemp("whole") / "run", save_every="30m", keep=1))
+        return runs[key]
+
+    return run

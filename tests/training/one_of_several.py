@@ -26,6 +26,7 @@ from rtmdet_fast.errors import UserError
 from rtmdet_fast.evaluation import evaluate as evaluate_module
 from rtmdet_fast.models.rtdetr import model as rtdetr_module
 from rtmdet_fast.models.rtdetr.denoising import denoising_queries
+from rtmdet_fast.training import step as step_module
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig
 
@@ -40,12 +41,12 @@ def digest(model):
 
 def config_of(options):
     paths = ("train", "train_images", "val", "val_images", "out")
-    return TrainConfig(**{key: Path(value) if key in paths else value for key, value in options.items()})
+    return TrainConfig(**{key: Path(value) if key in paths and value else value for key, value in options.items()})
 
 
 def work(told):
     """Trainings and evaluations one after the other; what this process left of it."""
-    averages, read, decoded = [], [], []
+    averages, read, decoded, steps, agreed = [], [], [], [], []
     make_average, read_source = train_module.ModelEMA, CocoDataset._read_source
     load, update = evaluate_module._Images.__getitem__, make_average.update
 
@@ -64,6 +65,16 @@ def work(told):
 
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
+    def making(*args, **kwargs):
+        steps.append(step_module.GraphStep(*args, **kwargs))
+        return steps[-1]
+
+    def agreeing(values):
+        agreed.append((list(values), agree(values)))
+        return agreed[-1][1]
+
+    agree = step_module.greatest_on_host
+
     def loading(self, index):
         decoded.append(index)
         return load(self, index)
@@ -75,6 +86,11 @@ def work(told):
         change(train_module, "PlanSampler", partial(PlanSampler, drop_last=told.get("drop_last", True)))
         change(CocoDataset, "_read_source", reading)
         change(make_average, "update", updating)
+        if told.get("sizes"):  # to which a step that stays in its place is padded, though on a CPU none is recorded
+            change(step_module, "GRAPHED", {"cpu"})
+            change(step_module, "SIZES", tuple(told["sizes"]))
+            change(step_module, "greatest_on_host", agreeing)
+            change(train_module, "GraphStep", making)
         if told.get("double"):  # so that what Adam makes of a gradient is not what rounding made of it
             changes.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
@@ -92,6 +108,8 @@ def work(told):
         "decoded": decoded,
         "codes": codes,
         "metrics": [result.metrics for result in results],
+        "eager": [step.eager for step in steps],
+        "agreed": agreed,
     }
 
 

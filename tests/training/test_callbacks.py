@@ -44,14 +44,13 @@ class Broken(Logger):
 
 
 @pytest.mark.parametrize(("event", "calls"), [("on_start", 1), ("on_step", 2 * STEPS), ("on_epoch", 2), ("on_end", 1)])
-def test_a_logger_that_fails_is_told_once_and_changes_nothing(config, tmp_path, event, calls):
+def test_a_logger_that_fails_is_told_once_and_changes_nothing(config, whole, event, calls):
     config = replace(config, epochs=2)
-    whole = train(config)
     logger = Broken(event)
     with pytest.warns(UserWarning, match="^Broken failed, and the training goes on: no route to host$") as warned:
-        result = train(replace(config, out=tmp_path / "other"), callbacks=[logger])
+        result = train(config, callbacks=[logger])
     assert len(warned) == 1 and logger.calls == calls
-    assert_same_run(whole, result)
+    assert_same_run(whole(config), result)
 
 
 def test_a_callback_that_fails_ends_the_run(config):
@@ -66,19 +65,17 @@ def test_a_callback_that_fails_ends_the_run(config):
 
 
 @pytest.mark.parametrize(("step", "workers", "accumulate"), [(1, 0, 2), (STEPS + 2, 1, 1), (2 * STEPS, 0, 1)])
-def test_a_run_that_a_callback_ended_goes_on_to_the_bit(config, tmp_path, step, workers, accumulate):
+def test_a_run_that_a_callback_ended_goes_on_to_the_bit(config, whole, step, workers, accumulate):
     """In the middle of the first epoch, of a later one, and at the end of one; mosaic and mixup included."""
     config = replace(config, num_workers=workers, accumulate=accumulate)
-    whole = train(config)
-    broken = replace(config, out=tmp_path / "broken")
     told = Told(step=step)
-    stopped = train(broken, callbacks=[told])
+    stopped = train(config, callbacks=[told])
     assert stopped.ended_by == "callback" and told.steps[-1][1] == step and state(stopped)["iteration"] == step
     assert stopped.best.exists() and stopped.report is None
     again = Told()
-    resumed = train(replace(broken, resume=True), callbacks=[again])
+    resumed = train(replace(config, resume=True), callbacks=[again])
     assert again.events[0] == ("start", step) and resumed.ended_by is None
-    assert_same_run(whole, resumed)
+    assert_same_run(whole(config), resumed)
 
 
 class Drawing(Told):

@@ -72,20 +72,6 @@ def unfinished(config):
     return [path.name for path in config.out.iterdir() if path.name.endswith(".tmp")]
 
 
-@pytest.fixture(scope="module")
-def whole(shapes, tmp_path_factory):
-    """Runs that nothing ended, by their settings; each is made once."""
-    runs = {}
-
-    def run(config):
-        key = str(replace(config, out=None, save_every="30m", keep=1))
-        if key not in runs:
-            runs[key] = train(replace(config, out=tmp_path_factory.mktemp("whole") / "run", save_every="30m", keep=1))
-        return runs[key]
-
-    return run
-
-
 def resumed(config):
     torch.manual_seed(12345)
     return train(replace(config, resume=True))

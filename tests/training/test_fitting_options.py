@@ -13,6 +13,8 @@ from told import Told, assert_same_run, state
 
 from rtmdet_fast import RTDETR, RTMDet, UserError
 from rtmdet_fast.data.coco import CocoDataset
+from rtmdet_fast.data.image_cache import ImageCache
+from rtmdet_fast.training import setup
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.batch_size import fitting
 from rtmdet_fast.training.callbacks import Callback
@@ -24,17 +26,18 @@ STEPS = 18 // 4
 """Of an epoch."""
 
 
-@pytest.fixture
-def weights(config, tmp_path):
+@pytest.fixture(scope="module")
+def weights(shapes, tmp_path_factory):
     """A file of weights with the data's classes."""
-    names = [category["name"] for category in json.loads(config.train.read_text())["categories"]]
+    names = [category["name"] for category in json.loads(shapes.train_ann.read_text())["categories"]]
     torch.manual_seed(3)
     model = RTMDet("nano", class_names=names)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
-    model.save(tmp_path / "weights.pth")
-    return str(tmp_path / "weights.pth")
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    model.save(path)
+    return str(path)
 
 
 class Clock(Callback):
@@ -59,9 +62,7 @@ def run(config, monkeypatch, *callbacks):
 OPTIONS = {
     "patience": dict(patience=1, epochs=9, stage2_epochs=2),
     "time": dict(time=f"{5 * STEPS}s", epochs=60, stage2_epochs=20),
-    "freeze": dict(freeze="backbone"),
-    "repeats": dict(repeat_threshold=0.9, num_workers=1),
-    "cache": dict(cache="400KB", num_workers=1),
+    "freeze, repeats and cache": dict(freeze="backbone", repeat_threshold=0.9, cache="400KB", num_workers=1),
     "batch size": dict(batch_size="auto"),
 }
 
@@ -90,13 +91,13 @@ def test_a_killed_run_goes_on_to_the_bit(config, weights, tmp_path, monkeypatch,
         dict(batch_size=5),
     ],
 )  # fmt: skip
-def test_a_run_does_not_go_on_by_another_plan(config, weights, change):
+def test_a_run_does_not_go_on_by_another_plan(config, whole, weights, change):
     config = replace(config, epochs=1, stage2_epochs=0, init=weights, patience=1)
-    train(config)
+    config = replace(config, out=whole(config).last.parent, resume=True)
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} is .*, but the run in .* has"):
-        train(replace(config, resume=True, **change))
+        train(replace(config, **change))
     with pytest.raises(UserError, match=r"--val-interval is 2, but the run in .* has 1"):  # it decides on the end
-        train(replace(config, resume=True, val_interval=2))
+        train(replace(config, val_interval=2))
 
 
 def test_time_breaks_an_epoch_off_where_there_is_none_for_it(config, monkeypatch):
@@ -178,7 +179,7 @@ def test_images_come_from_the_cache_as_they_are_from_the_file(config):
     dataset = CocoDataset(config.train, config.train_images, training=True)
     plain = [dataset.load(i).image for i in range(len(dataset))]
     assert dataset.decoded_bytes == sum(image.size for image in plain)
-    dataset.cache = train_module.ImageCache(len(dataset), dataset.decoded_bytes // 2)
+    dataset.cache = ImageCache(len(dataset), dataset.decoded_bytes // 2)
     for _ in range(3):
         for i, image in enumerate(plain):
             found = dataset.load(i).image
@@ -189,8 +190,7 @@ def test_images_come_from_the_cache_as_they_are_from_the_file(config):
 
 def test_loaders_fill_one_cache_and_say_its_size(config, capsys, monkeypatch):
     kept = []
-    make = train_module.ImageCache
-    monkeypatch.setattr(train_module, "ImageCache", lambda *args: kept.append(make(*args)) or kept[-1])
+    monkeypatch.setattr(setup, "ImageCache", lambda *args: kept.append(ImageCache(*args)) or kept[-1])
     train(replace(config, epochs=1, stage2_epochs=0, cache="ram", num_workers=1, progress=True))
     # an epoch leaves out what is no whole batch
     assert len(kept) == 1 and len(kept[0]) >= STEPS * 4
@@ -201,7 +201,7 @@ def test_without_memory_to_share_a_run_goes_on_without_a_cache(config, monkeypat
     def refuse(length, capacity):
         raise MemoryError("the system has no 0.0 GB to share")
 
-    monkeypatch.setattr(train_module, "ImageCache", refuse)
+    monkeypatch.setattr(setup, "ImageCache", refuse)
     with pytest.warns(UserWarning, match="--cache ram: the system has no .* decoded each time"):
         train(replace(config, epochs=1, stage2_epochs=0, cache="ram"))
     with pytest.raises(UserError, match="--cache 8 is no amount"):
@@ -224,7 +224,7 @@ class Stop(Callback):
 train_file, images, val, val_images, init, out = map(Path, sys.argv[1:])
 config = TrainConfig(
     train=train_file, train_images=images, val=val, val_images=val_images, init=str(init), out=out / "whole",
-    size="nano", epochs=9, stage2_epochs=2, batch_size=2, image_size=64, num_workers=0, device="cpu", val_interval=1,
+    size="nano", epochs=9, stage2_epochs=2, batch_size=4, image_size=64, num_workers=0, device="cpu", val_interval=1,
     progress=False, report=False, patience=1, freeze="backbone", repeat_threshold=0.9, cache="ram", time="3h",
 )
 whole = train(config)

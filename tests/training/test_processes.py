@@ -105,6 +105,33 @@ def test_two_processes_do_what_one_does(config, tmp_path, record_property, task)
     assert figures[0] == figures[1]
 
 
+def test_steps_that_stay_in_their_place_agree_on_their_sizes_and_are_the_plain_ones(config, tmp_path):
+    """On GPUs they are recorded, and NCCL asks all processes for the same graph. The last batch is uneven."""
+    content = json.loads(config.train.read_text())
+    left_out = {image["id"] for image in content["images"][11:]}
+    content["images"] = content["images"][:11]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in left_out]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    config = replace(config, train=tmp_path / "train.json", val=None, val_images=None, epochs=2, stage2_epochs=1)
+    runs = [
+        options_of(config, batch_size=2, graph=graph, out=tmp_path / graph, resume=False) for graph in ("off", "auto")
+    ]
+    left = together(tmp_path, 2, {"trainings": runs, "drop_last": False, "sizes": [4, 8, 64]})
+    assert [process["eager"] for process in left] == [[2], [2]]  # of each epoch the last
+    own = [[values for values, _ in process["agreed"]] for process in left]
+    for asked, found in zip(zip(*own, strict=True), (found for _, found in left[0]["agreed"]), strict=True):
+        assert found == [max(pair) for pair in zip(*asked, strict=True)]
+    assert any(a[0] != b[0] for a, b in zip(*own, strict=True))  # by themselves they would have differed
+    assert left[0]["averages"] == left[1]["averages"]
+    plain, fixed = (
+        torch.load(tmp_path / graph / "last.pth", weights_only=True)["training"] for graph in ("off", "auto")
+    )
+    assert fixed["iteration"] == plain["iteration"] == 6
+    for part in ("model", "ema"):
+        for name, value in plain[part].items():
+            torch.testing.assert_close(fixed[part][name], value, rtol=1e-6, atol=1e-6 * (part == "ema"))
+
+
 def test_the_bound_of_one_is_on_the_sum_of_all_processes(monkeypatch):
     """Of 0.2 and 0.6 matched, and of 0.2 and 1.6: each divides its losses by half of what one process would."""
     assert loss_normaliser(torch.tensor(0.2)) == 1 and loss_normaliser(torch.tensor(1.8)) == torch.tensor(1.8)

@@ -141,8 +141,6 @@ def test_which_runs_it_is_for(config, monkeypatch):
     assert not is_graph(settings, detr)  # whose matching is the host's
     for change in (dict(graph="off"), dict(accumulate=2), dict(compile=True)):
         assert not is_graph(replace(settings, **change), detector)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not is_graph(settings, detector)
     with pytest.raises(UserError, match="--graph 'on' is unknown; choose auto or off"):
         resolve(replace(config, graph="on"))
 
@@ -176,6 +174,23 @@ def test_a_run_is_the_plain_one_and_goes_on_as_either(config, monkeypatch, tmp_p
         for name, value in expected[part].items():
             torch.testing.assert_close(found[part][name], value, rtol=1e-6, atol=1e-6 * (part == "ema"))
     train(replace(config, graph="off", epochs=2, resume=True))
+
+
+@pytest.mark.parametrize(("processes", "before"), [(1, [3, 6]), (2, [11])])
+def test_when_a_step_is_recorded(processes, before, monkeypatch):
+    """At a size's fourth step, and of several processes once they have taken eleven of any size."""
+    monkeypatch.setattr(step_module, "process_count", lambda: processes)
+    step, at = made(GraphStep, "det"), []
+
+    def record(places):
+        at.append(step._taken)
+        places.graph = type("Graph", (), {"replay": lambda self: None})()
+
+    step._recording = True
+    monkeypatch.setattr(step, "_record", record)
+    for objects in [1] * 4 + [9] * 4 + [2] * 5:
+        step.backward(step.take(drawn("det", (objects, 1), 0), 64))
+    assert at == before
 
 
 def test_a_nan_stops_a_run(config, monkeypatch):

@@ -19,9 +19,10 @@ from rtmdet_fast.inference.detections import Detections, DetectSettings, PaddedD
 from rtmdet_fast.kernels._dispatch import unwatched
 from rtmdet_fast.kernels.assign import atss_assign, dynamic_soft_label_assign, simota_assign, task_aligned_assign
 from rtmdet_fast.kernels.nms import batched_nms_padded
+from rtmdet_fast.kernels.quality_focal_loss import quality_focal_loss
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtmdet.layers import conv3x3
-from rtmdet_fast.models.rtmdet.losses import giou_loss, quality_focal_loss
+from rtmdet_fast.models.rtmdet.losses import giou_loss
 
 STRIDES = (8, 16, 32)
 ASSIGNERS = ("soft_label", "simota", "task_aligned", "atss")
@@ -212,7 +213,7 @@ class DetectionHead(nn.Module):
         """`loss_cls` and `loss_bbox`."""
         normaliser = loss_normaliser(assignment.quality.sum())
         return {
-            "loss_cls": quality_focal_loss(logits.float(), assignment.labels, assignment.quality) / normaliser,
+            "loss_cls": quality_focal_loss(logits, assignment.labels, assignment.quality) / normaliser,
             "loss_bbox": 2 * self.box_loss(boxes, targets, assignment) / normaliser,
         }
 
