@@ -14,8 +14,6 @@ import rtmdet_fast.compat.mmcv_ext as ext
 
 # isort: split
 import argparse
-import collections
-import collections.abc
 import json
 import sys
 import time
@@ -24,9 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if not hasattr(collections, "Sequence"):
-    collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]  # e2cnn, which mmrotate needs
 
 SIZE = 128
 LARGER = {"DINO": 256}  # its 900 queries are the best of as many pixels of its maps
@@ -73,7 +68,8 @@ def main() -> None:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
             failed.append(name)
-        print(json.dumps({"model": name, **found, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
+        found = {"library": arguments.library, "model": name, **found}
+        print(json.dumps({**found, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -107,10 +103,11 @@ def run(library: str, config: str, size: int) -> dict[str, Any]:
     model = registry.build(cfg.model)
     model.init_weights()
     shapes = [(3, size, size)] * 2
-    extra = dict(use_box_type=True) if library == "mmrotate" else dict(with_mask=True)
+    masks = "mask_head" in cfg.model.get("roi_head", {})
+    extra = dict(use_box_type=True) if library == "mmrotate" else dict(with_mask=masks)
     inputs = demo_mm_inputs(2, shapes, num_classes=2, **extra)
     if library == "mmrotate":
-        rotate(inputs)
+        rotate(inputs, "qbox" if "qbox" in config or "gliding" in config else "rbox")
     model.train()
     data = model.data_preprocessor(inputs, True)
     losses = model(**data, mode="loss")
@@ -143,8 +140,8 @@ def without_weights(cfg: Any) -> None:
             without_weights(value)
 
 
-def rotate(inputs: dict[str, Any]) -> None:
-    """Turns the random boxes of the samples, in place."""
+def rotate(inputs: dict[str, Any], form: str) -> None:
+    """Turns the random boxes of the samples, in place; `form` is the name of their class in mmrotate."""
     from mmrotate.structures.bbox import RotatedBoxes
 
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +152,7 @@ def rotate(inputs: dict[str, Any]) -> None:
                 boxes = boxes.convert_to("rbox").tensor if hasattr(boxes, "convert_to") else boxes
                 boxes = boxes + torch.tensor([0, 0, 4.0, 4, 0]) * (len(boxes) > 0)
                 boxes[:, 4] = torch.rand(len(boxes), generator=generator) - 0.5
-                getattr(sample, name).bboxes = RotatedBoxes(boxes)
+                getattr(sample, name).bboxes = RotatedBoxes(boxes).convert_to(form)
 
 
 if __name__ == "__main__":

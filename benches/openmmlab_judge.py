@@ -1,13 +1,14 @@
 """mmcv's, mmdet's and mmrotate's own tests over this project's stand-ins: what passes, with them and without.
 
-    python -m benches.openmmlab_judge mmcv --source ../mmcv --out judge.json
+    python -m benches.openmmlab_judge mmcv --source ../mmcv --out mmcv.json
 
 `--source` is a clone of their repository at the tag of the installed version, of which `tests` and `configs` are read.
 `--without` leaves mmcv-lite as it is, `--patch` runs mmdet's heads with `rtmdet_fast.compat.mmdet.patch()` as well, and
 `--fake-gpu` runs the tests that ask for a GPU too: on the CPU, with "cuda" taken for it. Tests that cannot pass stand
 in CANNOT, with the reason; the command fails if another one does, or if all that one of its lines names pass.
 
-Needs an environment of `make test-openmmlab` with `parameterized`; nothing of theirs is kept here.
+Needs an environment of `make test-openmmlab` with `parameterized`, and for mmdet with lap, motmetrics, scikit-image and
+scikit-learn; nothing of theirs is kept here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ CANNOT: dict[str, dict[str, str]] = {
         r"::test_convex_giou": "at corners that coincide the derivative depends on the side; mmcv takes another one",
         r"::test_(deform|md)conv_half\[cuda": "asks for autocast on CUDA, which a CPU taken for a GPU has not",
     },
-    "mmdet": {},
+    "mmdet": {
+        r"test_reid/|test_mot/test_(deep|strong)_sort|test_trackers/test_(strong_)?sort_tracker": "asks for mmpretrain",
+        r"test_detectors/test_glip\.py": "asks for transformers and the weights of BERT",
+        r"test_kd_single_stage\.py.*_ld_": "downloads the weights of the model that it learns from",
+    },
     "mmrotate": {},
 }
 """Of each suite, regular expressions of tests, and why these do not pass."""
@@ -50,15 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--source", type=Path, required=True, help="a clone of the repository")
-    parser.add_argument("--out", type=Path, help="JSON of the outcome of each test")
+    parser.add_argument("--out", type=Path, help="JSON of the outcome of each test, for benches.openmmlab_table")
     parser.add_argument("--without", action="store_true", help="mmcv-lite as it is, to compare")
     parser.add_argument("--patch", action="store_true", help="with rtmdet_fast.compat.mmdet.patch()")
     parser.add_argument("--fake-gpu", action="store_true", help="tests for GPUs too, on the CPU")
     parser.add_argument("--only", nargs="*", default=[], help="files or tests, from the suite's folder on")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu")}
     environment = {
         **os.environ,
-        "JUDGE": json.dumps({name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu")}),
+        "JUDGE": json.dumps(settings),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     with tempfile.TemporaryDirectory() as folder:  # without their package, which would be taken for the installed one
@@ -84,11 +90,16 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=folder, env=environment, check=False)
         found = json.loads(outcomes.read_text())
     if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1))
+        arguments.out.write_text(json.dumps({**settings, "tests": found}, indent=1))
     counts = collections.Counter(outcome["outcome"] for outcome in found.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     if not arguments.without:
         sys.exit(_surprises(found, CANNOT[arguments.suite], arguments.fake_gpu))
+
+
+def reason(suite: str, test: str) -> str | None:
+    """Why a test of theirs cannot pass; None if that is not known."""
+    return next((why for pattern, why in CANNOT[suite].items() if re.search(pattern, test)), None)
 
 
 def _surprises(found: dict[str, dict[str, str]], cannot: dict[str, str], all_ran: bool) -> str | None:

@@ -15,8 +15,6 @@ import rtmdet_fast.compat.mmcv_ext  # noqa: F401 (has to stand before mmdet)
 
 # isort: split
 import argparse
-import collections
-import collections.abc
 import json
 import statistics
 import tempfile
@@ -33,8 +31,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-if not hasattr(collections, "Sequence"):
-    collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]  # e2cnn, which mmrotate needs
 from rtmdet_fast.compat import mmdet as compat
 
 BCCD_CLASSES = ("WBC", "RBC", "Platelets")

@@ -1,20 +1,28 @@
-"""The table of mmcv's compiled ops in docs/mmdet.md, from what the stand-in has and how mmcv's tests went.
+"""The tables of docs/mmdet.md: mmcv's ops, how OpenMMLab's tests went, and its detectors.
 
-python -m benches.openmmlab_judge mmcv --source ../mmcv --out cpu.json
-python -m benches.openmmlab_judge mmcv --source ../mmcv --fake-gpu --out gpu.json
-python -m benches.openmmlab_table cpu.json gpu.json
+    python -m benches.openmmlab_judge mmcv --source ../mmcv --out cpu.json
+    python -m benches.openmmlab_judge mmcv --source ../mmcv --fake-gpu --out gpu.json
+    python -m benches.openmmlab_judge mmdet --source ../mmdetection --out mmdet.json
+    python -m benches.openmmlab_demos mmdet > demos.jsonl
+    python -m benches.openmmlab_table cpu.json gpu.json mmdet.json demos.jsonl
+
+Writes those tables that the files are for. Runs of parts of a suite (`--only`) with the same settings are one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import rtmdet_fast.compat.mmcv_ext as ext
+from benches.openmmlab_judge import SUITES, reason
 
 PAGE = Path(__file__).parents[1] / "docs/mmdet.md"
-START, END = "<!-- written by python -m benches.openmmlab_table -->\n", "<!-- end of what it writes -->\n"
+START, END = "<!-- {} written by python -m benches.openmmlab_table -->\n", "<!-- end of what it writes -->\n"
 KERNELS, TORCHVISION, PYTORCH = "our kernels", "torchvision, else PyTorch", "PyTorch"
 OPS = {  # the name in mmcv.ops: its ops in mmcv._ext, what these stand on, mmcv's tests of it
     "nms": (["nms"], KERNELS, "nms"),
@@ -56,21 +64,76 @@ NOT_DIFFERENTIABLE = "none"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cpu", type=Path, help="outcomes of mmcv's tests")
-    parser.add_argument("gpu", type=Path, help="those with --fake-gpu")
+    parser.add_argument("files", nargs="+", type=Path, help="what benches.openmmlab_judge and openmmlab_demos wrote")
     arguments = parser.parse_args()
-    outcomes = [json.loads(path.read_text()) for path in (arguments.cpu, arguments.gpu)]
-    lines = [
-        "| `mmcv.ops` | stands on | forward | backward | CPU | CUDA | mmcv's tests that pass | and those for GPUs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    judged: list[dict[str, Any]] = []
+    demos: list[dict[str, Any]] = []
+    for path in arguments.files:
+        if path.suffix == ".jsonl":
+            demos += map(json.loads, path.read_text().splitlines())
+        else:
+            run = json.loads(path.read_text())
+            same = (other for other in judged if all(other[key] == run[key] for key in run if key != "tests"))
+            if (whole := next(same, None)) is None:
+                judged.append(run)
+            else:
+                whole["tests"] |= run["tests"]
+    ran = {run["fake_gpu"]: run["tests"] for run in judged if run["suite"] == "mmcv" and not run["without"]}
+    if len(ran) == 2:
+        write("ops", ops(ran[False], ran[True]))
+    if judged:
+        write("suites", suites(judged))
+    if demos:
+        write("models", models(demos))
+
+
+def write(table: str, lines: Iterator[str]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    start = START.format(table)
+    head, rest = text.split(start)
+    PAGE.write_text(f"{head}{start}\n" + "\n".join(lines) + f"\n\n{END}" + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def ops(cpu: dict[str, dict[str, str]], gpu: dict[str, dict[str, str]]) -> Iterator[str]:
+    yield "| `mmcv.ops` | stands on | forward | backward | CPU | CUDA | mmcv's tests that pass | and those for GPUs |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, (_, stands_on, tests) in OPS.items():
         backward = any("backward" in op for op in exported(name))
-        backward = "yes" if backward or name in ("diff_iou_rotated_2d", "convex_giou") else NOT_DIFFERENTIABLE
-        lines.append(f"| `{name}` | {stands_on} | yes | {backward} | yes | not run | {counts(tests, *outcomes)} |")
-    text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split(START)
-    PAGE.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n\n{END}" + rest.split(END)[1], encoding="utf-8")
+        told = "yes" if backward or name in ("diff_iou_rotated_2d", "convex_giou") else NOT_DIFFERENTIABLE
+        yield f"| `{name}` | {stands_on} | yes | {told} | yes | not run | {counts(tests, cpu, gpu)} |"
+
+
+def suites(judged: list[dict[str, Any]]) -> Iterator[str]:
+    """A row a run; below, why tests cannot pass."""
+    yield "| tests of | run | passed | cannot pass | fail otherwise | skipped |\n|---|---|---|---|---|---|"
+    why: dict[str, collections.Counter[str]] = {suite: collections.Counter() for suite in SUITES}
+    for run in sorted(judged, key=lambda run: ([*SUITES].index(run["suite"]), *map(run.get, ("without", "patch")))):
+        outcomes = collections.Counter(outcome["outcome"] for outcome in run["tests"].values())
+        failed = [test for test, outcome in run["tests"].items() if outcome["outcome"] in ("failed", "error")]
+        known = [told for test in failed if (told := reason(run["suite"], test))]
+        words = ["without the stand-in" if run["without"] else "over the stand-in"]
+        words += ["with `patch()`"] * run["patch"] + ["those for GPUs on the CPU, too"] * run["fake_gpu"]
+        if not run["without"]:
+            why[run["suite"]] |= collections.Counter(known)
+        listed = "" if run["without"] else len(known)
+        cells = (outcomes["passed"], listed, len(failed) - (listed or 0), outcomes["skipped"])
+        yield f"| {run['suite']} | {', '.join(words)} | {' | '.join(map(str, cells))} |"
+    for suite, reasons in why.items():
+        if reasons:
+            yield f"\nOf {suite}'s cannot pass:\n"
+            yield from (f"- {count}: {told}" for told, count in reasons.most_common())
+
+
+def models(demos: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| | model | sum of the losses | parameters with a gradient | detections in two images | seconds |"
+    yield "|---|---|---|---|---|---|"
+    for found in demos:
+        if "failed" in found:
+            cells = [f"fails: {found['failed']}", "", ""]
+        else:
+            counts = ", ".join(map(str, found["detections"]))
+            cells = [f"{found['loss']:.4g}", f"{found['parameters with gradient']}", counts]
+        yield f"| {found['library']} | {found['model']} | {' | '.join(cells)} | {found['seconds']:.0f} |"
 
 
 def exported(name: str) -> list[str]:

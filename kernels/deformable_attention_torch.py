@@ -157,11 +157,11 @@ def _by_row(rows: Tensor, count: int) -> _ByRow:
         places = np.arange(N * K, dtype=numbers.dtype)
         begin = np.arange(0, N * K + 1, K, dtype=numbers.dtype)
         found = csr_array((places, numbers, begin), shape=(N, count)).tocsc()
-        taken = np.repeat(np.arange(count), np.diff(found.indptr))
-        return _ByRow(*(torch.from_numpy(x).long() for x in (found.data, found.indices, found.indptr[:-1], taken)))
-    taken, order = rows.flatten().sort(stable=True)
-    counts = torch.bincount(taken, minlength=count)
-    return _ByRow(order, order // K, counts.cumsum(0) - counts, taken.long())
+        row_of = np.repeat(np.arange(count), np.diff(found.indptr))
+        return _ByRow(*(torch.from_numpy(x).long() for x in (found.data, found.indices, found.indptr[:-1], row_of)))
+    in_order, order = rows.flatten().sort(stable=True)
+    counts = torch.bincount(in_order, minlength=count)
+    return _ByRow(order, order // K, counts.cumsum(0) - counts, in_order.long())
 
 
 def undispatched(

@@ -1,5 +1,7 @@
 """The stand-in for `mmcv._ext`, by itself; through mmcv's own Python: tests/openmmlab."""
 
+import collections
+import collections.abc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -8,6 +10,7 @@ import sys
 from multiprocessing import spawn
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,6 +172,11 @@ def test_mmengine_finds_packages_without_pkg_resources():
     assert not found.has_metadata("bogus")
     with pytest.raises(_pkg_resources.DistributionNotFound):
         _pkg_resources.get_distribution("no-such-package")
+
+
+def test_names_that_are_gone_are_there_again():
+    assert np.float is float and collections.Sequence is collections.abc.Sequence
+    assert "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources")
 
 
 @pytest.fixture(params=[False, True], ids=["lite", "compiled"])

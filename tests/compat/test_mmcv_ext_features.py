@@ -191,6 +191,13 @@ def test_rotated_feature_align(points):
 
     torch.testing.assert_close(forward(features), expected)
     assert_adjoint(forward, backward, features.shape)
+    # of two images, and as mmrotate's R3Det calls it: one box after another
+    apart, both = torch.cat([expected, features]), torch.cat([features, features])
+    far = torch.cat([boxes, boxes + 1000])
+    for shape in (far, far.view(-1, 5)):
+        out = torch.full_like(both, torch.nan)
+        ext.rotated_feature_align_forward(both, shape, out, scale, points)
+        torch.testing.assert_close(out, apart)
 
 
 def test_border_align():

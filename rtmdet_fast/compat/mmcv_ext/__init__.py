@@ -24,14 +24,21 @@ The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these di
 convex quadrilaterals |
 | `roi_pool` of a region without area | its gradient goes to the first pixel | nowhere |
 | an image that is not there, as a region's first number | memory of something else | RuntimeError on a CPU |
+| shapes, dtypes or devices that do not fit together | some are read past their end | RuntimeError |
 | half precision | computed in it | computed in float32 |
 | what mmcv has for CUDA only | refused on a CPU | taken |
+
+What newer versions lack and OpenMMLab still asks for is there again: `pkg_resources` (mmengine; setuptools has had none
+since 82), `numpy.float` (mmdet's evaluation of videos, and e2cnn, which mmrotate's ReDet needs; NumPy 1.24),
+`collections.Sequence` (mmrotate; Python 3.10).
 
 What mmcv's Python part of `diff_iou_rotated_2d` misjudges in float32 remains.
 """
 
 from __future__ import annotations
 
+import collections
+import collections.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -39,6 +46,8 @@ from collections.abc import Callable
 from functools import wraps
 from multiprocessing import spawn
 from typing import Any, NoReturn
+
+import numpy as np
 
 from rtmdet_fast.compat.mmcv_ext import _pkg_resources
 from rtmdet_fast.compat.mmcv_ext._boxes import (
@@ -165,8 +174,7 @@ def install(replace: bool = False) -> bool:
     A compiled `mmcv._ext` that is installed keeps its place, unless `replace`. Raises RuntimeError if `mmcv.ops`
     has been imported with it: its functions are bound by then.
     """
-    if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
-        sys.modules["pkg_resources"] = _pkg_resources  # mmengine imports it, and setuptools has it no more
+    _restore_what_is_gone()
     this = sys.modules[__name__]
     if sys.modules.get("mmcv._ext") is this:
         return True
@@ -183,6 +191,15 @@ def install(replace: bool = False) -> bool:
 
     spawn.get_preparation_data = with_this_module  # type: ignore[assignment]
     return True
+
+
+def _restore_what_is_gone() -> None:
+    if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
+        sys.modules["pkg_resources"] = _pkg_resources
+    gone: list[tuple[Any, str, Any]] = [(np, "float", float), (collections, "Sequence", collections.abc.Sequence)]
+    for module, name, value in gone:
+        if not hasattr(module, name):
+            setattr(module, name, value)
 
 
 class _Installer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtmdet_fast.compat.mmcv_ext._common import gradients
+from rtmdet_fast.compat.mmcv_ext._common import check, fit, gradients
 from rtmdet_fast.kernels import greedy_nms
 from rtmdet_fast.kernels.rotated_iou import box_iou_rotated as _box_iou_rotated
 from rtmdet_fast.ops.mmcv import multi_scale_deformable_attn_pytorch as _attention
@@ -15,6 +15,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
     """Boxes [N, 4] xyxy, scores [N] -> indices [K] of the kept, by falling score; `offset` 1: inclusive pixels."""
     if boxes.numel() == 0:
         return boxes.new_zeros(0, dtype=torch.int64)
+    check(boxes)
+    fit("boxes N 4, scores N", boxes, scores)
     return greedy_nms.greedy_nms(boxes, scores, iou_threshold, offset=offset)
 
 
@@ -29,6 +31,8 @@ def softnms(
     offset: int,
 ) -> Tensor:
     """Boxes [N, 4] xyxy, scores [N] -> indices [K] of the kept; into dets [N, 5] go boxes and lowered scores, first."""
+    check(boxes, scores=scores, dets=dets)
+    fit("boxes N 4, scores N, dets N 5", boxes, scores, dets)
     settings = iou_threshold, sigma, min_score, method, offset
     kept, index = greedy_nms.soft_nms(boxes.detach().numpy(), scores.detach().numpy(), *settings)
     dets[: len(index)] = torch.from_numpy(kept)
@@ -37,6 +41,8 @@ def softnms(
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     """Dets [N, 5] with the score last -> of each box that NMS keeps, its index and those of the ones it suppresses."""
+    check(dets)
+    fit("dets N 5", dets)
     left = dets[:, 4].argsort(descending=True).cpu()
     boxes, matched = dets[:, :4].cpu(), []
     while len(left):
@@ -64,6 +70,8 @@ def nms_rotated(
     """
     if dets.numel() == 0:
         return dets.new_zeros(0, dtype=torch.int64)
+    check(dets)
+    fit("dets N columns, scores N", dets, scores, columns=6 if multi_label else 5)
     return greedy_nms.greedy_nms(dets[:, :5], scores, iou_threshold)
 
 
@@ -72,6 +80,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
 
     `mode_flag` 1 divides by the area of box 1. Columns from the sixth on are not read, as in mmcv.
     """
+    check(boxes1, boxes2=boxes2, ious=ious)
     mode = "iof" if mode_flag else "iou"
     with torch.no_grad():
         ious.copy_(_box_iou_rotated(boxes1[:, :5], boxes2[:, :5], mode, bool(aligned)).view(ious.shape))
@@ -79,6 +88,11 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
 
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
     """IoU of xyxy [N, 4] with [M, 4] into `ious` [N, M], or [N] if aligned; `mode` 1 divides by the area of box 1."""
+    check(bboxes1, bboxes2=bboxes2, ious=ious)
+    if aligned:
+        fit("bboxes1 N 4, bboxes2 N 4, ious N", bboxes1, bboxes2, ious)
+    else:
+        fit("bboxes1 N 4, bboxes2 M 4, ious N M", bboxes1, bboxes2, ious)
     one = bboxes1 if aligned else bboxes1[:, None]
     sides = torch.minimum(one[..., 2:], bboxes2[:, 2:]) - torch.maximum(one[..., :2], bboxes2[:, :2]) + offset
     inter = sides.clamp(min=0).prod(-1)
@@ -93,6 +107,8 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
     [B, N] how many): 8 corners, then 16 crossings of edges. Returns indices [B, N, 9] int32: at most 8 vertices by
     rising angle, the first again, and from there on a crossing that is not valid (all 9 if fewer than 3 are valid).
     """
+    check(vertices)
+    fit("vertices B N 24 2, mask B N 24, num_valid B N", vertices, mask, num_valid)
     angle = torch.atan2(vertices[..., 1], vertices[..., 0]).masked_fill(~mask, torch.inf)
     order = angle.argsort(dim=-1, stable=True)
     rank = torch.arange(mask.shape[-1], device=mask.device)
@@ -120,6 +136,7 @@ def ms_deform_attn_forward(
     im2col_step: int,
 ) -> Tensor:
     """Value [B, S, H, D], shapes [L, 2], locations [B, Q, H, L, P, 2], weights [B, Q, H, L, P] -> [B, Q, H D]."""
+    _check_attention(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
     with torch.no_grad():
         return _attention(value, spatial_shapes, sampling_loc, attn_weight)
 
@@ -137,7 +154,16 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """Writes the gradients of value, locations and weights into the three last tensors."""
+    _check_attention(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
+    fit("grad_output B Q HD", grad_output, B=len(value), Q=sampling_loc.shape[1], HD=value.shape[2] * value.shape[3])
+    check(value, grad_output=grad_output)
     inputs = value, sampling_loc, attn_weight
     found = gradients(lambda x, *rest: _attention(x, spatial_shapes, *rest), inputs, grad_output)
     for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), found, strict=True):
         into.copy_(gradient)
+
+
+def _check_attention(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
+    check(value, sampling_loc=locations, attn_weight=weights)
+    sizes = "value B S H D, spatial_shapes L 2, level_start_index L, sampling_loc B Q H L P 2, attn_weight B Q H L P"
+    fit(sizes, value, shapes, starts, locations, weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.compat.mmcv_ext import _torchvision
-from rtmdet_fast.compat.mmcv_ext._common import check, exact, gradients
+from rtmdet_fast.compat.mmcv_ext._common import check, exact, fit, gradients
 from rtmdet_fast.compat.mmcv_ext._sampling import weighted_sums
 
 
@@ -52,7 +52,7 @@ def deform_conv_forward(
     `columns`, `ones` and `im2col_step` are not needed.
     """
     geometry = _Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _check(input, offset, weight, geometry)
+    _check(input, offset, weight, geometry, output=output)
     output.copy_(_convolve(input, offset, weight, geometry=geometry))
 
 
@@ -78,7 +78,7 @@ def deform_conv_backward_input(
 ) -> None:
     """Writes the gradients of input and offset into gradInput and gradOffset."""
     geometry = _Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _check(input, offset, weight, geometry, gradOutput)
+    _check(input, offset, weight, geometry, output=gradOutput)
     convolve = partial(_convolve, weight=weight, geometry=geometry)
     for into, gradient in zip((gradInput, gradOffset), gradients(convolve, [input, offset], gradOutput), strict=True):
         into.copy_(gradient)
@@ -106,7 +106,7 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Adds the gradient of the weight, times `scale`, to gradWeight."""
     geometry = _Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _check(input, offset, gradWeight, geometry, gradOutput)
+    _check(input, offset, gradWeight, geometry, output=gradOutput)
     convolve = partial(_convolve, input, offset, geometry=geometry)
     gradWeight.add_(gradients(convolve, [gradWeight], gradOutput)[0], alpha=scale)
 
@@ -137,7 +137,7 @@ def modulated_deform_conv_forward(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
     offset, mask = _leading(input, offset, mask, geometry)
-    _check(input, offset, weight, geometry, mask=mask)
+    _check(input, offset, weight, geometry, output=output, mask=mask, bias=bias if with_bias else None)
     result = _convolve(input, offset, weight, mask, geometry=geometry)
     output.copy_(result + bias.view(-1, 1, 1) if with_bias else result)
 
@@ -172,7 +172,8 @@ def modulated_deform_conv_backward(
     geometry = _Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
-    _check(input, *_leading(input, offset, mask, geometry)[:1], weight, geometry, grad_output)
+    leading = dict(zip(("offset", "mask"), _leading(input, offset, mask, geometry), strict=True))
+    _check(input, weight=weight, geometry=geometry, output=grad_output, bias=bias if with_bias else None, **leading)
 
     def convolve(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         offset, mask = _leading(input, offset, mask, geometry)
@@ -200,12 +201,17 @@ def _check(
     offset: Tensor,
     weight: Tensor,
     geometry: _Geometry,
-    grad_output: Tensor | None = None,
+    *,
+    output: Tensor,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
-    """Raises RuntimeError where mmcv does, and of shapes that mmcv reads past the end of."""
-    others = {"weight": weight, "mask": mask, "grad_output": grad_output}
-    check(input, offset=offset, **{name: x for name, x in others.items() if x is not None})
+    """Raises RuntimeError where mmcv does, and of shapes that mmcv reads past the end of.
+
+    `output` may be its gradient.
+    """
+    others = {"mask": mask, "bias": bias}
+    check(input, offset=offset, weight=weight, output=output, **{k: x for k, x in others.items() if x is not None})
     if min(*geometry.kernel, *geometry.stride, *geometry.dilation) < 1:
         raise RuntimeError(f"kernel, stride and dilation are {geometry[0]}, {geometry[1]}, {geometry[3]}: below 1")
     N, channels = input.shape[:2]
@@ -217,10 +223,12 @@ def _check(
     if min(size) < 1:
         raise RuntimeError(f"the output would have size {size}: the input, {tuple(input.shape)}, is too small")
     taps = geometry.kernel[0] * geometry.kernel[1] * geometry.deform_groups
-    expected = {"offset": (N, 2 * taps, *size), "mask": (N, taps, *size), "grad_output": (N, len(weight), *size)}
-    for name, x in {"offset": offset, "mask": mask, "grad_output": grad_output}.items():
-        if x is not None and tuple(x.shape) != expected[name]:
-            raise RuntimeError(f"{name} has shape {tuple(x.shape)}: expected {expected[name]}")
+    sizes = dict(N=N, taps=taps, twice=2 * taps, O=len(weight), HO=size[0], WO=size[1])
+    fit("offset N twice HO WO, output N O HO WO", offset, output, **sizes)
+    if mask is not None:
+        fit("mask N taps HO WO", mask, **sizes)
+    if bias is not None:
+        fit("bias O", bias, **sizes)
 
 
 def _leading(input: Tensor, offset: Tensor, mask: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rtmdet_fast.compat.mmcv_ext._common import check, exact
+from rtmdet_fast.compat.mmcv_ext._common import check, exact, fit
 
 _LEAST = torch.finfo(torch.float32).tiny  # of what a logarithm is taken
 
@@ -18,7 +18,8 @@ def sigmoid_focal_loss_forward(
 
     `weight` [C], or empty, weighs the rows by their target.
     """
-    check(input)
+    _check(input, target, weight)
+    fit("input N C, output N C", input, output)
     positive, p, row = _parts(input, target, weight)
     loss = torch.where(positive, -alpha * (1 - p) ** gamma * _log(p), (alpha - 1) * p**gamma * _log(1 - p))
     output.copy_(loss * row)
@@ -28,7 +29,8 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Writes the derivative of each loss by its logit into grad_input [N, C]."""
-    check(input)
+    _check(input, target, weight)
+    fit("input N C, grad_input N C", input, grad_input)
     positive, p, row = _parts(input, target, weight)
     up = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * _log(p))
     down = (alpha - 1) * p**gamma * (gamma * (1 - p) * _log(1 - p) - p)
@@ -39,7 +41,8 @@ def softmax_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
     """Probabilities [N, C], target [N] int64 (below 0: no loss) -> losses into output [N]."""
-    check(input)
+    _check(input, target, weight)
+    fit("target N, output N", target, output)
     p, row, _ = _of_target(input, target, weight)
     output.copy_(-alpha * (1 - p) ** gamma * _log(p) * row)
 
@@ -48,12 +51,20 @@ def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Writes the derivatives by the logits into grad_input [N, C]; those by ln(probability) into buff [N]."""
-    check(input)
+    _check(input, target, weight)
+    fit("input N C, buff N, grad_input N C", input, buff, grad_input)
     p, row, label = _of_target(input, target, weight)
     power = 0 if gamma == 0 else gamma * (1 - p) ** (gamma - 1) * p * _log(p)
     slope = alpha * (power - (1 - p) ** gamma) * row
     buff.copy_(slope)
     grad_input.copy_(slope[:, None] * (F.one_hot(label, input.shape[1]) - exact(input)))
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    check(input, weight=weight)
+    fit("input N C, target N", input, target)
+    if weight.numel():
+        fit("input N C, weight C", input, weight)
 
 
 def _log(p: Tensor) -> Tensor:

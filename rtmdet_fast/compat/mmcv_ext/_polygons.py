@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rtmdet_fast.compat.mmcv_ext._common import check
+from rtmdet_fast.compat.mmcv_ext._common import check, fit
 from rtmdet_fast.kernels.nms import in_rounds
 
 _PAIRS_AT_ONCE = 2**16
@@ -24,6 +24,7 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
     Crossings of a ray to the right are counted, in float32 and in mmcv's order, which decides for points on an edge.
     """
     check(points, polygons=polygons)
+    fit("points B 2, polygons M 8, output B M", points, polygons, output)
     px, py = points.float().t()[..., None]
     corner = polygons.float().view(-1, 4, 2)
     inside = torch.zeros(output.shape, dtype=torch.bool, device=points.device)
@@ -46,6 +47,7 @@ def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
     lowest point.
     """
     check(pointsets)
+    fit("pointsets N 18, polygons N 8", pointsets, polygons)
     points = pointsets.double().view(-1, 9, 2)
     is_edge, end = _edges(points)
     x, y = (points.gather(1, end[..., None].expand_as(points)) - points).unbind(-1)
@@ -68,6 +70,7 @@ def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
 def convex_iou(pointsets: Tensor, polygons: Tensor, ious: Tensor) -> None:
     """Point sets [N, 18], quadrilaterals [K, 8] -> IoU into ious [N, K]."""
     check(pointsets, polygons=polygons)
+    fit("pointsets N 18, polygons K 8, ious N K", pointsets, polygons, ious)
     hull, quad = _hull(pointsets.double().view(-1, 9, 2)), _ordered(polygons.double().view(-1, 4, 2))
     ious.copy_(_pairwise(hull, quad, mode_flag=0))
 
@@ -75,6 +78,7 @@ def convex_iou(pointsets: Tensor, polygons: Tensor, ious: Tensor) -> None:
 def convex_giou(pointsets: Tensor, polygons: Tensor, output: Tensor) -> None:
     """Point sets [N, 18], quadrilaterals [N, 8] -> derivatives of GIoU by the points, and GIoU, into output [N, 19]."""
     check(pointsets, polygons=polygons)
+    fit("pointsets N 18, polygons N 8, output N 19", pointsets, polygons, output)
     with torch.enable_grad():
         leaf = pointsets.detach().double().requires_grad_()
         points, quad = leaf.view(-1, 9, 2), _ordered(polygons.double().view(-1, 4, 2))
@@ -91,6 +95,8 @@ def box_iou_quadri(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode_flag: in
     """IoU of quadrilaterals [N, 8] with [M, 8] into ious [N * M], or [N] if aligned; `mode_flag` 1: per area of the
     first."""
     check(bboxes1, bboxes2=bboxes2)
+    fit("bboxes1 N 8, bboxes2 N 8" if aligned else "bboxes1 N 8, bboxes2 M 8", bboxes1, bboxes2)
+    fit("ious K", ious, K=len(bboxes1) * (1 if aligned else len(bboxes2)))
     quads1, quads2 = (_ordered(x.double().view(-1, 4, 2)) for x in (bboxes1, bboxes2))
     overlaps = _overlap if aligned else _pairwise
     ious.copy_(overlaps(quads1, quads2, mode_flag=mode_flag).view(ious.shape))
@@ -105,7 +111,8 @@ def nms_quadri(
     """
     if dets.numel() == 0:
         return dets.new_zeros(0, dtype=torch.int64)
-    check(dets, scores=scores)
+    check(dets)
+    fit("dets N columns, scores N", dets, scores, columns=9 if multi_label else 8)
     order = scores.sort(descending=True).indices
     if iou_threshold < 0:
         return order[:1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtmdet_fast.compat.mmcv_ext import _torchvision
-from rtmdet_fast.compat.mmcv_ext._common import check, exact, gradients
+from rtmdet_fast.compat.mmcv_ext._common import check, exact, fit, gradients
 from rtmdet_fast.compat.mmcv_ext._sampling import corners, first_maxima, images, rows, spread, weighted_sums
 
 _PIXELS_AT_ONCE = 2**24  # values that roi_pool and prroi_pool hold at a time
@@ -38,6 +38,7 @@ def roi_align_forward(
     """
     check(input, rois=rois)
     size = (aligned_height, aligned_width)
+    fit("input N C H W, rois K 5, output K C PH PW", input, rois, output, PH=size[0], PW=size[1])
     arguments = spatial_scale, *size, sampling_ratio, aligned
     boxes = _upright(rois, spatial_scale, aligned)
     image = images(rois, len(input))
@@ -71,6 +72,9 @@ def roi_align_backward(
     """Adds the gradient of the input to grad_input [N, C, H, W]."""
     check(grad_output, rois=rois)
     size = (aligned_height, aligned_width)
+    _fit_gradients(grad_output, rois, grad_input, 5, size)
+    if not pool_mode:
+        fit("grad_output K C PH PW, argmax_y K C PH PW, argmax_x K C PH PW", grad_output, argmax_y, argmax_x)
     shape = grad_input.shape
     if pool_mode and _torchvision.takes(grad_output):
         arguments = (spatial_scale, *size, *shape, sampling_ratio, aligned)
@@ -101,6 +105,7 @@ def roi_align_rotated_forward(
 ) -> None:
     """Input [N, C, H, W], rois [K, 6] (image, cx, cy, w, h, radians) -> averages into output [K, C, PH, PW]."""
     check(input, rois=rois)
+    fit("input N C H W, rois K 6, output K C PH PW", input, rois, output, PH=pooled_height, PW=pooled_width)
     boxes = _rotated(rois, spatial_scale, 0.5 if aligned else 0.0, not aligned, clockwise)
     output.copy_(_averages(input, images(rois, len(input)), boxes, (pooled_height, pooled_width), sampling_ratio))
 
@@ -117,11 +122,11 @@ def roi_align_rotated_backward(
     clockwise: bool,
 ) -> None:
     """Adds the gradient of the input to grad_input [N, C, H, W]."""
-    if rois.shape[1] != 6:
-        raise RuntimeError(f"rois have shape {tuple(rois.shape)}: expected [K, 6]")
     check(grad_output, rois=rois)
+    size = (pooled_height, pooled_width)
+    _fit_gradients(grad_output, rois, grad_input, 6, size)
     boxes = _rotated(rois, spatial_scale, 0.5 if aligned else 0.0, not aligned, clockwise)
-    size, image = (pooled_height, pooled_width), images(rois, len(grad_input))
+    image = images(rois, len(grad_input))
     average = partial(_averages, image=image, boxes=boxes, size=size, ratio=sampling_ratio)
     grad_input += gradients(average, [torch.zeros_like(grad_input)], grad_output)[0]
 
@@ -140,6 +145,7 @@ def riroi_align_rotated_forward(
     """As `roi_align_rotated_forward` of channels that are C x orientations, turned with the region (ReDet, 2021)."""
     check(features, rois=rois)
     size = (pooled_height, pooled_width)
+    fit("features N C H W, rois K 6, output K C PH PW", features, rois, output, PH=size[0], PW=size[1])
     output.copy_(_turned(features, rois, size, spatial_scale, num_samples, num_orientations, clockwise))
 
 
@@ -157,6 +163,7 @@ def riroi_align_rotated_backward(
     """Adds the gradient of the features to bottom_grad [N, C orientations, H, W]."""
     check(top_grad, rois=rois)
     size = (pooled_height, pooled_width)
+    _fit_gradients(top_grad, rois, bottom_grad, 6, size)
     arguments = (rois, size, spatial_scale, num_samples, num_orientations, clockwise)
     bottom_grad += gradients(lambda x: _turned(x, *arguments), [torch.zeros_like(bottom_grad)], top_grad)[0]
 
@@ -166,9 +173,11 @@ def rotated_feature_align_forward(
 ) -> None:
     """Features [N, C, H, W], a box (cy, cx, w, h, radians) for each pixel [N, H, W, 5] -> into output [N, C, H, W].
 
-    To each pixel are added the samples at its box's centre and, of 5 `points`, at its corners (R3Det, 2019).
+    The boxes may have the shape [N H W, 5] as well, which mmrotate's R3Det gives them. To each pixel are added the
+    samples at its box's centre and, of 5 `points`, at its corners (R3Det, 2019).
     """
     check(features, best_bboxes=best_bboxes)
+    fit("features N C H W, output N C H W", features, output)
     output.copy_(_refined(features, best_bboxes, spatial_scale, points))
 
 
@@ -177,6 +186,7 @@ def rotated_feature_align_backward(
 ) -> None:
     """Adds the gradient of the features to bottom_grad [N, C, H, W]."""
     check(top_grad, best_bboxes=best_bboxes)
+    fit("top_grad N C H W, bottom_grad N C H W", top_grad, bottom_grad)
     refine = partial(_refined, boxes=best_bboxes, scale=spatial_scale, points=points)
     bottom_grad += gradients(refine, [torch.zeros_like(bottom_grad)], top_grad)[0]
 
@@ -189,11 +199,12 @@ def border_align_forward(input: Tensor, boxes: Tensor, output: Tensor, argmax_id
     """
     check(input, boxes=boxes)
     N, channels, H, W = input.shape
+    fit("input N channels H W, boxes N M 4, output N C M 4", input, boxes, output, channels=4 * output.shape[1])
     y, x = _along_borders(boxes, pool_size)  # [N, 4, M, pool_size + 1]
     index, weight = corners(y, x, H, W)
     index += torch.arange(N * 4, device=input.device).view(N, 4, 1, 1, 1) * (H * W)
     pixels = rows(input.reshape(N * 4, channels // 4, H, W))
-    values = weighted_sums(pixels, index.view(-1, 4), weight.view(-1, 4)).view(*y.shape, -1)
+    values = weighted_sums(pixels, index.view(-1, 4), weight.view(-1, 4)).view(*y.shape, channels // 4)
     best, which = values.max(3)
     output.copy_(best.permute(0, 3, 2, 1))
     argmax_idx.copy_(which.permute(0, 3, 2, 1))
@@ -205,6 +216,8 @@ def border_align_backward(
     """Adds the gradient of the input to grad_input [N, 4 C, H, W]."""
     check(grad_output, boxes=boxes)
     N, C = grad_output.shape[:2]
+    pattern = "grad_output N C M 4, argmax_idx N C M 4, boxes N M 4, grad_input N channels H W"
+    fit(pattern, grad_output, argmax_idx, boxes, grad_input, channels=4 * C)
     y, x = (along.permute(0, 2, 1, 3)[:, None].expand(-1, C, -1, -1, -1) for along in _along_borders(boxes, pool_size))
     y, x = (along.gather(4, argmax_idx[..., None].long())[..., 0] for along in (y, x))
     image, channel, border = torch.arange(N), torch.arange(C), torch.arange(4)
@@ -227,8 +240,9 @@ def roi_pool_forward(
     does not.
     """
     check(input, rois=rois)
-    H, W = input.shape[2:]
     size = (pooled_height, pooled_width)
+    fit("input N C H W, rois K 5, output K C PH PW", input, rois, output, PH=size[0], PW=size[1])
+    H, W = input.shape[2:]
     bins = math.prod(size)
     first, last = exact(rois)[:, 1:3] * spatial_scale, (exact(rois)[:, 3:] + 1) * spatial_scale
     empty = ((last - first) <= 0).any(1)
@@ -273,6 +287,8 @@ def roi_pool_backward(
 ) -> None:
     """Adds the gradient of the input to grad_input [N, C, H, W]."""
     check(grad_output, rois=rois)
+    _fit_gradients(grad_output, rois, grad_input, 5, (pooled_height, pooled_width))
+    fit("grad_output K C PH PW, argmax K C PH PW", grad_output, argmax)
     N, C, H, W = grad_input.shape
     plane = images(rois, N)[:, None] * C + torch.arange(C, device=rois.device)
     index = plane[..., None, None] * (H * W) + argmax
@@ -286,6 +302,7 @@ def prroi_pool_forward(
     """Input [N, C, H, W], rois [K, 5] (image, xyxy) -> the mean of the interpolated map in each bin, an integral."""
     check(input, rois=rois)
     size = (pooled_height, pooled_width)
+    fit("input N C H W, rois K 5, output K C PH PW", input, rois, output, PH=size[0], PW=size[1])
     for part, arguments in _by_image(input, rois):
         output[part] = _integrals(*arguments, size, spatial_scale).to(output.dtype)
 
@@ -296,6 +313,7 @@ def prroi_pool_backward(
     """Adds the gradient of the input to grad_input [N, C, H, W]."""
     check(grad_output, rois=rois)
     size = (pooled_height, pooled_width)
+    _fit_gradients(grad_output, rois, grad_input, 5, size)
     for part, (features, boxes) in _by_image(grad_input, rois):
         integrate = partial(_integrals, boxes=boxes, size=size, scale=spatial_scale)
         features += gradients(integrate, [torch.zeros_like(features)], grad_output[part])[0]
@@ -314,9 +332,15 @@ def prroi_pool_coor_backward(
     """Adds the gradient of the regions' coordinates to grad_rois [K, 5]."""
     check(grad_output, rois=rois, input=input)
     size = (pooled_height, pooled_width)
+    _fit_gradients(grad_output, rois, input, 5, size)
     for part, (features, boxes) in _by_image(input, rois):
         integrate = partial(_integrals, features, size=size, scale=spatial_scale)
         grad_rois[part, 1:] += gradients(integrate, [boxes], grad_output[part])[0]
+
+
+def _fit_gradients(grad: Tensor, rois: Tensor, grad_input: Tensor, columns: int, size: tuple[int, int]) -> None:
+    sizes = dict(columns=columns, PH=size[0], PW=size[1])
+    fit("grad_output K C PH PW, rois K columns, input N C H W", grad, rois, grad_input, **sizes)
 
 
 def _upright(rois: Tensor, scale: float, aligned: bool) -> tuple[Tensor, ...]:
@@ -401,8 +425,9 @@ def _turned(
 
 
 def _refined(features: Tensor, boxes: Tensor, scale: float, points: int) -> Tensor:
-    N, _, H, W = features.shape
-    y, x, width, height, angle = exact(boxes).unbind(-1)
+    N, C, H, W = features.shape
+    fit("boxes P 5", boxes.flatten(0, -2), P=N * H * W)
+    y, x, width, height, angle = exact(boxes).view(N, H, W, 5).unbind(-1)
     y, x = (y * scale)[..., None], (x * scale)[..., None]
     if points > 1:
         along, across = width * scale / 2, height * scale / 2
@@ -412,8 +437,8 @@ def _refined(features: Tensor, boxes: Tensor, scale: float, points: int) -> Tens
         y = y + signs[0] * (sin * along)[..., None] + signs[1] * (cos * across)[..., None]
     index, weight = corners(y, x, H, W)
     index += torch.arange(N, device=features.device).view(-1, 1, 1, 1, 1) * (H * W)
-    sums = weighted_sums(rows(features), index.view(N * H * W, -1), weight.view(N * H * W, -1))
-    return features + sums.view(N, H, W, -1).movedim(-1, 1)
+    sums = weighted_sums(rows(features), index.flatten(0, 2).flatten(1), weight.flatten(0, 2).flatten(1))
+    return features + sums.view(N, H, W, C).movedim(-1, 1)
 
 
 def _along_borders(boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
