@@ -1,8 +1,10 @@
 """Shared fixtures. The reference's files stand beside the project in CI, and are absent for users: tests then skip."""
 
 import os
+import shutil
 import tempfile
 from collections import Counter
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,13 @@ def temporary_files(tmp_path_factory):
     leave things there, and so does any loader that is killed."""
     tmp_path_factory.getbasetemp()  # which stays in the system's
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "rtmdet_fast_inductor"))
-    # sockets lie in it, whose names may not be long
-    folder = tempfile.TemporaryDirectory(prefix="rf-", ignore_cleanup_errors=True)
-    with folder, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.mkdtemp(prefix="rf-")  # sockets lie in it, whose names may not be long
+    # after multiprocessing's own, which takes its folder in here away at -100
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", inductor)  # compiled once, for all sessions
-        patch.setenv("TMPDIR", folder.name)
-        patch.setattr(tempfile, "tempdir", folder.name)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
         yield
 
 

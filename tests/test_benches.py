@@ -784,7 +784,7 @@ def test_a_step_with_its_loader_and_one_that_stays_in_its_place_are_judged_by_th
     assert "on its own batch" in case.compare(ours.result(ours.build()()), None)
     inputs = (models.pictures(2, 64, CPU, 0), *models.objects(2, 5, 3, 64, CPU, 0)[:3])
     step = bench_training.RecordedStep("nano", 3, CPU, torch.float32)
-    plain = bench_training.Step("nano", 3, CPU, torch.float32, layout=torch.contiguous_format)
+    plain = bench_training.Step("nano", 3, CPU, torch.float32)
     for _ in range(2):
         torch.testing.assert_close(step(*inputs)[1], plain(*inputs)[1], rtol=1e-3, atol=1e-5)
 
