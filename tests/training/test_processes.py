@@ -321,4 +321,6 @@ def test_a_node_whose_process_is_killed_ends_the_other(config, tmp_path):
     a, b = two_nodes(tmp_path / "told.json")
     assert a.returncode and b.returncode
     killed, other = (a, b) if "SIGKILL" in a.stderr else (b, a)
-    assert "SIGKILL" in killed.stderr and "another process of this run has ended" in other.stderr
+    # the node where the torchruns meet may be the one that ends, and then the other's ends its process by itself
+    reasons = "another process of this run has ended", "The connection to the C10d store has failed"
+    assert "SIGKILL" in killed.stderr and any(reason in other.stderr for reason in reasons)
