@@ -13,7 +13,8 @@ if not Path("/proc/self/smaps_rollup").exists():
 
 class Footprint(NamedTuple):
     memory: int
-    """Bytes, of pages that processes share each one's part."""
+    """Bytes, of pages that processes share each one's part; without files' own, which a library's are: their part
+    grows where another process of the machine ends."""
     files: int
     threads: int
 
@@ -62,7 +63,7 @@ def _footprint(pid: int) -> Footprint | None:
     """None where the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        memory = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
         return Footprint(memory, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
     except OSError:
         return None
