@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -11,18 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowering import TARGETS, needs_lowering, record_launches
+from on_triton import DEVICE, INTERPRETED, needs_triton, not_interpreted
 from torch.library import opcheck
 
 from rtmdet_fast.kernels import _dispatch, batch_norm
 from rtmdet_fast.kernels import bn_silu as m
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    _dispatch.BACKEND == "torch" or not (DEVICE == "cuda" or (INTERPRETED and _dispatch.BACKEND == "triton")),
-    reason="needs CUDA, or TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton",
-)
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does not trace")
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 # of the largest element of what is compared, at least 1; the reference folds its weights in the low precision too
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BOTH = [pytest.param(m.bn_silu_reference, id="reference"), pytest.param(m.bn_silu, marks=needs_triton, id="triton")]
@@ -30,14 +24,9 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @pytest.fixture(autouse=True)
-def poison(request, monkeypatch):
-    """Fills torch.empty with NaN, so that an element that no kernel wrote shows. Slow tests wait for `-m slow`."""
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
-        pytest.skip("one of the hundreds of configurations that `pytest -m slow` compiles")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setitem(batch_norm.TUNING, "least_training", 0)  # or small inputs would not take the kernels
-    yield
-    torch.use_deterministic_algorithms(False)
+def small_inputs_take_kernels(monkeypatch):
+    """Which PyTorch's own would train on otherwise."""
+    monkeypatch.setitem(batch_norm.TUNING, "least_training", 0)
 
 
 def composition(x, weight, bias, running_mean, running_var, residual=None, *, training=False, eps=1e-5):

@@ -9,19 +9,15 @@ from itertools import product
 import pytest
 import torch
 from lowering import TARGETS, needs_lowering, record_launches
-from test_bn_silu import (  # noqa: F401 (fixtures)
-    DEVICE,
-    poison,
-    thinned,
-    traced_for_cuda,
-    traced_kernels,
-)
+from on_triton import DEVICE
+from test_bn_silu import thinned, traced_for_cuda, traced_kernels  # noqa: F401 (a fixture)
 from torch.library import opcheck
 
 from rtmdet_fast import ops
 from rtmdet_fast.kernels import _dispatch, deformable_attention_torch, deformable_attention_triton
 from rtmdet_fast.kernels import deformable_attention as m
 
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (DEVICE == "cuda" or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")

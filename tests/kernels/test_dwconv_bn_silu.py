@@ -10,17 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lowering import TARGETS, needs_lowering
+from on_triton import DEVICE, needs_triton, not_interpreted
 from test_bn_silu import (  # noqa: F401 (fixtures)
-    DEVICE,
     LAYOUTS,
     TOLERANCE,
     assert_close,
     double,
-    needs_triton,
-    not_interpreted,
     outputs,
-    poison,
     record,
+    small_inputs_take_kernels,
     thinned,
     traced_for_cuda,
     traced_kernels,
@@ -33,6 +31,7 @@ from rtmdet_fast.kernels import batch_norm
 from rtmdet_fast.kernels import bn_silu as bn
 from rtmdet_fast.kernels import dwconv_bn_silu as m
 
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 BOTH = [
     pytest.param(m.dwconv_bn_silu_reference, id="reference"),
     pytest.param(m.dwconv_bn_silu, marks=needs_triton, id="triton"),

@@ -11,20 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowering import TARGETS, needs_lowering, record_launches
-from test_bn_silu import (  # noqa: F401 (fixtures)
-    DEVICE,
-    LAYOUTS,
-    poison,
-    thinned,
-    traced_for_cuda,
-    traced_kernels,
-)
+from on_triton import DEVICE
+from test_bn_silu import LAYOUTS, thinned, traced_for_cuda, traced_kernels  # noqa: F401 (a fixture)
 from torch.library import opcheck
 
 from rtmdet_fast import ops
 from rtmdet_fast.kernels import _dispatch, dynamic_mask_torch, dynamic_mask_triton
 from rtmdet_fast.kernels import dynamic_mask as m
 
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (DEVICE == "cuda" or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from fractions import Fraction
 from itertools import product
 from types import SimpleNamespace
@@ -12,19 +11,14 @@ import numpy as np
 import pytest
 import torch
 from lowering import TARGETS, needs_lowering, record_launches
+from on_triton import DEVICE, needs_triton
 from torch.library import opcheck
 
 from rtmdet_fast.inference.preprocess import MEAN, STD, letterbox, normalize, squash
 from rtmdet_fast.kernels import _dispatch
 from rtmdet_fast.kernels import letterbox as m
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    _dispatch.BACKEND == "torch" or not (DEVICE == "cuda" or (INTERPRETED and _dispatch.BACKEND == "triton")),
-    reason="needs CUDA, or TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton",
-)
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does not trace")
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 BOTH = [
     pytest.param(m.letterbox_normalize_reference, id="reference"),
     pytest.param(m.letterbox_normalize, marks=needs_triton, id="triton"),
@@ -34,16 +28,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = dict(mean=(0, 0, 0), std=(1, 1, 1))  # the grey levels themselves
 # smaller, larger, as large, flat, of one pixel
 SIZES = [(1, 1), (9, 16), (16, 9), (5, 3), (7, 7), (14, 14), (13, 2), (1, 12), (2, 1)]
-
-
-@pytest.fixture(autouse=True)
-def poison(request):
-    """Fills torch.empty with NaN, so that an element that no kernel wrote shows. Slow tests wait for `-m slow`."""
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
-        pytest.skip("one of the dozens of configurations that `pytest -m slow` compiles")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def noise(sizes, seed=0):

@@ -25,17 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
 needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+pytestmark = pytest.mark.usefixtures("poison")
 has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # all decide exactly, on the rounded boxes
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fills torch.empty with NaN and the greatest integer, so that an element that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])

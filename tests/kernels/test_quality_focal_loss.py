@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from itertools import product
 
@@ -10,34 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowering import TARGETS, needs_lowering, record_launches
+from on_triton import DEVICE, needs_triton, not_interpreted
 from torch.library import opcheck
 
 from rtmdet_fast.kernels import _dispatch
 from rtmdet_fast.kernels import quality_focal_loss as m
 from rtmdet_fast.models.rtmdet.detection_head import Assignment, DetectionHead
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    _dispatch.BACKEND == "torch" or not (DEVICE == "cuda" or (INTERPRETED and _dispatch.BACKEND == "triton")),
-    reason="needs CUDA, or TRITON_INTERPRET=1 RTMDET_FAST_KERNELS=triton",
-)
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does not trace")
+pytestmark = pytest.mark.usefixtures("poison", "slow_ones_wait")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of gradients; sums are of float32
 BOTH = [
     pytest.param(m.quality_focal_loss_reference, id="reference"),
     pytest.param(m.quality_focal_loss, marks=needs_triton, id="triton"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison(request):
-    """Fills torch.empty with NaN, so that an element that no kernel wrote shows. Slow tests wait for `-m slow`."""
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
-        pytest.skip("one of the configurations that `pytest -m slow` compiles")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def oracle(logits, labels, quality, weight=None):

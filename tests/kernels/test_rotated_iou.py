@@ -23,6 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS_TRITON = DEVICE == "cuda" or INTERPRETED
 needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+pytestmark = pytest.mark.usefixtures("poison")
 has_triton = pytest.mark.skipif(not _dispatch.AVAILABLE, reason="needs Triton")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace an interpreted kernel")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
@@ -47,14 +48,6 @@ FAMILIES = [
     "zero_width",
     "axis_aligned_by_hand",
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fills torch.empty with NaN and the greatest integer, so that an element that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=BACKENDS)
