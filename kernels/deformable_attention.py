@@ -82,7 +82,7 @@ def _triton(value: Tensor, *arguments: Any) -> Tensor:
 
 def _reference(value: Tensor, *arguments: Any) -> Tensor:
     op = deformable_attention_torch
-    return op.undispatched(value, *arguments) if unwatched(value) else op.attention(value, *arguments)
+    return op.undispatched(value, *arguments) if unwatched(value) else op.attention(value, *arguments)[0]
 
 
 def _takes_triton(sizes: Sequence[tuple[int, int]], value: Tensor, *others: Tensor) -> bool:

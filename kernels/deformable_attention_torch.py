@@ -5,8 +5,9 @@ rows of `value` of 128 bytes, 15 MB, of which `value` has 8.6 MB, and 3.7 M FMAs
 `grid_sample` copies `value` to channels first, where the 32 channels of a place lie in 32 cache lines, and stores each
 sample, 3.7 MB, to weight and add it afterwards. Here `value` stays as it is, and a head of a query is one bag of
 `embedding_bag`: the numbers of its 48 rows and a coefficient for each, bilinear weight times attention weight, which is
-all that is stored, 1.4 MB. Backward is a bag for each row of `value`, whose terms are rows of the upstream gradient:
-the bags of the forward pass, transposed, and nothing is added in an order that depends on threads.
+all that is stored, 1.4 MB; backward finds the numbers and the bilinear weights kept. It is a bag for each row of
+`value`, whose terms are rows of the upstream gradient: the bags of the forward pass, transposed, and nothing is added
+in an order that depends on threads.
 
 The ops are opaque to `torch.compile`. For export there is `deformable_attention_grid_sample`, in standard operators.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ class _Corners(NamedTuple):
 
     pixels: Tensor
     coefficients: Tensor
-    derivatives: Tensor  # of the coefficients, by the place in pixels
+    derivatives: Tensor  # of the coefficients, by the location; [0] if the method is discrete
 
 
 def _bilinear_corners(places: Tensor, size: Tensor) -> _Corners:
@@ -90,20 +91,19 @@ def _bilinear_corners(places: Tensor, size: Tensor) -> _Corners:
     pixels = wanted.clamp(min=0).minimum(size - 1)
     inside = pixels == wanted
     coefficients = torch.stack([1 - part, part], 4) * inside
-    derivatives = inside * places.new_tensor([[-1], [1]])
+    derivatives = inside * (places.new_tensor([[-1], [1]]) * size)
     return _Corners(pixels, coefficients, derivatives)
 
 
 def _discrete_corners(places: Tensor, size: Tensor) -> _Corners:
     pixels = (places + 0.5).int().clamp_(min=0)[:, :, :, :, None].minimum(size - 1)
-    one = places.new_ones(()).expand(pixels.shape)
-    return _Corners(pixels, one, one)
+    return _Corners(pixels, places.new_ones(pixels.shape), places.new_empty(0))
 
 
 def _sampled(
     value: Tensor, sizes: Sequence[int], locations: Tensor, points: Sequence[int], method: str, published_clamp: bool
-) -> tuple[Tensor, _Corners, Tensor]:
-    """Rows [B, Q, H, T, T, P] of `value` as [B S H, D], corners, and the sizes [2, P] (width, height)."""
+) -> tuple[Tensor, _Corners]:
+    """Rows [B, Q, H, T, T, P] of `value` as [B S H, D], and corners."""
     (B, S, H, _), device = value.shape, value.device
     heights, widths = sizes[::2], sizes[1::2]
     *starts, _ = accumulate((h * w for h, w in zip(heights, widths, strict=True)), initial=0)
@@ -119,7 +119,7 @@ def _sampled(
     image = torch.arange(0, B * S, S, dtype=integer, device=device).view(B, 1, 1, 1, 1)
     head = torch.arange(H, dtype=integer, device=device).view(H, 1, 1)
     begin = (y * width + (image + start)) * H + head
-    return begin[:, :, :, :, None] + (x * H)[:, :, :, None], found, size
+    return begin[:, :, :, :, None] + (x * H)[:, :, :, None], found
 
 
 def _outer(y: Tensor, x: Tensor) -> Tensor:
@@ -164,47 +164,52 @@ def _by_row(rows: Tensor, count: int) -> _ByRow:
     return _ByRow(order, order // K, counts.cumsum(0) - counts, in_order.long())
 
 
-def undispatched(
+def undispatched(value: Tensor, *arguments: Any) -> Tensor:
+    """What `attention` has first."""
+    return _attention(value, *arguments)[0]
+
+
+def _attention(
     value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int], points: Sequence[int],
     method: str, published_clamp: bool,
-) -> Tensor:  # fmt: skip
-    """[B, Q, H D]; sizes are height and width of each level, one after the other."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """[B, Q, H D]; sizes are height and width of each level, one after the other. Then what backward wants again: rows
+    and, of the corners, coefficients and derivatives."""
     (B, _, H, D), Q = value.shape, locations.shape[1]
     dtype = precision(value, locations, weights)
+    rows, corners = _sampled(value, sizes, locations.to(dtype), points, method, published_clamp)
+    kept = rows, corners.coefficients, corners.derivatives
     if not weights.numel() or not value.numel():
-        return value.new_zeros(B, Q, H * D)
-    rows, corners, _ = _sampled(value, sizes, locations.to(dtype), points, method, published_clamp)
+        return value.new_zeros(B, Q, H * D), *kept
     x, y = corners.coefficients
     coefficients = _outer(y * weights.to(dtype)[:, :, :, None], x)
     table = value.reshape(-1, D).to(dtype)
-    return _bags(rows.view(B * Q * H, -1), table, coefficients.view(B * Q * H, -1)).view(B, Q, H * D).to(value.dtype)
+    out = _bags(rows.view(B * Q * H, -1), table, coefficients.view(B * Q * H, -1)).view(B, Q, H * D).to(value.dtype)
+    return out, *kept
 
 
-attention = torch.library.custom_op("rtmdet_fast::deformable_attention_reference", undispatched, mutates_args=())
+attention = torch.library.custom_op("rtmdet_fast::deformable_attention_reference", _attention, mutates_args=())
 
 
 @torch.library.custom_op("rtmdet_fast::deformable_attention_reference_backward", mutates_args=())
 def attention_backward(
-    dout: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int], points: Sequence[int],
-    method: str, published_clamp: bool,
+    dout: Tensor, value: Tensor, locations: Tensor, weights: Tensor, rows: Tensor, coefficients: Tensor,
+    derivatives: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of value, locations (empty if the method is discrete) and weights."""
-    D = value.shape[3]
-    dtype = precision(value, locations, weights)
-    discrete = method != "bilinear"
+    D, dtype = value.shape[3], coefficients.dtype
+    discrete = derivatives.dim() == 1
     dlocations = torch.empty_like(locations[:0] if discrete else locations)
     if not weights.numel() or not value.numel():
         return torch.zeros_like(value), dlocations, torch.zeros_like(weights)
-    rows, corners, size = _sampled(value, sizes, locations.to(dtype), points, method, published_clamp)
     wide_weights = weights.to(dtype)[:, :, :, None]
-    x, y = corners.coefficients
-    coefficients = _outer(y * wide_weights, x)
+    x, y = coefficients
 
     # Both gradients in the order of the rows of value, which then is read from its beginning to its end, while the
     # upstream rows, 0.3 MB an image, stay in the cache.
     table, dout = value.reshape(-1, D).to(dtype), dout.reshape(-1, D).to(dtype)
     order, bags, starts, numbers = _by_row(rows.view(len(dout), -1), len(table))
-    in_order = coefficients.flatten().index_select(0, order)
+    in_order = _outer(y * wide_weights, x).flatten().index_select(0, order)
     dvalue = F.embedding_bag(bags, dout, starts, mode="sum", per_sample_weights=in_order)
     # what the bags of the forward pass would have as the gradients of their coefficients, value and dout exchanged
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(table, dout, bags, starts, numbers, 0)
@@ -212,33 +217,43 @@ def attention_backward(
     by_row = _sum(products * x[:, :, :, None], 4)
     dweights = _sum(by_row * y, 3).to(weights.dtype)
     if not discrete:
-        x_slope, y_slope = corners.derivatives
+        x_slope, y_slope = derivatives
         by_column = _sum(products * x_slope[:, :, :, None], 4)
         dx, dy = _sum(by_column * y, 3), _sum(by_row * y_slope, 3)
-        dlocations = (torch.stack([dx, dy], 4) * size.T * wide_weights.squeeze(3)[..., None]).to(locations.dtype)
+        dlocations = (torch.stack([dx, dy], 4) * wide_weights.squeeze(3)[..., None]).to(locations.dtype)
     return dvalue.view_as(value).to(value.dtype), dlocations, dweights
 
 
 @attention.register_fake
 def _(value, locations, weights, sizes, points, method, published_clamp):
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+    (B, S, H, D), (_, Q, _, P) = value.shape, weights.shape
+    bilinear = method == "bilinear"
+    corners = 2 if bilinear else 1
+    integer = torch.int32 if B * S * H < 2**31 else torch.int64
+    rows = value.new_empty(B, Q, H, corners, corners, P, dtype=integer)
+    coefficients = value.new_empty(2, B, Q, H, corners, P, dtype=precision(value, locations, weights))
+    derivatives = coefficients.new_empty(coefficients.shape if bilinear else 0)
+    return value.new_empty(B, Q, H * D), rows, coefficients, derivatives
 
 
 @attention_backward.register_fake
-def _(dout, value, locations, weights, sizes, points, method, published_clamp):
-    dlocations = locations if method == "bilinear" else locations[:0]
+def _(dout, value, locations, weights, rows, coefficients, derivatives):
+    dlocations = locations[:0] if derivatives.dim() == 1 else locations
     return value.new_empty(value.shape), dlocations.new_empty(dlocations.shape), weights.new_empty(weights.shape)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.sizes, ctx.points, ctx.method, ctx.published_clamp = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.bilinear = inputs[5] == "bilinear"
 
 
-def _backward(ctx, dout):
-    arguments = ctx.sizes, ctx.points, ctx.method, ctx.published_clamp
-    dvalue, dlocations, dweights = attention_backward(dout, *ctx.saved_tensors, *arguments)
-    return dvalue, dlocations if ctx.method == "bilinear" else None, dweights, None, None, None, None
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 7
+    dvalue, dlocations, dweights = attention_backward(dout, *ctx.saved_tensors)
+    return dvalue, dlocations if ctx.bilinear else None, dweights, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

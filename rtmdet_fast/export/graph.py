@@ -90,11 +90,12 @@ def trace(graph: Graph, image_size: int | None, batch_size: int | None) -> Expor
 
 def _deformable_attention(
     value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int], points: list[int], method: str, clamp: bool
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     levels = list(zip(sizes[::2], sizes[1::2], strict=True))
-    return deformable_attention_grid_sample(
+    out = deformable_attention_grid_sample(
         value, levels, locations, weights, points, method=method, published_clamp=clamp
     )
+    return out, *(value.new_empty(0) for _ in range(3))  # what only backward would read
 
 
 def rotated_nms_padded(
