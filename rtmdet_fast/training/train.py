@@ -164,9 +164,7 @@ class Run:
         settings, recipe = self.settings, self.recipe
         dataset, self.val_dataset = once_per_node(settings.open_data)
         if config.batch_size == "auto":
-            batch_size = find_batch_size(settings, dataset)
-            lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * self.world_size)
-            self.settings = settings = replace(settings, batch_size=batch_size, lr=lr)
+            self.settings = settings = replace(settings, batch_size=find_batch_size(settings, dataset))
         if settings.cache is not None:
             dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
         repeats = None
@@ -197,6 +195,10 @@ class Run:
             persistent_workers=settings.num_workers > 0,
         )
         self.steps_per_epoch = math.ceil(len(self.sampler) / settings.accumulate)
+        if config.lr is None:
+            images = settings.batch_size * settings.accumulate * self.world_size
+            lr = recipe.lr_of(images, settings.epochs * self.steps_per_epoch)
+            self.settings = settings = replace(settings, lr=lr)
         self.horizon = Horizon(settings.epochs, settings.stage2_epochs)
 
     def _make_model(self, start: Detector | None) -> None:

@@ -191,7 +191,7 @@ def test_recipe_defaults():
     at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=300, batch_size=256, device="cpu"))
     assert (at.lr, at.stage2_epochs, at.image_size, at.amp) == (4e-3, 20, 640, "none")
     at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=30, size="x", batch_size=64, device="cpu"))
-    assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 2
+    assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 15
     assert resolve(TrainConfig(train=Path("a"), train_images=Path("b"), size="nano", device="cpu")).image_size == 320
 
 
@@ -444,6 +444,25 @@ def test_the_learning_rate_goes_by_the_images_of_all_processes(config, monkeypat
     one = resolve(replace(config, batch_size=8)).lr
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolve(replace(config, batch_size=4)).lr == one == pytest.approx(4e-3 * (8 / 256) ** 0.5)
+
+
+@pytest.mark.parametrize(("task", "steps", "times"), [("det", 12, 2), ("det", 4 * 2000, 1.426), ("rotated", 12, 1)])
+def test_a_short_run_has_a_higher_learning_rate_and_many_plain_epochs(config, capsys, task, steps, times):
+    class Ended(Exception):
+        pass
+
+    class First(Callback):
+        def on_step(self, progress):
+            raise Ended
+
+    config = replace(config, task=task, epochs=steps // 4, stage2_epochs=None, lr=None, loggers=(), progress=True)
+    with pytest.raises(Ended):
+        train(config, callbacks=[First()])
+    told = json.loads((config.out / "config.json").read_text())
+    published = 2.5e-4 * (4 / 8) ** 0.5 if task == "rotated" else 4e-3 * (4 / 256) ** 0.5
+    assert told["lr"] == pytest.approx(published * times, rel=1e-3)
+    assert told["stage2_epochs"] == (0 if task == "rotated" else min(20, steps // 8))
+    assert (f"{times:.2f} times that in so few steps" in capsys.readouterr().out) == (times > 1)
 
 
 def interrupt_evaluation(monkeypatch, at: int):
