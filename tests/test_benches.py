@@ -815,6 +815,17 @@ def test_rtdetr_needs_no_transformers_for_its_weights(monkeypatch):
     assert all(map(torch.equal, one.values(), other.values()))
 
 
+def test_the_published_code_is_absent_where_its_folder_is_not(monkeypatch, tmp_path):
+    (case, *_) = bench_rtdetr.cases(CPU)
+    (contender,) = (contender for contender in case.contenders if contender.name == "published")
+    monkeypatch.delenv("RTDETR_PUBLISHED", raising=False)
+    for folder in (None, tmp_path):
+        if folder is not None:
+            monkeypatch.setenv("RTDETR_PUBLISHED", str(folder))
+        with pytest.raises(Absent, match="RTDETR_PUBLISHED names" if folder is None else "is no folder rtdetr_pytorch"):
+            contender.build()
+
+
 def test_the_public_kernel_is_asked_for_the_same(monkeypatch):
     """Its own fallback, in place of the kernel that no CPU runs."""
 
