@@ -15,6 +15,7 @@ import torch
 from busy import assert_alike, busy, images, without_like
 from torch import nn
 
+from benches.confident import confident
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.export import export as export_module
@@ -413,6 +414,25 @@ def test_rtdetr_is_exported_without_nms(suffix, tmp_path):
         assert len(samples) == 6 and all(op.get_friendly_name() in in_float for op in samples)
         after = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "TopK"}
         assert after and after <= in_float
+
+
+@pytest.mark.slow
+def test_int8_of_rtdetr_leaves_its_decoder_in_float(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="extra `openvino` is not installed")
+    pytest.importorskip("nncf", reason="extra `openvino` is not installed")
+    model = confident("rtdetr", "r18", 96, num_queries=40)
+    for i, image in enumerate(images(4)):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
+    agreement = model.export(tmp_path / "a.xml", int8=True, calibrate=tmp_path, score_threshold=0.05)
+    network = openvino.Core().read_model(str(tmp_path / "a.xml"))
+    quantized = {op.get_friendly_name() for op in network.get_ops() if op.get_type_name() == "FakeQuantize"}
+    samples = [op for op in network.get_ops() if op.get_type_name() == "GridSample"]
+    assert len(quantized) > 50 and len(samples) == 9  # three levels in each of three layers
+    in_float = {*stays_float(network)}
+    assert not quantized & in_float and all(op.get_friendly_name() in in_float for op in samples)
+    assert agreement.detections > 20
+    found = load_engine(tmp_path / "a.xml", threads=1).predict(images(3), score_threshold=0.05)
+    assert all(len(one) and one.boxes.isfinite().all() for one in found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such stack")
