@@ -42,7 +42,7 @@ def test_a_leak_is_seen():
 FAMILIES = {
     "rtmdet": (ITERATIONS, dict(size="nano", save_every="2s", keep=3)),
     # whose matching is the host's, and of different sizes in each step; a checkpoint of it has 400 MB
-    "rtdetr": (ITERATIONS // 6, dict(model="rtdetr", size="r18", queries=8, save_every="15s")),
+    "rtdetr": (ITERATIONS // 6, dict(model="rtdetr", size="r18", queries=20, save_every="15s")),
 }
 
 

@@ -19,9 +19,10 @@ from benches.confident import confident
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.export import export as export_module
-from rtmdet_fast.export.agreement import EXACT, Agreement
+from rtmdet_fast.export.agreement import EXACT, INT8, Agreement, compare
 from rtmdet_fast.export.engine import load_detector, load_engine
 from rtmdet_fast.export.export import export
+from rtmdet_fast.export.graph import WithoutNMS
 from rtmdet_fast.export.int8 import calibration_canvases, quantize, stays_float
 from rtmdet_fast.export.openvino import SignalStack, convert_to_openvino
 from rtmdet_fast.models.rtmdet.model import HEADS
@@ -253,6 +254,24 @@ def test_a_masks_disagreement_counts():
     good = Agreement(100, 0.0, 0.0, 0.0, 0)
     assert good.is_within(EXACT) and not good._replace(mask_error=0.02).is_within(EXACT)
     assert good._replace(unmatched=1).is_within(EXACT) and not good._replace(unmatched=2).is_within(EXACT)
+
+
+def test_boxes_without_nms_are_judged_by_what_is_clear():
+    """In 8 bits by a share of their side, where their score is half the best of the image or more; else all alike."""
+    boxes = torch.tensor([[[0.0, 0, 100, 60], [10, 10, 20, 20], [0, 0, 40, 40]]])
+    scores = torch.tensor([[[0.9, 0.1], [0.1, 0.8], [0.02, 0.3]]])
+    moved = boxes + torch.tensor([[[10.0, 0, 0, 0], [2.4, 0, 0, 0], [30, 0, 0, 0]]])
+
+    class Fixed(WithoutNMS):
+        def forward(self, images):
+            return boxes, scores
+
+    graph = Fixed(nn.Linear(1, 1))
+    run = dict(boxes=moved.numpy(), scores=scores.numpy() - 0.01).copy
+    rough = compare(graph, lambda images: run(), [torch.zeros(1, 3, 32, 32)], INT8)
+    assert (rough.detections, rough.unmatched, rough.box_error) == (2, 0, 10.0)
+    exact = compare(graph, lambda images: run(), [torch.zeros(1, 3, 32, 32)], EXACT)
+    assert (exact.detections, exact.unmatched, exact.box_error) == (3, 3, 30.0)
 
 
 @pytest.mark.parametrize(
