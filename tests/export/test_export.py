@@ -449,7 +449,7 @@ def test_int8_of_rtdetr_leaves_its_decoder_in_float(tmp_path):
     assert len(quantized) > 50 and len(samples) == 9  # three levels in each of three layers
     in_float = {*stays_float(network)}
     assert not quantized & in_float and all(op.get_friendly_name() in in_float for op in samples)
-    assert agreement.detections > 20
+    assert agreement.detections > 5 and agreement.unmatched <= 0.3 * agreement.detections
     found = load_engine(tmp_path / "a.xml", threads=1).predict(images(3), score_threshold=0.05)
     assert all(len(one) and one.boxes.isfinite().all() for one in found)
 
