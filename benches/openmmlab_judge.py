@@ -31,7 +31,7 @@ from pathlib import Path
 
 SUITES = {"mmcv": "tests/test_ops", "mmdet": "tests/test_models", "mmrotate": "tests/test_models"}
 _SPACE = (
-    "assign_score_withk|ball_query|chamfer_distance|furthest_point_sample|gather_points|group_points|iou3d|knn|"
+    "assign_score_withk|ball_query|furthest_point_sample|gather_points|group_points|iou3d|knn|"
     "roiaware_pool3d|roipoint_pool3d|scatter_points|spconv|three_interpolate|three_nn|voxelization"
 )
 CANNOT: dict[str, dict[str, str]] = {

@@ -59,6 +59,7 @@ OPS = {  # the name in mmcv.ops: its ops in mmcv._ext, what these stand on, mmcv
     "min_area_polygons": (["min_area_polygons"], PYTORCH, "min_area_polygons"),
     "convex_iou": (["convex_iou"], PYTORCH, "convex_iou"),
     "convex_giou": (["convex_giou"], PYTORCH, "convex_iou"),
+    "chamfer_distance": (["chamfer_distance"], PYTORCH, "chamfer_distance"),
     "carafe": (["carafe", "carafe_naive"], PYTORCH, "carafe"),
     "masked_conv2d": (["masked_im2col_forward", "masked_col2im_forward"], PYTORCH, "masked_conv2d"),
     "active_rotated_filter": (["active_rotated_filter"], PYTORCH, "active_rotated_filter"),

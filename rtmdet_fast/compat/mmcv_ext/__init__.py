@@ -23,6 +23,7 @@ The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these di
 | `box_iou_quadri`, `nms_quadri` | right for rectangles only: corners are looked for in a rectangle | right for \
 convex quadrilaterals |
 | `roi_pool` of a region without area | its gradient goes to the first pixel | nowhere |
+| `chamfer_distance` of a point set and one without points | 0, and a gradient of other memory | RuntimeError |
 | an image that is not there, as a region's first number | memory of something else | RuntimeError on a CPU |
 | shapes, dtypes or devices that do not fit together | some are read past their end | RuntimeError |
 | half precision | computed in it | computed in float32 |
@@ -88,6 +89,8 @@ from rtmdet_fast.compat.mmcv_ext._focal_loss import (
 )
 from rtmdet_fast.compat.mmcv_ext._polygons import (
     box_iou_quadri,
+    chamfer_distance_backward,
+    chamfer_distance_forward,
     convex_giou,
     convex_iou,
     min_area_polygons,
@@ -124,6 +127,8 @@ __all__ = [
     "carafe_forward",
     "carafe_naive_backward",
     "carafe_naive_forward",
+    "chamfer_distance_backward",
+    "chamfer_distance_forward",
     "convex_giou",
     "convex_iou",
     "deform_conv_backward_input",
