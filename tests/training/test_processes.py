@@ -333,3 +333,4 @@ def test_a_node_whose_process_is_killed_ends_the_other(config, tmp_path):
     # the node where the torchruns meet may be the one that ends, and then the other's ends its process by itself
     reasons = "another process of this run has ended", "The connection to the C10d store has failed"
     assert "SIGKILL" in killed.stderr and any(reason in other.stderr for reason in reasons)
+    assert time.time() - float((tmp_path / "ended-at").read_text()) < 60

@@ -19,6 +19,8 @@ The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these di
 | `nms_rotated`, `nms_quadri` on a CPU | suppress at the threshold too | above it, as mmcv on CUDA |
 | the same with labels | strip them, on CPU and CUDA | so too (`rtmdet_fast.ops.nms_rotated` heeds them) |
 | `nms`, `nms_rotated` of other floating dtypes | some are refused | taken |
+| `nms_rotated` of quadrilaterals [N, 8] (Gliding Vertex) | the first five numbers are taken for rotated boxes | \
+RuntimeError |
 | vertices of coinciding boxes | out of order: IoU of a box with itself below 0.5 | in order |
 | `box_iou_quadri`, `nms_quadri` | right for rectangles only: corners are looked for in a rectangle | right for \
 convex quadrilaterals |
