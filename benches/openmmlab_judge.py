@@ -159,7 +159,8 @@ def pytest_collection_modifyitems(config, items) -> None:
     """With `--gpu` those that name CUDA: most are skipped without a GPU, but some return at once there, and pass."""
     if not json.loads(os.environ.get("JUDGE", "{}")).get("gpu"):
         return
-    ask = [item for item in items if asks_for_a_gpu(item.name, inspect.getsource(item.function))]
+    sources = [inspect.getsource(item.cls or item.function) for item in items]  # of a class, with what its tests share
+    ask = [item for item, source in zip(items, sources, strict=True) if asks_for_a_gpu(item.name, source)]
     config.hook.pytest_deselected(items=[item for item in items if item not in ask])
     items[:] = ask
 
