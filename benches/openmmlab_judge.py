@@ -3,9 +3,10 @@
     python -m benches.openmmlab_judge mmcv --source ../mmcv --out mmcv.json
 
 `--source` is a clone of their repository at the tag of the installed version, of which `tests` and `configs` are read.
-`--without` leaves mmcv-lite as it is, `--patch` runs mmdet's heads with `rtmdet_fast.compat.mmdet.patch()` as well, and
-`--fake-gpu` runs the tests that ask for a GPU too: on the CPU, with "cuda" taken for it. Tests that cannot pass stand
-in CANNOT, with the reason; the command fails if another one does, or if all that one of its lines names pass.
+`--without` leaves mmcv-lite as it is, `--patch` runs mmdet's heads with `rtmdet_fast.compat.mmdet.patch()` as well.
+`--gpu`, on a machine with one, runs the tests alone that ask for a GPU; `--fake-gpu` runs them with the others, on the
+CPU, with "cuda" taken for it. Tests that cannot pass stand in CANNOT, with the reason; the command fails if another one
+does, or if all that one of its lines names pass.
 
 Needs an environment of `make test-openmmlab` with `parameterized`, and for mmdet with lap, motmetrics, scikit-image and
 scikit-learn; nothing of theirs is kept here.
@@ -16,17 +17,21 @@ from __future__ import annotations
 import argparse
 import collections
 import collections.abc
+import importlib.metadata
+import inspect
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 SUITES = {"mmcv": "tests/test_ops", "mmdet": "tests/test_models", "mmrotate": "tests/test_models"}
 _SPACE = (
-    "assign_score_withk|ball_query|chamfer_distance|furthest_point_sample|gather_points|group_points|iou3d|knn|"
+    "assign_score_withk|ball_query|furthest_point_sample|gather_points|group_points|iou3d|knn|"
     "roiaware_pool3d|roipoint_pool3d|scatter_points|spconv|three_interpolate|three_nn|voxelization"
 )
 CANNOT: dict[str, dict[str, str]] = {
@@ -58,10 +63,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of the outcome of each test, for benches.openmmlab_table")
     parser.add_argument("--without", action="store_true", help="mmcv-lite as it is, to compare")
     parser.add_argument("--patch", action="store_true", help="with rtmdet_fast.compat.mmdet.patch()")
-    parser.add_argument("--fake-gpu", action="store_true", help="tests for GPUs too, on the CPU")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--fake-gpu", action="store_true", help="tests for GPUs too, on the CPU")
+    where.add_argument("--gpu", action="store_true", help="tests for GPUs alone, on one")
     parser.add_argument("--only", nargs="*", default=[], help="files or tests, from the suite's folder on")
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu")}
+    settings = {name: getattr(arguments, name) for name in ("suite", "without", "patch", "fake_gpu", "gpu")}
     environment = {
         **os.environ,
         "JUDGE": json.dumps(settings),
@@ -90,11 +97,20 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=folder, env=environment, check=False)
         found = json.loads(outcomes.read_text())
     if arguments.out:
-        arguments.out.write_text(json.dumps({**settings, "tests": found}, indent=1))
+        arguments.out.write_text(json.dumps({**settings, "with": versions(), "tests": found}, indent=1))
     counts = collections.Counter(outcome["outcome"] for outcome in found.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     if not arguments.without:
         sys.exit(_surprises(found, CANNOT[arguments.suite], arguments.fake_gpu))
+
+
+def versions() -> dict[str, str]:
+    """Of what there is in this environment."""
+    found = {"Python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "setuptools", "mmcv", "mmcv-lite", "mmdet", "mmrotate"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+    return found
 
 
 def reason(suite: str, test: str) -> str | None:
@@ -137,6 +153,21 @@ def pytest_configure() -> None:
         from rtmdet_fast.compat.mmdet import patch
 
         patch()
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """With `--gpu` those that name CUDA: most are skipped without a GPU, but some return at once there, and pass."""
+    if not json.loads(os.environ.get("JUDGE", "{}")).get("gpu"):
+        return
+    sources = [inspect.getsource(item.cls or item.function) for item in items]  # of a class, with what its tests share
+    ask = [item for item, source in zip(items, sources, strict=True) if asks_for_a_gpu(item.name, source)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ask])
+    items[:] = ask
+
+
+def asks_for_a_gpu(name: str, source: str) -> bool:
+    """Whether a test, with its decorators, does; of the same test for several devices not that for the CPU."""
+    return "cuda" in source.lower() and not re.search(r"(?<![a-z])cpu(?![a-z])", name)
 
 
 def pytest_collectreport(report) -> None:

@@ -55,18 +55,9 @@ def gather_to_first(value: T) -> list[T] | None:
     return values
 
 
-def any_process(value: bool, device: torch.device) -> bool:
+def any_process(value: bool) -> bool:
     """Whether it is true of one of the processes, all of which ask at the same time."""
-    return bool(greatest(value, device))
-
-
-def greatest(value: int, device: torch.device) -> int:
-    """Of the values of all processes, all of which ask at the same time."""
-    if process_count() == 1:
-        return value
-    found = torch.tensor(int(value), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return int(found)
+    return bool(greatest_on_host([value])[0])
 
 
 def greatest_on_host(values: Sequence[int]) -> list[int]:

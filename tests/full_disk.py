@@ -1,6 +1,8 @@
-"""A disk without room: no file of this process grows beyond a size."""
+"""A disk without room: no file of this process grows beyond a size, or none takes a byte."""
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,3 +22,22 @@ def room_for(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def no_space() -> Iterator[None]:
+    """In the block, writing to temporary files, which become those with names, raises the system's ENOSPC."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    make = tempfile.mkstemp
+
+    def made_full(*args, **kwargs):
+        descriptor, path = make(*args, **kwargs)
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, descriptor)
+        os.close(full)
+        return descriptor, path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", made_full)
+        yield

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -195,6 +196,8 @@ def test_long_description_leads_nowhere_outside_of_it(monkeypatch):
     assert all(target.startswith("https://") for target in LINK.findall(given["long_description"]))
 
 
-def test_the_table_of_mmcvs_ops_has_each():
+def test_the_tables_of_openmmlabs_tests_are_those_of_the_results():
+    results = json.loads(openmmlab_table.RESULTS.read_text(encoding="utf-8"))
     page = openmmlab_table.PAGE.read_text(encoding="utf-8")
+    assert page == openmmlab_table.page(page, results)
     assert [op for op in openmmlab_table.OPS if f"\n| `{op}` |" not in page] == []

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ def test_models_losses_and_detection_need_only_torch_and_numpy():
 
 HEAVY = {"torch", "torch._dynamo", "torch._inductor", "sympy", "cv2", "PIL", "matplotlib", "pycocotools", "scipy"}
 HEAVY |= {"tensorboard", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "safetensors"}
+OPENMMLAB = {"mmcv", "mmdet", "mmengine", "mmrotate", "torchvision"}
+HEAVY |= {"rtmdet_fast.compat", "mmcv._ext", *OPENMMLAB}
 
 
 def imported_by(code: str) -> set[str]:
@@ -72,6 +75,20 @@ with torch.no_grad():
 
 def test_a_model_on_a_cpu_needs_nothing_of_torch_compile():
     assert imported_by(CPU) == {"torch"}
+
+
+def test_the_parts_for_openmmlab_are_imported_by_those_who_ask_for_them():
+    """By no other module, wherever in it; and the watch above sees it where someone does."""
+    known = modules()
+    for name, path in known.items():
+        if not name.startswith("rtmdet_fast.compat"):
+            assert not [imported for imported in imports(path, known) if imported.startswith("rtmdet_fast.compat")], (
+                name
+            )
+            text = path.read_text()
+            assert not re.search(rf"^\s*(from|import) +({'|'.join(OPENMMLAB)})\b", text, re.MULTILINE), name
+    seen = imported_by("import rtmdet_fast.compat.mmcv_ext")
+    assert {"rtmdet_fast.compat", "mmcv._ext"} <= seen
 
 
 def test_the_names_of_the_package_are_found_when_asked_for():

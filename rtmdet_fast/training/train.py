@@ -20,7 +20,7 @@ from rtmdet_fast.data.augment import Batch, collate
 from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.data.workers import handed_over, init_worker
-from rtmdet_fast.distributed import any_process, gather, greatest, join_processes, once_per_node
+from rtmdet_fast.distributed import any_process, gather, greatest_on_host, join_processes, once_per_node
 from rtmdet_fast.errors import ImageError, UserError
 from rtmdet_fast.evaluation.analysis import best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import Evaluation, evaluate, match_categories
@@ -382,7 +382,7 @@ class Run:
                 self.check.report()
             if ended:
                 self.listeners.tell("on_epoch", self._progress(epoch, metrics))
-        self.stopped = any_process(self.listeners.stopped, self.device)
+        self.stopped = any_process(self.listeners.stopped)
         self.horizon = gather(self.horizon, self.world_size)[0]
         self.interruption.release()
         self.epoch_loss.zero_()
@@ -479,9 +479,6 @@ class Run:
 
     def _wish(self) -> Wish:
         """What all processes do now: the greatest of their wishes."""
-        # Several processes ask each other now and then: to do so is to wait for the device.
-        if self.world_size > 1 and self.iteration % LOG_EVERY:
-            return Wish.GO_ON
         wish = Wish.GO_ON
         if self.interruption.arrived is not None:
             wish = Wish.END
@@ -491,7 +488,7 @@ class Run:
             wish = Wish.TIME_IS_UP
         elif self.rank == 0 and self.checkpoints.due:
             wish = Wish.CHECKPOINT
-        return Wish(greatest(wish, self.device))
+        return Wish(greatest_on_host([wish])[0])  # to ask by the device after every step would be to wait for it
 
     def _planned(self, epoch: Epoch, epochs: int) -> Horizon:
         """The end of the run after its steps of an epoch, with which `epochs` are over; nearer by `--time` alone."""

@@ -76,6 +76,7 @@ def calls() -> dict[str, dict[str, Any]]:
     psa, size = (0, 2, 4, 5, 3, 5, 1, 2), (2, 20, 4, 5)
     refined, border = rand(N, H, W, 5) * 3, boxes(N * 3).view(N, 3, 4)
     points, sets = rand(7, 2) * 5, rand(4, 18) * 4
+    cloud, near1, near2 = rand(3, 4, 2), torch.zeros(3, 4).int(), torch.zeros(3, 5).int()
     vertices, mask = rand(1, 2, 24, 2), torch.arange(24).lt(5).expand(1, 2, 24).clone()
     return {
         "nms": dict(boxes=one, scores=rand(4), settings=(0.5, 0)),
@@ -122,6 +123,10 @@ def calls() -> dict[str, dict[str, Any]]:
         "min_area_polygons": dict(sets=sets, output=torch.zeros(4, 8)),
         "convex_iou": dict(sets=sets, polygons=quads(5), ious=torch.zeros(4, 5)),
         "convex_giou": dict(sets=sets, polygons=quads(4), output=torch.zeros(4, 19)),
+        "chamfer_distance_forward": dict(one=cloud, two=rand(3, 5, 2), output1=torch.zeros(3, 4))
+        | dict(output2=torch.zeros(3, 5), output3=near1.clone(), output4=near2.clone()),
+        "chamfer_distance_backward": dict(one=cloud, two=rand(3, 5, 2), near1=near1, near2=near2, grad1=rand(3, 4))
+        | dict(grad2=rand(3, 5), into1=torch.zeros(3, 4, 2), into2=torch.zeros(3, 5, 2)),
         "carafe_naive_forward": dict(input=features, masks=masks, output=torch.zeros_like(fine), settings=(3, 2, 2)),
         "carafe_naive_backward": dict(grad=fine, input=features, masks=masks, into0=torch.zeros_like(features))
         | dict(into1=torch.zeros_like(masks), settings=(3, 2, 2)),
@@ -238,6 +243,8 @@ NOTHING: dict[str, dict[str, int]] = {  # the arguments that have a size of 0 th
     "box_iou_rotated, aligned": {"one": 0, "two": 0, "ious": 0},
     "box_iou_quadri": {"one": 0, "ious": 0},
     "box_iou_quadri, aligned": {"one": 0, "two": 0, "ious": 0},
+    "chamfer_distance_forward": {"one": 0, "two": 0, **{f"output{i}": 0 for i in (1, 2, 3, 4)}},
+    "chamfer_distance_backward": dict.fromkeys(CALLS["chamfer_distance_backward"], 0),
     "diff_iou_rotated_sort_vertices_forward": {"vertices": 1, "mask": 1, "count": 1},
     "ms_deform_attn_forward": {"locations": 1, "weights": 1},
     "ms_deform_attn_backward": {"locations": 1, "weights": 1, "grad": 1, "into1": 1, "into2": 1},

@@ -136,6 +136,49 @@ def test_convex_giou_and_its_derivative():
         torch.testing.assert_close((out[:, :18] * step).sum(1), change, atol=1e-11, rtol=1e-4)
 
 
+def chamfer(one: torch.Tensor, two: torch.Tensor) -> list[torch.Tensor]:
+    """Distances and indices as mmcv's Python part takes them, which makes float32 of all."""
+    (batch, n, _), m = one.shape, two.shape[1]
+    found = [one.new_full((batch, size), torch.nan, dtype=torch.float32) for size in (n, m)]
+    found += [torch.full((batch, size), -1, dtype=torch.int32, device=DEVICE) for size in (n, m)]
+    ext.chamfer_distance_forward(one, two, *found)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_chamfer_distance_and_its_gradient(dtype):
+    one, two = random(3, 9, 2).to(dtype), random(3, 7, 2, seed=1).to(dtype)
+    one[0, 4], two[1, 5] = one[0, 2], two[1, 3]  # twice: of equal ones the first is the nearest
+    *dist, idx1, idx2 = chamfer(one, two)
+    leaves = [x.double().requires_grad_() for x in (one, two)]
+    expected = [one.new_zeros(3, n, dtype=torch.float64) for n in (9, 7)]
+    for b, (p, q) in enumerate(zip(*leaves, strict=True)):
+        for here, (there, near, into) in ((p, (q, idx1, expected[0])), (q, (p, idx2, expected[1]))):
+            for i, point in enumerate(here):
+                squares = torch.stack([((point - other) ** 2).sum() for other in there])
+                first = min(range(len(there)), key=squares.tolist().__getitem__)
+                assert near[b, i] == first
+                into[b, i] = squares[first]
+    tolerance = dict(rtol=1e-5, atol=1e-6)
+    for found, right in zip(dist, expected, strict=True):
+        torch.testing.assert_close(found.double(), right.detach(), **tolerance)
+    grads = [random(3, n, seed=n) for n in (9, 7)]
+    right = torch.autograd.grad(expected, leaves, [grad.double() for grad in grads])
+    into = [torch.zeros(x.shape, device=DEVICE) for x in (one, two)]
+    ext.chamfer_distance_backward(one, two, idx1, idx2, *grads, *into)
+    for found, exact in zip(into, right, strict=True):
+        torch.testing.assert_close(found.double(), exact, **tolerance)
+        assert exact.abs().amin(-1).max() > 0.1
+
+
+def test_chamfer_distance_of_sets_without_points():
+    some, none = random(2, 3, 2), random(2, 0, 2)
+    assert [x.numel() for x in chamfer(none, none)] == [x.numel() for x in chamfer(some[:0], none[:0])] == [0] * 4
+    for pair in ((some, none), (none, some)):
+        with pytest.raises(RuntimeError, match=r"no nearest point: point sets of \d and \d points"):
+            chamfer(*pair)
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_bbox_overlaps(aligned):
     boxes = random(8, 4).abs() * 5

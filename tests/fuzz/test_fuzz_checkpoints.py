@@ -199,7 +199,7 @@ CHANGES = (flip_bits, cut, overwrite, alter_members, bomb, hostile, wrong_values
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", range(COUNT))
-def test_an_altered_checkpoint_loads_or_is_one_sentence(started, tmp_path, tally, case):
+def test_an_altered_checkpoint_loads_or_is_one_sentence(started, tmp_path, tally, record_property, case):
     rng = np.random.default_rng((SEED, case))
     config, content = started
     content = copy.deepcopy(content)
@@ -225,3 +225,4 @@ def test_an_altered_checkpoint_loads_or_is_one_sentence(started, tmp_path, tally
         assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, str(error)
         tally["refused"] += 1
     assert not canary.exists()
+    record_property("checkpoints fuzzed", 1)

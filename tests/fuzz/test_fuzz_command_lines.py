@@ -179,7 +179,9 @@ def check(code: int, errors: str, line: list[str]) -> str:
 
 
 @pytest.mark.parametrize("case", range(COUNT))
-def test_an_odd_command_line_works_or_is_one_sentence(library, tmp_path, monkeypatch, capsys, tally, case):
+def test_an_odd_command_line_works_or_is_one_sentence(
+    library, tmp_path, monkeypatch, capsys, tally, record_property, case
+):
     rng = np.random.default_rng((SEED, case))
     line = draw_line(rng)
     here = tmp_path / "here"
@@ -218,6 +220,7 @@ def test_an_odd_command_line_works_or_is_one_sentence(library, tmp_path, monkeyp
     outcome = check(code, told.err + (told.out if code == 2 else ""), line)
     assert not strays, f"{line}: {strays}"
     tally[f"{line[0]} {outcome}"] += 1
+    record_property("command lines fuzzed", 1)
     if case < 100 and case % 10 == 0 and not any("\0" in word for word in line) and outcome == "refused":
         done = subprocess.run(
             [sys.executable, "-m", "rtmdet_fast", *line], capture_output=True, cwd=here, stdin=subprocess.DEVNULL

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from full_disk import room_for
+from full_disk import no_space, room_for
 from told import assert_same_run
 
 from rtmdet_fast import RTMDet, UserError
@@ -244,13 +244,14 @@ def test_a_gpu_out_of_memory_ends_a_run_with_one_sentence(config, monkeypatch, c
     assert saved(config)["iteration"] == STEPS + 2
 
 
-def test_a_full_disk_ends_a_run_with_one_sentence(config, monkeypatch, capsys):
+@pytest.mark.parametrize(("full", "why"), [(partial(room_for, 2**15), errno.EFBIG), (no_space, errno.ENOSPC)])
+def test_a_full_disk_ends_a_run_with_one_sentence(config, monkeypatch, capsys, full, why):
     config = replace(config, loggers=())
     with ExitStack() as disk:
-        filled = After(2, lambda: disk.enter_context(room_for(2**15)))
+        filled = After(2, lambda: disk.enter_context(full()))
         assert cli(replace(config, **EVERY_STEP), monkeypatch, filled) == 2
     told = capsys.readouterr().err
-    assert told == f"error: cannot write {config.out}/last.pth: {os.strerror(errno.EFBIG)}\n"
+    assert told == f"error: cannot write {config.out}/last.pth: {os.strerror(why)}\n"
     assert saved(config)["iteration"] == 1 and not unfinished(config)
 
 

@@ -19,10 +19,13 @@ The answers are mmcv's to the letter (see `rtmdet_fast.ops.mmcv`), with these di
 | `nms_rotated`, `nms_quadri` on a CPU | suppress at the threshold too | above it, as mmcv on CUDA |
 | the same with labels | strip them, on CPU and CUDA | so too (`rtmdet_fast.ops.nms_rotated` heeds them) |
 | `nms`, `nms_rotated` of other floating dtypes | some are refused | taken |
+| `nms_rotated` of quadrilaterals [N, 8] (Gliding Vertex) | the first five numbers are taken for rotated boxes | \
+RuntimeError |
 | vertices of coinciding boxes | out of order: IoU of a box with itself below 0.5 | in order |
 | `box_iou_quadri`, `nms_quadri` | right for rectangles only: corners are looked for in a rectangle | right for \
 convex quadrilaterals |
 | `roi_pool` of a region without area | its gradient goes to the first pixel | nowhere |
+| `chamfer_distance` of a point set and one without points | 0, and a gradient of other memory | RuntimeError |
 | an image that is not there, as a region's first number | memory of something else | RuntimeError on a CPU |
 | shapes, dtypes or devices that do not fit together | some are read past their end | RuntimeError |
 | half precision | computed in it | computed in float32 |
@@ -88,6 +91,8 @@ from rtmdet_fast.compat.mmcv_ext._focal_loss import (
 )
 from rtmdet_fast.compat.mmcv_ext._polygons import (
     box_iou_quadri,
+    chamfer_distance_backward,
+    chamfer_distance_forward,
     convex_giou,
     convex_iou,
     min_area_polygons,
@@ -124,6 +129,8 @@ __all__ = [
     "carafe_forward",
     "carafe_naive_backward",
     "carafe_naive_forward",
+    "chamfer_distance_backward",
+    "chamfer_distance_forward",
     "convex_giou",
     "convex_iou",
     "deform_conv_backward_input",

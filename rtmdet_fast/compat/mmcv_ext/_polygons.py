@@ -1,6 +1,8 @@
-"""Polygons: points inside them, the least rectangle around points, overlaps of point sets and quadrilaterals.
+"""Polygons: points inside them, the least rectangle around points, overlaps of point sets and quadrilaterals; and how
+far point sets are apart.
 
-Computed in float64. A point set is 9 points, and stands for their convex hull. Quadrilaterals are meant to be convex.
+Polygons are computed in float64. A point set is 9 points there, and stands for their convex hull. Quadrilaterals are
+meant to be convex.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rtmdet_fast.compat.mmcv_ext._common import check, fit
+from rtmdet_fast.compat.mmcv_ext._common import check, exact, fit, gradients
 from rtmdet_fast.kernels.nms import in_rounds
 
 _PAIRS_AT_ONCE = 2**16
@@ -89,6 +91,54 @@ def convex_giou(pointsets: Tensor, polygons: Tensor, output: Tensor) -> None:
         giou = inter / union - 1 + union / around
         gradient = torch.autograd.grad(giou.sum(), leaf)[0]
     output.copy_(torch.cat([gradient, giou.detach()[:, None]], 1))
+
+
+def chamfer_distance_forward(
+    xyz1: Tensor, xyz2: Tensor, dist1: Tensor, dist2: Tensor, idx1: Tensor, idx2: Tensor
+) -> None:
+    """Point sets [B, N, 2] and [B, M, 2] -> the square of each point's distance from the nearest of the other set, and
+    which one that is, the first of equal ones, into dist1, idx1 [B, N] and dist2, idx2 [B, M].
+
+    Where one of two sets has points and the other none, RuntimeError.
+    """
+    check(xyz1, xyz2=xyz2)
+    fit("xyz1 B N 2, xyz2 B M 2, dist1 B N, dist2 B M, idx1 B N, idx2 B M", xyz1, xyz2, dist1, dist2, idx1, idx2)
+    squared = (exact(xyz1)[:, :, None] - exact(xyz2)[:, None]).square().sum(-1)
+    if squared.numel() == 0 and dist1.numel() + dist2.numel() > 0:
+        raise RuntimeError(f"there is no nearest point: point sets of {xyz1.shape[1]} and {xyz2.shape[1]} points")
+    for dist, idx, dim in ((dist1, idx1, 2), (dist2, idx2, 1)) if squared.numel() else ():
+        nearest = squared.argmin(dim, keepdim=True)
+        dist.copy_(squared.gather(dim, nearest).squeeze(dim))
+        idx.copy_(nearest.squeeze(dim))
+
+
+def chamfer_distance_backward(
+    xyz1: Tensor,
+    xyz2: Tensor,
+    idx1: Tensor,
+    idx2: Tensor,
+    grad_dist1: Tensor,
+    grad_dist2: Tensor,
+    grad_xyz1: Tensor,
+    grad_xyz2: Tensor,
+) -> None:
+    """What `chamfer_distance_forward` took and found, gradients [B, N] and [B, M] of its distances -> added to
+    grad_xyz1 [B, N, 2] and grad_xyz2 [B, M, 2]."""
+    check(xyz1, xyz2=xyz2)
+    check(grad_dist1, grad_dist2=grad_dist2)
+    names = (
+        "xyz1 B N 2, xyz2 B M 2, idx1 B N, idx2 B M, grad_dist1 B N, grad_dist2 B M, grad_xyz1 B N 2, grad_xyz2 B M 2"
+    )
+    fit(names, xyz1, xyz2, idx1, idx2, grad_dist1, grad_dist2, grad_xyz1, grad_xyz2)
+
+    def distances(one: Tensor, two: Tensor) -> Tensor:
+        nearest1, nearest2 = (idx.long()[..., None].expand(-1, -1, 2) for idx in (idx1, idx2))
+        apart = [one - two.gather(1, nearest1), two - one.gather(1, nearest2)]
+        return torch.cat(apart, 1).square().sum(-1)
+
+    gradient = gradients(distances, [exact(xyz1), exact(xyz2)], torch.cat([grad_dist1, grad_dist2], 1))
+    grad_xyz1 += gradient[0]
+    grad_xyz2 += gradient[1]
 
 
 def box_iou_quadri(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode_flag: int = 0, aligned: bool = False) -> None:
