@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" \
 		|| $(BIN)/python -m pip install --quiet "$(TRITON)"
-	$(BIN)/python -m pip install --quiet --editable ".[test,bench,openvino,track,parquet]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench,openvino,track,parquet,wandb,mlflow]"
 	touch $@
 
 demo: setup

@@ -1,7 +1,8 @@
 """From a JPEG to boxes by `predict`, on a CPU: what decoding, resizing, NMS and all else cost over the network alone.
 
 `reference` is the network, on an image that is ready; how many times as long `predict` takes is the overhead. On a GPU
-from frames in memory, and from a JPEG, by the predictor, beside a folded model that is no graph and eager PyTorch.
+from frames in memory, and from a JPEG, by the predictor, beside a folded model that is no graph, eager PyTorch, and
+torch.compile of the folded network.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benches.bench_engines import inference
 from benches.confident import confident
 from benches.harness import Absent, Case, Contender, Parity, few_differ, relative_error
 from benches.models import ours, plain
+from rtmdet_fast import RTMDet
 from rtmdet_fast.errors import UserError
 from rtmdet_fast.export.agreement import EXACT, Found, matches
 from rtmdet_fast.export.engine import open_file
@@ -39,21 +41,27 @@ SCORE_THRESHOLD = 0.85
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [_case(engine) for engine in ("torch", "openvino")]
+        return [_case(engine, size) for size in ("tiny", "s") for engine in ("torch", "openvino")]
     every = [("det", "tiny", 1), ("det", "tiny", 32), ("det", "s", 1), ("rtdetr", "r18", 1), ("rtdetr", "r50", 1)]
-    more = [("det", "l", 1), ("det", "l", 32), ("rtdetr", "r18", 32), ("rtdetr", "r50", 32)]
+    more = [("det", size, 1) for size in ("m", "l", "x")]
+    more += [("det", "l", 32), ("rtdetr", "r18", 32), ("rtdetr", "r50", 32)]
+    sizes = ("tiny", "s", "m", "l", "x")
     return [
         *(_frames(device, *which) for which in every),
         *(_frames(device, *which, headline=False) for which in more),
         _frames(device, "det", "tiny", 1, files=True),
+        *(_frames(device, "det", size, 1, mode=mode) for mode in ("reduce-overhead", "max-autotune") for size in sizes),
     ]
 
 
 def _frames(
     device: torch.device, task: str, size: str, batch: int, *, side: int = SIDE, files: bool = False,
-    headline: bool = True, score_threshold: float | None = None,
+    headline: bool = True, score_threshold: float | None = None, mode: str | None = None,
 ) -> Case:  # fmt: skip
-    """On a GPU in fp16, where what is found is judged by the same way in float32: rounding decides on scores."""
+    """On a GPU in fp16, where what is found is judged by the same way in float32: rounding decides on scores.
+
+    `mode`: of torch.compile, beside which the predictor runs alone.
+    """
     cuda = device.type == "cuda"
     options: dict[str, Any] = dict(score_threshold=score_threshold or (0.9 if task == "rtdetr" else 0.05))
 
@@ -74,6 +82,14 @@ def _frames(
 
     def eager(layout: torch.memory_format, dtype: torch.dtype) -> Callable[..., Any]:
         made = model(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+        return plain(lambda images: made.predict(images, batch_size=batch, **options))
+
+    def compiled(dtype: torch.dtype) -> Callable[..., Any]:
+        """The folded network; what comes before and after it stays eager, and in float32 all is."""
+        torch.compiler.reset()
+        made = model(torch.float32).fold().to(dtype)
+        if dtype != torch.float32:
+            made.compile(dynamic=False, mode=mode)
         return plain(lambda images: made.predict(images, batch_size=batch, **options))
 
     def built(make: Callable[[torch.dtype], Callable[..., Any]]) -> Callable[..., Any]:
@@ -105,32 +121,40 @@ def _frames(
         "eager, channels_last": partial(eager, torch.channels_last),
         "eager": partial(eager, torch.contiguous_format),
     }
+    if mode is not None:
+        ways = {"predictor": predictor, f"torch.compile, {mode}": compiled}
     what = "a JPEG" if files else f"{batch} frame{'s' * (batch > 1)} in memory"
     return Case(
         op="predict",
         name=f"{'RT-DETR' if task == 'rtdetr' else 'RTMDet'}-{size}, {what} of {side} x {HEIGHT * side // SIDE} at "
-        f"{side} px",
+        f"{side} px" + ("" if mode is None else f", beside torch.compile, {mode}"),
         shapes={"images": [batch, HEIGHT * side // SIDE, side, 3]},
         inputs=inputs,
         expected=lambda images: model(torch.float64).predict(images, **options),
         compare=compare,
         contenders=[
-            Contender(name=name, build=partial(built, make), result=lambda out: out[1] or out[0])
+            Contender(
+                name=name,
+                build=partial(built, make),
+                result=lambda out: out[1] or out[0],
+                warm_up=3 if make is compiled else 0,
+            )
             for name, make in ways.items()
         ],
-        headline=headline,
+        headline=headline and mode is None,
+        late=mode is not None,
         images=batch,
     )
 
 
-def _case(engine: str) -> Case:
+def _case(engine: str, size: str) -> Case:
     def network() -> Callable[..., Any]:
         if engine == "torch":
-            run = inference(_model().fold())
+            run = inference(_model(size).fold())
             return lambda path, images: run(images)
         try:
-            path = _folder() / "network.xml"
-            _model().export(path, nms=False, batch_size=1)
+            path = _folder() / f"{size}.xml"
+            _model(size).export(path, nms=False, batch_size=1)
             _, run_file = open_file(path, torch.get_num_threads(), "fp32")
         except UserError as error:
             raise Absent(str(error)) from error
@@ -139,7 +163,7 @@ def _case(engine: str) -> Case:
     def predict() -> Callable[..., Any]:
         options: dict[str, Any] = dict(engine=engine, threads=torch.get_num_threads(), score_threshold=SCORE_THRESHOLD)
         try:
-            predictor = _model().predictor(**options)
+            predictor = _model(size).predictor(**options)
         except UserError as error:
             raise Absent(str(error)) from error
         return lambda path, images: predictor.predict(path)
@@ -148,14 +172,14 @@ def _case(engine: str) -> Case:
         """Boxes and scores of every place."""
         if isinstance(found, dict):
             return [torch.from_numpy(found[name]) for name in ("boxes", "scores")]
-        return list(_model().boxes_and_scores(HeadOutput(*found), (SIDE, SIDE)))
+        return list(_model(size).boxes_and_scores(HeadOutput(*found), (SIDE, SIDE)))
 
     return Case(
         op="predict",
-        name=f"RTMDet-tiny by {engine}, a JPEG of {SIDE} x {HEIGHT} at {SIDE} px",
+        name=f"RTMDet-{size} by {engine}, a JPEG of {SIDE} x {HEIGHT} at {SIDE} px",
         shapes={"image": [HEIGHT, SIDE, 3]},
         inputs=_inputs,
-        expected=_expected,
+        expected=partial(_expected, size),
         compare=_compare,
         contenders=[
             Contender(name="reference", build=network, result=outputs),
@@ -164,8 +188,8 @@ def _case(engine: str) -> Case:
     )
 
 
-def _expected(path: str, images: Tensor) -> tuple[list[Tensor], Results]:
-    model = copy.deepcopy(_model()).double()
+def _expected(size: str, path: str, images: Tensor) -> tuple[list[Tensor], Results]:
+    model = copy.deepcopy(_model(size)).double()
     return list(WithoutNMS(model)(images.double())), model.predict(path, score_threshold=SCORE_THRESHOLD)
 
 
@@ -184,8 +208,8 @@ def _found(result: Results) -> Found:
 
 
 @cache
-def _model() -> Detector:
-    return confident("det", "tiny", SIDE)
+def _model(size: str) -> Detector:
+    return confident("det", size, SIDE)
 
 
 def _noise(seed: int, height: int, width: int) -> np.ndarray:
@@ -206,5 +230,5 @@ def _inputs(seed: int) -> tuple[str, Tensor]:
 
     path = _folder() / f"{seed}.jpg"
     cv2.imwrite(str(path), _noise(seed, HEIGHT, SIDE), [cv2.IMWRITE_JPEG_QUALITY, 50])  # as large as a photo's
-    canvas, _ = _model().to_canvas(cv2.imread(str(path)), SIDE)
-    return str(path), _model().normalize(torch.from_numpy(canvas).permute(2, 0, 1)[None]).contiguous()
+    canvas, _ = RTMDet.to_canvas(cv2.imread(str(path)), SIDE)
+    return str(path), RTMDet.normalize(torch.from_numpy(canvas).permute(2, 0, 1)[None]).contiguous()

@@ -1,12 +1,22 @@
-"""RT-DETR's forward pass in inference at 640 px: images to logits and boxes, folded, beside Hugging Face's; and with
-fewer of its decoder's layers (`--decoder-layers`)."""
+"""RT-DETR's forward pass in inference at 640 px: images to logits and boxes, folded, beside the published code's and
+Hugging Face's, and on a CPU by OpenVINO; and with fewer of its decoder's layers (`--decoder-layers`).
+
+The published code is no package: `RTDETR_PUBLISHED=FOLDER` is the folder rtdetr_pytorch of a clone of
+github.com/lyuwenyu/RT-DETR (Apache-2.0).
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +24,11 @@ from torch import Tensor, nn
 from benches.harness import Absent, Case, Contender, relative_error
 from benches.models import plain
 from rtmdet_fast import RTDETR
+from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.engine import Dtype, open_file
+from rtmdet_fast.export.graph import Graph
+from rtmdet_fast.export.onnx import export_onnx
+from rtmdet_fast.export.openvino import convert_to_openvino, import_openvino
 from rtmdet_fast.kernels import _dispatch
 
 SIDE, LAYERS = 640, 3
@@ -82,6 +97,56 @@ def ours(device: torch.device, dtype: torch.dtype, decoder_layers: int | None = 
     return model.to(device, dtype).eval()
 
 
+def published(root: Path) -> nn.Module:
+    """The published RT-DETR-r18, in eval mode, by the modules of its network alone.
+
+    root: of its code, whose packages would also import data sets and evaluation, and what these take.
+    """
+    if not (root / "src/zoo/rtdetr/rtdetr.py").is_file():
+        raise Absent(f"{root} is no folder rtdetr_pytorch of a clone of lyuwenyu/RT-DETR")
+    packages = {name: ModuleType(name) for name in ("src", "src.core", "src.nn.backbone", "src.zoo.rtdetr")}
+    for name, package in packages.items():
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+    packages["src.core"].register = lambda made: made  # type: ignore[attr-defined]
+    unused = ModuleType("src.zoo.rtdetr.denoising")  # of training
+    unused.get_contrastive_denoising_training_group = None  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, {**packages, unused.__name__: unused}):
+        presnet = importlib.import_module("src.nn.backbone.presnet")
+        encoder, decoder, whole = (
+            importlib.import_module(f"src.zoo.rtdetr.{name}") for name in ("hybrid_encoder", "rtdetr_decoder", "rtdetr")
+        )
+    # its configs/rtdetr/rtdetr_r18vd_6x_coco.yml
+    model: nn.Module = whole.RTDETR(
+        presnet.PResNet(18, return_idx=[1, 2, 3], freeze_norm=False),
+        encoder.HybridEncoder([128, 256, 512], expansion=0.5, eval_spatial_size=[SIDE, SIDE]),
+        decoder.RTDETRTransformer(
+            feat_channels=[256] * 3, num_decoder_layers=LAYERS, num_denoising=100, eval_spatial_size=[SIDE, SIDE]
+        ),
+    )
+    return model.eval()
+
+
+class Raw(Graph):
+    """Logits and boxes, as the network gives them."""
+
+    output_names = ["logits", "boxes"]  # noqa: RUF012 - which nothing changes
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(input)
+        return output.logits, output.boxes
+
+
+@cache
+def _openvino_file() -> tuple[Any, Path]:
+    """A temporary folder, and r18 in it."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.xml"
+    graph = Raw(ours(torch.device("cpu"), torch.float32).fold()).eval()
+    export_onnx(graph, path.with_suffix(".onnx"), {}, SIDE, 1)
+    convert_to_openvino(path.with_suffix(".onnx"), path, {})
+    return folder, path
+
+
 def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18", mode: str | None = None) -> Case:
     """`mode`: of torch.compile, beside which ours and eager run."""
     cuda = device.type == "cuda"
@@ -105,6 +170,35 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18
         model = RTDetrForObjectDetection.from_pretrained(saved().name)
         return _inference(model.to(device, dtype).eval(), "pred_boxes")
 
+    def as_published() -> Callable[..., Any]:
+        if "RTDETR_PUBLISHED" not in os.environ:
+            raise Absent("RTDETR_PUBLISHED names no folder of the published code")
+        model = published(Path(os.environ["RTDETR_PUBLISHED"]))
+        model.load_state_dict(ours(device, torch.float32).state_dict())
+        model.to(device, dtype)
+
+        def run(images: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                output = model(images)
+            return [output["pred_logits"], output["pred_boxes"]]
+
+        return run
+
+    def openvino(precision: Dtype) -> Callable[..., Any]:
+        try:
+            capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            if precision == "bf16" and "BF16" not in capabilities:
+                raise Absent("this processor does not compute in bfloat16")
+            _, run = open_file(_openvino_file()[1], torch.get_num_threads(), precision)
+        except UserError as error:
+            raise Absent(str(error)) from error
+
+        def call(images: Tensor) -> list[Tensor]:
+            found = run(images.contiguous().numpy())
+            return [torch.from_numpy(found[name]) for name in Raw.output_names]
+
+        return call
+
     contenders = [Contender(name="triton" if cuda else "reference", build=folded, graph=_dispatch.AVAILABLE)]
     if cuda:
         contenders.append(Contender(name="eager, channels_last", build=lambda: plain(unfolded())))
@@ -115,7 +209,17 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18
         if cuda:
             contenders.append(Contender(name="eager", build=lambda: plain(unfolded(torch.contiguous_format))))
         if size == "r18":
+            contenders.append(Contender(name="published", build=as_published))
             contenders.append(Contender(name="transformers", build=hugging_face))
+        if not cuda:
+            contenders.append(Contender(name="OpenVINO", build=partial(openvino, "fp32")))
+            rough = Contender(name="OpenVINO, bf16", build=partial(openvino, "bf16"), result=lambda out: (out, 0.1))
+            contenders.append(rough)
+
+    def compare(result: Any, expected: list[Tensor]) -> str:
+        values, tolerance = result if isinstance(result, tuple) else (result, TOLERANCE[dtype])
+        return relative_error(_sorted(values), _sorted(expected), tolerance)
+
     return Case(
         op="rtdetr",
         name=f"RT-DETR-{size}, {str(dtype).removeprefix('torch.')}, {batch} x 3 x {SIDE} x {SIDE}"
@@ -123,7 +227,7 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18
         shapes={"images": [batch, 3, SIDE, SIDE]},
         inputs=partial(_inputs, batch, dtype, device),
         expected=lambda images: _inference(ours(device, torch.float64, size=size))(images.double()),
-        compare=lambda result, expected: relative_error(_sorted(result), _sorted(expected), TOLERANCE[dtype]),
+        compare=compare,
         contenders=contenders,
         late=mode is not None,
         headline=mode is None,

@@ -55,7 +55,7 @@ class Choice:
 
 FACTORS: dict[str, tuple] = {
     "ema": ("constant", "length", "none"),
-    "lr": (0.25, 0.5, 1.0, 2.0),
+    "lr": (0.25, 0.5, 1.0, 2.0, 4.0),
     "warmup": (None, 0.0, 0.05),
     "plain": (20 / 300, 0.2, 0.5),
 }

@@ -34,16 +34,21 @@ MODELS = {
     **{f"RTMDet-{size}, rotated": ("rotated", size) for size in ("nano", "tiny", "s", "m", "l", "x")},
     **{f"RT-DETR-{size}": ("rtdetr", size) for size in ("r18", "r34", "r50m", "r50", "r101", "l", "x")},
 }
-INT8 = "OpenVINO int8"
 FORMATS: dict[str, dict[str, Any]] = {
     "ONNX": dict(suffix=".onnx", image_size=IMAGE_SIZE),
     "ONNX, open sides": dict(suffix=".onnx", dynamic=True),
     "OpenVINO": dict(suffix=".xml", image_size=IMAGE_SIZE),
     "OpenVINO, open sides": dict(suffix=".xml", dynamic=True),
-    INT8: dict(suffix=".xml", image_size=IMAGE_SIZE, int8=True),
+    "OpenVINO int8": dict(suffix=".xml", image_size=IMAGE_SIZE, int8=True),
     ".pt2": dict(suffix=".pt2", image_size=IMAGE_SIZE),
     ".pt2, open sides": dict(suffix=".pt2", dynamic=True),
+    "ONNX, no NMS": dict(suffix=".onnx", image_size=IMAGE_SIZE, nms=False),
+    "OpenVINO, no NMS": dict(suffix=".xml", image_size=IMAGE_SIZE, nms=False),
+    "OpenVINO int8, no NMS": dict(suffix=".xml", image_size=IMAGE_SIZE, nms=False, int8=True),
+    ".pt2, no NMS": dict(suffix=".pt2", image_size=IMAGE_SIZE, nms=False),
 }
+TRAINED = [format for format, options in FORMATS.items() if options.get("int8")]
+"""Not for random weights."""
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 INTRO = f"""# Export: support matrix
 
@@ -52,8 +57,8 @@ Written by `python -m benches.support` from what it measured (`benches/support.j
 Each cell is an [export](export.md) of a model, for any batch, whose detections were compared with the model's. In it
 stand the greatest difference of a box, in pixels, and of a score, and how many of how many detections had no like in
 the other: scores that differ by rounding, and IoUs at the threshold, make a detection another one. `export` makes the
-same comparison each time, and writes no file that fails it. NMS is inside of every file of RTMDet; RT-DETR has none.
-Open sides can be any multiples of 32.
+same comparison each time, and writes no file that fails it. NMS is inside of every file of RTMDet but for columns of
+"no NMS", whose files give all boxes and scores; RT-DETR has none. Open sides can be any multiples of 32.
 
 The weights are random, and such that much is found; images are noise of {IMAGE_SIZE} pixels. int8 is not for such
 weights, which multiply what it rounds: rows of trained weights, which name their file, have it, on images of theirs.
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (model, format)
         for model in models
         for format in args.formats
-        if (args.weights or format != INT8) and not (args.missing and format in results.get(model, {}))
+        if (args.weights or format not in TRAINED) and not (args.missing and format in results.get(model, {}))
     ]
     for model, format in tqdm([] if args.table else wanted, unit="export"):
         results.setdefault(model, {})[format] = measure(models[model](), FORMATS[format], args.calibrate)
@@ -133,7 +138,9 @@ def _sections(results: dict[str, Any]) -> Iterator[str]:
     sections |= {"RT-DETR": [model for model in MODELS if model.startswith("RT-DETR")], "Trained weights": trained}
     for heading, models in sections.items():
         rows = [model for model in models if model in results]
-        formats = [format for format in FORMATS if format != INT8 or rows == trained]
+        formats = [format for format in FORMATS if format not in TRAINED or rows == trained]
+        # what is not for most is told where it was tried
+        formats = [x for x in formats if "no NMS" not in x or any(x in results[model] for model in rows)]
         if not rows:
             continue
         yield f"## {heading}\n"

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
     """Bad input, told in one sentence that names the file or argument and what to do."""
+
+
+class ImageError(UserError):
+    """Of some images of a batch, which whoever made the batch can name."""
+
+    def __init__(self, message: str, images: Sequence[int]):
+        """images: their places in the batch, from 0."""
+        super().__init__(message)
+        self.images = images
 
 
 _SHORT = reprlib.Repr()

@@ -40,7 +40,6 @@ from rtmdet_fast.kernels import (
     quality_focal_loss,
     rotated_iou,
 )
-from rtmdet_fast.models import detector
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.predictor.graphs import GraphDetector
@@ -269,7 +268,7 @@ def graph(task: str) -> None:
     here, there = GraphDetector(model, batch_size=2), GraphDetector(copy.deepcopy(model), batch_size=2)
     move(there.model)
     for most in (1000, 10):  # with fewer than the candidates there are, it is as without a graph
-        detector.MAX_CANDIDATES = most
+        here.model.max_candidates = there.model.max_candidates = most
         expected = here.detect_whole(pictures, 96, settings)
         with FakeGpu(), FakeGpuFactory():
             found = there.detect_whole(pictures, 96, settings)
@@ -278,7 +277,7 @@ def graph(task: str) -> None:
         for one, truth in zip(found, expected, strict=True):
             assert all(map(torch.equal, one[:4], truth[:4])) and 10 < len(one.scores) <= 20
             assert task != "ins" or torch.equal(one.masks.logits, truth.masks.logits)
-    detector.MAX_CANDIDATES = 1000
+    there.model.max_candidates = 1000
     assert sorted(key[0] for key in there._graphs) == [1, 2]
     launched = launch_nothing()
     with FakeGpu(), FakeGpuFactory(), no_waiting():

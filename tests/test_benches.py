@@ -748,7 +748,7 @@ def test_the_page_has_not_measured_in_every_cell_and_then_figures():
                 "host": {"median": 0.5, **time}}  # fmt: skip
 
     def case(op: str, name: str, ours: str, images: int | None = None, **times: float) -> dict:
-        entries = {key.replace("_", "."): entry(value, gb_s=1000) for key, value in times.items()}
+        entries = {key.replace("torch_c", "torch.c"): entry(value, gb_s=1000) for key, value in times.items()}
         ratios = {
             key: {"time": other["graph"]["median"] / entries[ours]["graph"]["median"]}
             for key, other in entries.items()
@@ -760,18 +760,27 @@ def test_the_page_has_not_measured_in_every_cell_and_then_figures():
     kernels = [
         case("dwconv_bn_silu", inference, "triton", triton=1.0, torch_compile=3.0, eager=2.0),
         case("assign", "32 images, 8400 priors, 80 classes, 100 ground truths each", "triton", triton=0.25, eager=50.0),
+        case("deformable_attention", "forward", "triton", **{"triton": 1.0, "msda-triton": 1.5, "grid_sample": 7.0}),
     ]
     step = "step: RTMDet-tiny, 32 x 3 x 640 x 640, 20 ground truths each, autocast to bfloat16"
     training = case("training", step, "triton", images=32, triton=10.0, mmdet=80.0)
     training["contenders"]["triton, one CUDA graph"] = entry(8.0)
+    frame = "RTMDet-tiny, 1 frame in memory of 640 x 480 at 640 px"
+    predict = [case("predict", frame, "predictor", predictor=0.5)]
+    for mode, time in (("reduce-overhead", 1.5), ("max-autotune", 1.0)):
+        beside, peer = f"{frame}, beside torch.compile, {mode}", f"torch_compile, {mode}"
+        predict.append(case("predict", beside, "predictor", **{"predictor": 0.5, peer: time}))
     common = {"device": {"name": "a GPU"}, "versions": {"torch": "2"}, "quick": True, "copy_gb_s": 2000}
     record = {
         call: {**common, "cases": {f"{c['op']}: {c['case']}": c for c in cases}}
-        for call, cases in (("kernels", kernels), ("models", [training]))
+        for call, cases in (("kernels", kernels), ("models", [training, *predict]))
     }
     text = gpu_page.page(record)
     assert "beside torch.compile | 1.5x | 3x |" in text and "of a copy's speed | 60 % | 50 % |" in text
     assert "under 1 ms | 0.25 ms |" in text and "mmdet's | 2.5x | 10x |" in text
+    assert "(msda-triton) | 1.1x | 1.5x |" in text and "beside grid_sample | 4x | 7x |" in text
+    assert "under 0.98 ms | 0.5 ms |" in text and "in its best mode | 1.3x | 2x |" in text
+    assert "under 1.22 ms | not measured |" in text
     assert f"| {inference} | 1 (graph) |  | 2 (graph), 2x | 3 (graph), 3x | 50% | 0.5 of 2 |" in text
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {step} |"))
     assert row.endswith("| 0.5 of 20 | 1600 |") and "Of a quick run" in text
@@ -789,8 +798,9 @@ def test_a_step_with_its_loader_and_one_that_stays_in_its_place_are_judged_by_th
         torch.testing.assert_close(step(*inputs)[1], plain(*inputs)[1], rtol=1e-3, atol=1e-5)
 
 
-def test_what_the_predictor_finds_is_judged(monkeypatch):
-    case = bench_predict._frames(CPU, "det", "nano", 2, side=64, score_threshold=0.02)
+@pytest.mark.parametrize("mode", [None, "default"])
+def test_what_the_predictor_finds_is_judged(mode):
+    case = bench_predict._frames(CPU, "det", "nano", 2, side=64, score_threshold=0.02, mode=mode)
     inputs = case.inputs(0)
     expected = case.expected(*inputs)
     for contender in case.contenders:
@@ -803,6 +813,17 @@ def test_rtdetr_needs_no_transformers_for_its_weights(monkeypatch):
     monkeypatch.setattr(bench_rtdetr, "saved", absent)
     one, other = (bench_rtdetr.ours(CPU, torch.float32, layers).state_dict() for layers in (None, 1))
     assert all(map(torch.equal, one.values(), other.values()))
+
+
+def test_the_published_code_is_absent_where_its_folder_is_not(monkeypatch, tmp_path):
+    (case, *_) = bench_rtdetr.cases(CPU)
+    (contender,) = (contender for contender in case.contenders if contender.name == "published")
+    monkeypatch.delenv("RTDETR_PUBLISHED", raising=False)
+    for folder in (None, tmp_path):
+        if folder is not None:
+            monkeypatch.setenv("RTDETR_PUBLISHED", str(folder))
+        with pytest.raises(Absent, match="RTDETR_PUBLISHED names" if folder is None else "is no folder rtdetr_pytorch"):
+            contender.build()
 
 
 def test_the_public_kernel_is_asked_for_the_same(monkeypatch):

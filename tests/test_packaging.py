@@ -85,6 +85,11 @@ def test_metadata():
     (licence,) = [file for file in DISTRIBUTION.files or () if file.name == "LICENSE"]
     assert "Apache License" in licence.read_text(encoding="utf-8")
     assert {"test", "bench", "openmmlab", "docs"} <= set(told.get_all("Provides-Extra"))
+    needs = {re.match(r"[\w-]+", line)[0] for line in told.get_all("Requires-Dist") if "extra ==" not in line}
+    assert needs == {  # each is told in CONTRIBUTING.md with its reason
+        "matplotlib", "numpy", "opencv-python", "pillow", "pycocotools", "pyyaml", "safetensors", "scipy",
+        "tensorboard", "torch", "tqdm", "triton", "tyro",
+    }  # fmt: skip
     readme = told["Description"]
     assert told["Description-Content-Type"] == "text/markdown" and readme.startswith("# rtmdet_fast")
     links = re.findall(r"\]\(\s*([^)]*)\)|(?:src|href)=[\"']([^\"']*)|^\[[^]]+\]:\s*(\S+)", readme, re.MULTILINE)

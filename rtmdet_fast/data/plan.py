@@ -7,6 +7,7 @@ workers), and a resumed run shows the very pixels the unbroken one would have sh
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,6 +100,9 @@ class PlanSampler(Sampler[list[SamplePlan]]):
         self._streams = [_Stream() for _ in range(max(num_workers, 1))]
         self._stage2 = False
         self._skip = 0
+        self.ahead: deque[list[int]] = deque()
+        """Dataset indices of the batches of this epoch that were handed out, the oldest first. A loader fetches some
+        ahead, in this order: whoever takes a batch from it takes its entry from here."""
 
     def __len__(self) -> int:
         # All processes take the same number of steps, or the last would wait for the others: as one they leave out a
@@ -119,12 +123,14 @@ class PlanSampler(Sampler[list[SamplePlan]]):
             order = np.roll(order, -self.rank)[:: self.world_size]
             batch_size, mine = self.batch_size, slice(None)
         skip, self._skip = self._skip, 0
+        self.ahead.clear()
         for b in range(len(self)):
             stream = self._streams[b % len(self._streams)]
             indices = order[b * batch_size : (b + 1) * batch_size].tolist()
             seeds = self._rng.integers(2**63, size=len(indices)).tolist()
             plans = [self._plan(stream, *sample) for sample in zip(indices, seeds, strict=True)]
             if b >= skip:
+                self.ahead.append([plan.index for plan in plans[mine]])
                 yield plans[mine]
 
     def set_stage2(self, enabled: bool) -> None:

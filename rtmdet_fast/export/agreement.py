@@ -70,7 +70,7 @@ class Found(NamedTuple):
 def compare(graph: Graph, run: Run, batches: Iterable[Tensor], tolerance: Tolerance) -> Agreement:
     """What the file's `run` gives beside the graph, for normalised images [B, 3, H, W].
 
-    A detection is matched by one of its label within the tolerance. Without NMS every box has its like.
+    A detection is matched by one of its label within the tolerance, without NMS a box by that of its place.
     """
     total = unmatched = common = either = 0
     box_error = score_error = 0.0
@@ -79,9 +79,12 @@ def compare(graph: Graph, run: Run, batches: Iterable[Tensor], tolerance: Tolera
         outputs = dict(zip(graph.output_names, (output.cpu() for output in graph(images.to(device))), strict=True))
         others = {name: torch.from_numpy(output) for name, output in run(images.contiguous().numpy()).items()}
         if isinstance(graph, WithoutNMS):
-            boxes, scores = ((outputs[name] - others[name]).abs().amax(2) for name in graph.output_names)
+            clear = outputs["scores"] >= tolerance.clear * outputs["scores"].amax((1, 2), keepdim=True)
+            clear = clear.any(2)
+            room = room_of(outputs["boxes"], tolerance)[clear]
+            boxes, scores = ((outputs[name] - others[name]).abs().amax(2)[clear] for name in graph.output_names)
             total += boxes.numel()
-            unmatched += int((~(boxes <= tolerance.pixels) | ~(scores <= tolerance.score)).sum())
+            unmatched += int((~(boxes <= room) | ~(scores <= tolerance.score)).sum())
             box_error, score_error = max(box_error, float(boxes.max())), max(score_error, float(scores.max()))
             continue
         for ours, theirs in zip(found_in(outputs), found_in(others), strict=True):
@@ -111,14 +114,18 @@ def found_in(outputs: dict[str, Tensor]) -> list[Found]:
     ]
 
 
+def room_of(boxes: Tensor, tolerance: Tolerance) -> Tensor:
+    """By how many pixels each of the boxes [..., 4 or 5] may be another [...]."""
+    sides = boxes[..., 2:4] if boxes.shape[-1] == 5 else boxes[..., 2:] - boxes[..., :2]
+    return (tolerance.side * sides.amax(-1)).clamp(min=tolerance.pixels)
+
+
 def matches(ours: Found, theirs: Found, tolerance: Tolerance) -> tuple[Tensor, Tensor]:
     """Which of ours [D] have their like among theirs, and which that is [D]."""
     if not len(theirs.dets):
         return torch.zeros(len(ours.dets), dtype=torch.bool), torch.zeros(len(ours.dets), dtype=torch.int64)
     away = (ours.dets[:, None, :4] - theirs.dets[None, :, :4]).abs().amax(2)
-    boxes = ours.dets[:, :4]
-    sides = boxes[:, 2:] if ours.dets.shape[1] == 6 else boxes[:, 2:] - boxes[:, :2]
-    room = (tolerance.side * sides.amax(1, keepdim=True)).clamp(min=tolerance.pixels)
+    room = room_of(ours.dets[:, :-1], tolerance)[:, None]
     near = (away <= room) & ((ours.dets[:, None, -1] - theirs.dets[None, :, -1]).abs() <= tolerance.score)
     away = away.masked_fill(~near | (ours.labels[:, None] != theirs.labels[None]), torch.inf)
     nearest = away.min(1)

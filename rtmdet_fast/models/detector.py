@@ -33,8 +33,6 @@ Color = Literal["bgr", "rgb"]
 MAX_IMAGE_SIZE = 16384
 SCORE_THRESHOLD = 0.3
 """Of `predict`, for models without `score_thresholds` of their own."""
-MAX_CANDIDATES = 1000
-"""Of an image, above the score threshold: where there are more, the host has to ask the device how many."""
 
 
 class Targets(NamedTuple):
@@ -80,6 +78,8 @@ class Detector(nn.Module):
         image_size: side in pixels of the square network input
         patch_size: side in image pixels of what a training image showed; `predict` cuts larger images into windows of
             it
+        max_candidates: of an image, above the score threshold, that take part on a GPU without the host waiting for it;
+            where there are more, the host asks for their number, and finds the same as ever
         score_thresholds: of each class, with the best F1 on the validation images of its training, where it had any;
             `predict` takes them where no other is given
     """
@@ -89,6 +89,7 @@ class Detector(nn.Module):
     class_names: tuple[str, ...]
     image_size: int
     patch_size: int | None
+    max_candidates: int = 1000
     score_thresholds: tuple[float, ...] | None = None
     weights_of: ClassVar[str]
     """Which models' weights the family loads, for messages."""
@@ -289,10 +290,9 @@ class Detector(nn.Module):
         found, candidates = unpack(packed, settings.max_detections, box_size, mask_shape)
         return None if max(candidates) > self._capacity(settings) else found
 
-    @staticmethod
-    def _capacity(settings: DetectSettings) -> int:
+    def _capacity(self, settings: DetectSettings) -> int:
         # with `nms_pre` candidates or fewer on all levels together, it cuts none off
-        return min(MAX_CANDIDATES, settings.nms_pre)
+        return min(self.max_candidates, settings.nms_pre)
 
     @overload
     def predict(

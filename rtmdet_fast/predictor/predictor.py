@@ -50,6 +50,8 @@ class Predictor:
         score_threshold: least score of a detection; the model's own of each class, or 0.3, where not given.
         iou_threshold: of NMS; the published one of the task where not given.
         max_detections: of an image; the published number where not given.
+        candidates: of an image, above the score threshold, for which a GPU keeps room; 1000 where not given. With more
+            the same is found, but the host waits in between. Of another runtime those that NMS sees; 3000 there.
         color: of arrays [H, W, 3]: bgr, as OpenCV reads them, or rgb. Files and PIL images need none.
     """
 
@@ -67,6 +69,7 @@ class Predictor:
         score_threshold: float | None = None,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
+        candidates: int | None = None,
         color: Color = "bgr",
     ):
         self._settings: dict[str, Any] = dict(
@@ -79,10 +82,13 @@ class Predictor:
             color=color,
         )
         self._dtype, self._engine, self._device, self._threads = dtype, engine, str(device), threads
+        self._candidates = candidates
         if engine not in ENGINES:
             raise UserError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+        if candidates is not None and candidates < 1:
+            raise UserError(f"candidates is {candidates}; it must be at least 1")
         self._made_from: Detector | str
         if isinstance(model, Detector):
             self._made_from = str(model.path) if isinstance(model, Engine) else model.fold()
@@ -97,6 +103,8 @@ class Predictor:
         if isinstance(model, str) and (runtime := RUNTIMES.get(Path(model).suffix)):
             if self._engine not in ("auto", runtime):
                 raise UserError(f"{model} is run by {runtime}, not by {self._engine}: leave the engine out")
+            if self._candidates is not None:
+                raise UserError(f"{model} has its candidates from its export: leave them out")
             return self._opened(Path(model))
         if isinstance(model, str):
             model = load_model(model).fold()
@@ -107,6 +115,8 @@ class Predictor:
             return self._exported(model, self._engine)
         if place.type == "cpu" and self._dtype == "fp16":
             raise UserError("dtype 'fp16' is for GPUs: on a CPU take fp32 or bf16")
+        if self._candidates is not None:
+            model.max_candidates = self._candidates
         dtype = ("fp16" if place.type == "cuda" else "fp32") if self._dtype == "auto" else self._dtype
         model = model.to(place, DTYPES[dtype])
         if place.type == "cuda" and type(model).to_canvases is not Detector.to_canvases:
@@ -132,6 +142,8 @@ class Predictor:
         options = {name: self._settings[name] for name in names}
         if options["score_threshold"] is None:
             options["score_threshold"] = model.least_score
+        if self._candidates is not None:
+            options["candidates"] = self._candidates
         export(model, path, **options)
         return self._opened(path)
 
@@ -237,7 +249,7 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = dict(dtype=self._dtype, engine=self._engine, device=self._device, threads=self._threads)
-        return _remade, (self._made_from, {**self._settings, **options})
+        return _remade, (self._made_from, {**self._settings, **options, "candidates": self._candidates})
 
 
 def _remade(model: Detector | str | Path, options: dict[str, Any]) -> Predictor:

@@ -52,7 +52,7 @@ class Horizon:
                 stage2 = max(epochs - self.stage2_begin, 0)
             else:
                 share = round(epochs * settings.stage2_epochs / settings.epochs)
-                stage2 = min(max(share, settings.stage2_epochs > 0), epochs - epoch)
+                stage2 = min(max(share, min(settings.stage2_epochs, max(epochs // 2, 1))), epochs - epoch)
             reason = self.reason if epochs == self.epochs else "time" if epochs < settings.epochs else None
             return Horizon(epochs, stage2, reason)
 

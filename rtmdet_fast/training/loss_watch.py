@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,28 +20,28 @@ class LossWatch:
     def __init__(self, out: Path):
         """out: the folder of the run."""
         self._path = out / "nan_batch.pt"
-        self._previous: tuple[Callable[[], float], Batch] | None = None
+        self._previous: tuple[Callable[[], float], Batch, Sequence[str]] | None = None
 
-    def add(self, loss: torch.Tensor, batch: Batch) -> None:
-        """The next to be looked at: the loss, a scalar on the device, of a batch."""
-        self._previous = _on_its_way(loss), batch
+    def add(self, loss: torch.Tensor, batch: Batch, files: Sequence[str]) -> None:
+        """The next to be looked at: the loss, a scalar on the device, of a batch, and the names of its images."""
+        self._previous = _on_its_way(loss), batch, files
 
     def check(self, iteration: int) -> None:
         """Raise UserError where the loss of the batch before is not finite, with that batch kept for inspection."""
         if self._previous is None or math.isfinite(value := self._previous[0]()):
             return
-        kept = self.keep(self._previous[1], iteration)
+        kept = self.keep(*self._previous[1:], iteration)
         raise UserError(f"the loss is {value} near iteration {iteration}; {kept} (a lower --lr or --amp none may help)")
 
     def forget(self) -> None:
         """The batch that was looked at last."""
         self._previous = None
 
-    def keep(self, batch: Batch, iteration: int) -> str:
-        """Write a batch for inspection, and say where."""
+    def keep(self, batch: Batch, files: Sequence[str], iteration: int) -> str:
+        """Write a batch and the names of its images for inspection, and say where."""
         tensors = {k: v.cpu() for k, v in asdict(batch).items() if v is not None}
-        save_atomically({"iteration": iteration, **tensors}, self._path)
-        return f"the batch is in {self._path}, the last good weights in last.pth"
+        save_atomically({"iteration": iteration, "files": list(files), **tensors}, self._path)
+        return f"the batch, with the names of its images, is in {self._path}, the last good weights in last.pth"
 
 
 def _on_its_way(value: torch.Tensor) -> Callable[[], float]:

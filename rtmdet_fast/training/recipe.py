@@ -44,13 +44,16 @@ class Recipe:
     image_size: int
     """Side of the training images in pixels."""
     epochs: int
-    stage2_epochs: int = 0
-    """Of `epochs` the last ones, without strong augmentation."""
+    stage2_of: Callable[[int], int] = lambda epochs: 0
+    """Epochs of a run → the last ones of them, without strong augmentation."""
     batch_size: int
     """Images per process."""
     lr: float
     """At `lr_batch` images per step of all processes; as the square root of their number elsewhere."""
     lr_batch: int
+    lr_steps: int = 0
+    """Steps of the published run; in one of fewer the rate is higher, by what 720 steps were best with
+    (docs/figures.md). 0 where it is the same."""
     lr_factor: Callable[[int, int, int], float]
     """Iteration from 0, iterations of the run, those of warm-up → factor on the base rate."""
     warmup: int
@@ -71,9 +74,11 @@ class Recipe:
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
-    def lr_of(self, images: int) -> float:
-        """The learning rate at that many images per step of all processes."""
-        return self.lr * math.sqrt(images / self.lr_batch)
+    def lr_of(self, images: int, steps: int | None = None) -> float:
+        """The learning rate at that many images per step of all processes, in a run of so many steps, or of as many as
+        published."""
+        shorter = 1.0 if steps is None else min(max(self.lr_steps / steps, 1.0) ** (1 / 8), 2.0)
+        return self.lr * math.sqrt(images / self.lr_batch) * shorter
 
 
 def rtmdet_recipe(
@@ -108,10 +113,11 @@ def rtmdet_recipe(
     return Recipe(
         **shared,
         epochs=300,
-        stage2_epochs=20,
+        stage2_of=_rtmdet_stage2,
         batch_size=32,
         lr=2e-3 if size == "x" else 4e-3,
         lr_batch=256,
+        lr_steps=COCO_STEPS,
         caches=recipe_for(size, image_size),
         augment=partial(_augment, size),
     )
@@ -139,6 +145,11 @@ COCO_STEPS = 137_000
 """Of the published training: 300 epochs of COCO's 117,266 images with objects, 256 at a step."""
 DOTA_STEPS = 40_000
 """Likewise, 36 epochs of DOTA's windows, 8 at a step; rather few, as their number hangs on how DOTA was split."""
+
+
+def _rtmdet_stage2(epochs: int) -> int:
+    """As many as published, not their share of the run: short runs learn more from images as they are."""
+    return min(20, epochs // 2)
 
 
 def _rtmdet_share(published: int, step: int, total: int, momentum: float | None) -> float:
@@ -183,7 +194,7 @@ def rtdetr_recipe(
         needs_init=size not in ("r18", "r34"),
         image_size=640,
         epochs=published.epochs,
-        stage2_epochs=published.plain_epochs,
+        stage2_of=partial(_rtdetr_stage2, published.plain_epochs, published.epochs),
         batch_size=16,
         lr=LR,
         lr_batch=16,
@@ -197,6 +208,11 @@ def rtdetr_recipe(
         empty_images=True,
         augment=_augment_detr,
     )
+
+
+def _rtdetr_stage2(plain: int, published: int, epochs: int) -> int:
+    """In proportion to those published, of which some models have none."""
+    return max(round(epochs * plain / published), 1) if plain and epochs > 1 else 0
 
 
 def _augment_detr(dataset: CocoDataset, image_size: int) -> DetrAugmenter:

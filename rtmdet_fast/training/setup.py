@@ -72,6 +72,8 @@ def tell_settings(config: TrainConfig, settings: Settings, sampler: PlanSampler)
     recipe, images = settings.recipe, settings.batch_size * settings.accumulate * process_count()
     if config.lr is None:
         rate = f"learning rate {settings.lr:.3g}: {recipe.lr:g} at {recipe.lr_batch} images a step, here {images}"
+        if (more := settings.lr / recipe.lr_of(images)) > 1.005:
+            rate += f", and {more:.2f} times that in so few steps"
         tqdm.write(f"batch size {settings.batch_size}{' (auto)' if config.batch_size == 'auto' else ''}, {rate}")
     elif config.batch_size == "auto":
         tqdm.write(f"batch size {settings.batch_size} (auto)")

@@ -21,7 +21,7 @@ from rtmdet_fast.data.check import CHECK_SECONDS, ImageCheck
 from rtmdet_fast.data.plan import PlanSampler, repeat_factors
 from rtmdet_fast.data.workers import handed_over, init_worker
 from rtmdet_fast.distributed import any_process, gather, greatest_on_host, join_processes, once_per_node
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import ImageError, UserError
 from rtmdet_fast.evaluation.analysis import best_score_thresholds
 from rtmdet_fast.evaluation.evaluate import Evaluation, evaluate, match_categories
 from rtmdet_fast.files import write_json
@@ -164,9 +164,7 @@ class Run:
         settings, recipe = self.settings, self.recipe
         dataset, self.val_dataset = once_per_node(settings.open_data)
         if config.batch_size == "auto":
-            batch_size = find_batch_size(settings, dataset)
-            lr = config.lr or recipe.lr_of(batch_size * settings.accumulate * self.world_size)
-            self.settings = settings = replace(settings, batch_size=batch_size, lr=lr)
+            self.settings = settings = replace(settings, batch_size=find_batch_size(settings, dataset))
         if settings.cache is not None:
             dataset.cache = image_cache(settings.cache, dataset, told=settings.progress)
         repeats = None
@@ -197,6 +195,10 @@ class Run:
             persistent_workers=settings.num_workers > 0,
         )
         self.steps_per_epoch = math.ceil(len(self.sampler) / settings.accumulate)
+        if config.lr is None:
+            images = settings.batch_size * settings.accumulate * self.world_size
+            lr = recipe.lr_of(images, settings.epochs * self.steps_per_epoch)
+            self.settings = settings = replace(settings, lr=lr)
         self.horizon = Horizon(settings.epochs, settings.stage2_epochs)
 
     def _make_model(self, start: Detector | None) -> None:
@@ -441,16 +443,21 @@ class Run:
         self.stepping.set_rate(epoch.lr)
         parts = min(settings.accumulate, len(self.sampler) - self.step * settings.accumulate)
         for part, batch in enumerate(itertools.islice(epoch.batches, parts)):
+            files = [self.dataset.files[index] for index in self.sampler.ahead.popleft()]
             batch = self.stepping.take(batch, random_side(epoch.sides, settings.seed, self.iteration, part))
             try:
                 epoch.losses, loss = self.stepping.backward(batch, parts)
             except UserError as error:  # predictions that no loss can be made of
                 self.watch.check(self.iteration)
-                raise UserError(f"{error}; {self.watch.keep(batch, self.iteration)}") from error
+                kept = self.watch.keep(batch, files, self.iteration)
+                if isinstance(error, ImageError):
+                    named = [files[i] for i in error.images]
+                    kept = f"of {', '.join([*named[:3], *['…'] * (len(named) > 3)])}; {kept}"
+                raise UserError(f"{error}; {kept}") from error
             self.meter.add(epoch.losses, len(batch.images) * self.world_size)
             self.epoch_loss += loss / self.steps_per_epoch
             self.watch.check(self.iteration)
-            self.watch.add(loss, batch)
+            self.watch.add(loss, batch, files)
         self.stepping.update()
         self.iteration, self.step = self.iteration + 1, self.step + 1
         self.meter.step()

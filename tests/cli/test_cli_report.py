@@ -10,6 +10,8 @@ import torch
 from rtmdet_fast import RTMDet, UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.data.shapes import make_shapes
+from rtmdet_fast.export import export as export_module
+from rtmdet_fast.export.agreement import Agreement
 from rtmdet_fast.export.engine import load_engine
 from rtmdet_fast.models.families import load_model
 
@@ -56,15 +58,22 @@ def test_eval_writes_the_report(shapes, weights, tmp_path, capsys, task):
     assert sum(told["analysis"]["errors"].values()) > 0 and told["analysis"]["score_thresholds"]
 
 
-def test_the_report_of_an_exported_file(shapes, weights, tmp_path):
+def test_the_report_of_an_exported_file(shapes, weights, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="extra `export` is not installed")
     pytest.importorskip("onnxscript", reason="extra `export` is not installed")
     file = tmp_path / "det.onnx"
-    options = ("--score-threshold", 0.05, "--candidates", 500, "--json", tmp_path / "x.json")
+    options = ("--score-threshold", 0.05, "--candidates", 500, "--json", tmp_path / "x.json", "--data", shapes.root)
     assert run("export", "--weights", weights / "det.pth", "--out", file, *options) == 0
-    assert json.loads((tmp_path / "x.json").read_text())["unmatched"] == 0
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["unmatched"] == 0 and "detections on real images 0 differ from the model's" in capsys.readouterr().out
     assert load_engine(file).metadata["settings"]["score_threshold"] == 0.05
-    assert run("eval", "--weights", file, "--data", shapes.root, "--report", tmp_path / "e.html") == 0
+    # AP before and after are those that `eval` finds of either
+    for made, told_ap in ((weights / "det.pth", told["before"]), (file, told["after"])):
+        page = ("--report", tmp_path / "e.html", "--json", tmp_path / "e.json")
+        assert run("eval", "--weights", made, "--data", shapes.root, *page) == 0
+        evaluated = json.loads((tmp_path / "e.json").read_text())
+        assert told_ap == pytest.approx({name: evaluated[name] for name in told_ap}, abs=1e-6)
+    assert told["before"]["AR100"] > 0.05 and told["after"]["AR100"] > 0.05
     assert "Confusion matrix" in (tmp_path / "e.html").read_text(encoding="utf-8")
     # it carries the thresholds, and finds by them what the weights do
     found = []
@@ -76,6 +85,25 @@ def test_the_report_of_an_exported_file(shapes, weights, tmp_path):
     for one, other in zip(*found, strict=True):
         assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_export_in_8_bits_calibrates_on_the_training_images(shapes, weights, tmp_path, monkeypatch, capsys):
+    """What it makes of them: tests/export/test_trained_weights.py."""
+    asked = {}
+
+    def export(model, path, **options):
+        asked.update(options)
+        return Agreement(9, 0.0, 0.0, 0.0, 0)
+
+    monkeypatch.setattr(export_module, "export", export)
+    common = ("export", "--weights", weights / "det.pth", "--out", tmp_path / "a.xml")
+    for data in (shapes.root, shapes.train_images):
+        assert run(*common, "--int8", "--calibrate", data, "--calibration-images", 7) == 0
+        assert asked["int8"] and asked["calibrate"] == shapes.train_images and asked["calibration_images"] == 7
+    assert "of 9 detections on real images 0 differ" in capsys.readouterr().out
+    assert run(*common) == 0 and not asked["int8"] and asked["calibrate"] is None
+    assert run(*common, "--no-nms", "--data", shapes.root) == 2
+    assert "--data needs detections" in capsys.readouterr().err
 
 
 def test_predict_takes_the_thresholds_of_the_weights_and_says_so(shapes, weights, tmp_path, capsys):

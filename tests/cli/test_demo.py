@@ -1,4 +1,6 @@
-"""Mistakes in the demo's arguments are told before anything is drawn."""
+"""Mistakes in the demo's arguments are told before anything is drawn; what it trains finds what is drawn."""
+
+import json
 
 import pytest
 
@@ -19,3 +21,11 @@ from rtmdet_fast.cli import main
 def test_wrong_arguments(tmp_path, capsys, arguments, message):
     assert main(["demo", "--out", str(tmp_path / "demo"), *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow  # eight minutes on two quiet cores
+def test_rtdetr_learns_the_demos_scenes(tmp_path):
+    assert main(["demo", "--model", "rtdetr", "--out", str(tmp_path / "demo"), "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["AP50"] >= 0.4, found
+    assert len(list((tmp_path / "demo/pictures").glob("*.jpg"))) == 24

@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from browser import WIDTHS, beyond, needs_browser
 from html_page import Page
 from made_data import Maker, noise
 
@@ -61,6 +62,15 @@ def test_the_page_shows_each_split_and_the_worst_first(tmp_path):
     assert order == sorted(order)
     none, _ = page_of(tmp_path, made.inspect("train", "val"), samples=0)
     assert len(pictures_of(page)) - len(pictures_of(none)) == 4
+
+
+@needs_browser
+def test_everything_fits_phones_and_desktops(tmp_path):
+    made = Maker(tmp_path)
+    boxes = {f"{'a long name' * 20} {i}.png": (noise(i), [(4, 4, 20, 20, f"{NASTY * 3} {i % 40}")]) for i in range(60)}
+    made.write("train", boxes, [f"{NASTY * 3} {i}" for i in range(40)])
+    page_of(tmp_path, made.inspect("train"))
+    assert beyond(tmp_path / "pages/data.html") == {width: [] for width in WIDTHS}
 
 
 def test_a_sound_data_set_has_nothing_to_tell(tmp_path):

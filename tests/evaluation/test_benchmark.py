@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from busy import busy
 
 from benches.confident import confident
 from rtmdet_fast import RTMDet, UserError
@@ -66,6 +67,29 @@ def test_the_command_measures_every_engine_that_is_asked_for(shapes, weights, tm
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["engine", "median", "ms", "p95", "ms", "images/s", "MB", "AP"]
     assert [row.split()[0] for row in rows] == engines
+
+
+def test_the_command_measures_rtdetr(tmp_path):
+    model, out = busy("rtdetr"), tmp_path / "found.json"
+    model.save(tmp_path / "a.pth")
+    options = [
+        "--engines",
+        "pytorch",
+        "folded",
+        "cuda-graph",
+        "--rounds",
+        "2",
+        "--image-size",
+        "64",
+        "--batch-size",
+        "2",
+    ]
+    command = ["benchmark", "--weights", str(tmp_path / "a.pth"), *options, "--device", "cpu", "--json", str(out)]
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert [engine["engine"] for engine in found["engines"]] == ["pytorch", "folded"] and found["batch_size"] == 2
+    assert all(engine["median_ms"] > 0 for engine in found["engines"])
+    assert found["absent"] == {"cuda-graph": "CUDA graphs need a GPU"}
 
 
 class Recorder:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from browser import WIDTHS, beyond, needs_browser
 from html_page import NASTY, Page
 
 from rtmdet_fast.errors import UserError
@@ -66,6 +67,14 @@ def test_what_differs_is_told(tmp_path):
     ):
         assert expected in words, expected
     assert "epochs" not in words.partition("Settings that differ")[2].partition("Curves")[0]
+
+
+@needs_browser
+def test_many_long_names_fit_phones_and_desktops(tmp_path):
+    names = [f"{'a run with a long name, ' * 4}{i}" for i in range(7)]
+    settings = [{"lr": i, "a setting with a long name " * 4: "v" * 90 * i} for i in range(7)]
+    runs = [run(tmp_path / f"{i}", names[i], config=settings[i]) for i in range(7)]
+    assert beyond(write_comparison(tmp_path / "c.html", runs)) == {width: [] for width in WIDTHS}
 
 
 def test_runs_that_lack_figures_are_compared_all_the_same(tmp_path):

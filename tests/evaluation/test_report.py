@@ -3,6 +3,7 @@ import re
 import cv2
 import numpy as np
 import pytest
+from browser import WIDTHS, beyond, needs_browser
 from html_page import NASTY, Page
 from made_detections import made_dataset, made_detections
 
@@ -219,6 +220,17 @@ def test_what_an_analysis_found_stands_in_the_page(tmp_path):
     counts = [int(cell or 0) for cell in re.findall(r"--share:[\d.]+\">(\d*)<", text)]
     assert sum(counts) == analysis.confusion.sum() and max(counts) == analysis.confusion.max()
     assert text.count("data:image/jpeg") == 2 * (WORST + text.count("prediction:") // 2 - WORST) + 2
+
+
+@needs_browser
+def test_everything_fits_phones_and_desktops(tmp_path):
+    dataset, evaluation, analysis = made_evaluation(tmp_path, images=12, classes=100, objects=20)
+    analysed_report(tmp_path, dataset, evaluation, analysis)
+    page = tmp_path / "runs/report.html"
+    assert beyond(page) == {width: [] for width in WIDTHS}
+    page.write_text('<p style="height: 400px; width: 640px">too wide', encoding="utf-8")
+    found = beyond(page)
+    assert found[360] == ["P : too wide", "the page: 648"] and not found[768]
 
 
 def test_the_worst_images_come_first_and_are_not_shown_twice(tmp_path):

@@ -12,7 +12,6 @@ import torch
 from busy import assert_alike, busy, images
 
 from rtmdet_fast.kernels._dispatch import AVAILABLE
-from rtmdet_fast.models import detector as detector_module
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import HEADS
 from rtmdet_fast.predictor import graphs
@@ -29,9 +28,10 @@ def model(request):
 
 @pytest.mark.parametrize("candidates", [1000, 5])  # with fewer than there are, the path without a graph is taken
 def test_finds_what_predict_finds(model, candidates, monkeypatch):
-    monkeypatch.setattr(detector_module, "MAX_CANDIDATES", candidates)
+    monkeypatch.setattr(model, "max_candidates", candidates)
     expected = model.predict(images(5), **SETTINGS)
-    detector = GraphDetector(model, batch_size=4)
+    detector, postprocess, without = GraphDetector(model, batch_size=4), model.postprocess, []
+    monkeypatch.setattr(model, "postprocess", lambda *args, **kw: without.append(1) or postprocess(*args, **kw))
     assert sum(map(len, expected)) > 20
     # Pillow's resize is met to a grey level, and the random network makes much of it
     tolerance = 2e-3 if isinstance(model, RTDETR) else 1e-4
@@ -39,6 +39,7 @@ def test_finds_what_predict_finds(model, candidates, monkeypatch):
         assert_alike(found, truth, tolerance)
     for i in range(5):
         assert_alike(detector.predict(images(5)[i], **SETTINGS), expected[i], tolerance)
+    assert len(without) == (7 if candidates == 5 else 0)
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="without Triton no kernel is chosen")

@@ -17,7 +17,9 @@ from rtmdet_fast import UserError
 from rtmdet_fast.cli import main
 from rtmdet_fast.export import export as export_module
 from rtmdet_fast.inference.sources import Frame, iter_sources
+from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.models.rtmdet.model import HEADS
+from rtmdet_fast.predictor.graphs import GraphDetector
 from rtmdet_fast.predictor.predictor import Predictor
 
 ODD = {
@@ -30,7 +32,7 @@ ODD = {
 }
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=[*HEADS, "rtdetr"])
 def model(request):
     return busy(request.param)
 
@@ -70,6 +72,17 @@ def test_the_network_is_folded_in_the_dtype_asked_for(model):
     assert all(p.dtype == torch.bfloat16 and p.is_contiguous(memory_format=torch.channels_last) for p in weights)
     found, expected = predictor.predict(images(1)[0]), model.predict(images(1)[0], score_threshold=0.1)
     assert 0.8 < len(found) / len(expected) < 1.25 and found.boxes.dtype == torch.float32
+
+
+def test_room_for_few_candidates_is_a_setting(model):
+    """What is found then, by the path of a GPU: test_graphs.py."""
+    predictor = model.predictor(candidates=5, score_threshold=0.1)
+    for made in (predictor, pickle.loads(pickle.dumps(predictor))):
+        assert made.detector.max_candidates == 5 and model.max_candidates == 1000
+        detector = GraphDetector(made.detector, batch_size=1)
+        found, expected = (x.predict(images(1)[0], score_threshold=0.1) for x in (detector, model))
+        assert len(found) > 5
+        assert_alike(found, expected, 2e-3 if isinstance(model, RTDETR) else 1e-4)
 
 
 def test_windows(model):
@@ -180,6 +193,8 @@ def test_bad_input_is_one_sentence(files, tmp_path):
         (model, dict(dtype="int4"), "dtype 'int4' is unknown"),
         (model, dict(dtype="fp16"), "dtype 'fp16' is for GPUs: on a CPU take fp32 or bf16"),
         (model, dict(batch_size=0), "batch_size is 0"),
+        (model, dict(candidates=0), "candidates is 0"),
+        (onnx, dict(candidates=5), r"a\.onnx has its candidates from its export"),
         (model, dict(image_size=63), "multiple of 32"),
         (model, dict(score_threshold=2), "score_threshold is 2"),
         (model, dict(device="abacus"), "--device 'abacus' cannot be used"),

@@ -155,8 +155,9 @@ def test_to_freeze_takes_weights(config):
 def test_batch_size_on_a_cpu_and_its_rate(config, capsys):
     result = train(replace(config, batch_size="auto", epochs=1, stage2_epochs=0, progress=True))
     settings = json.loads((config.out / "config.json").read_text())
-    assert settings["batch_size"] == 4 and settings["lr"] == pytest.approx(4e-3 * (4 / 256) ** 0.5)
-    assert "batch size 4 (auto), learning rate 0.0005: 0.004 at 256 images a step, here 4" in capsys.readouterr().out
+    assert settings["batch_size"] == 4 and settings["lr"] == pytest.approx(2 * 4e-3 * (4 / 256) ** 0.5)
+    told = "batch size 4 (auto), learning rate 0.001: 0.004 at 256 images a step, here 4, and 2.00 times that"
+    assert told in capsys.readouterr().out
     assert result.ended_by is None
 
 

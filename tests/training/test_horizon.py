@@ -45,13 +45,15 @@ def test_patience_goes_over_to_stage_2_and_there_begins_anew():
 
 def test_time_leaves_room_for_stage_2_and_validations():
     plan = Horizon(300, 20)
-    # 100 epochs of 60 s; of 93 that remain, 9 validations, 1 last, 6 of stage 2: 16, of 30 s each
+    # 100 epochs of 60 s; of 86 that remain, 8 validations, 1 last, 20 of stage 2: 29, of 30 s each
     found = plan.within(100 * 60, 1, 60.0, 30.0, settings())
-    assert found == Horizon(93, 6, "time")
-    assert 92 * 60 + (92 // 10 + 1 + 6) * 30 <= 6000 < 93 * 60 + (93 // 10 + 1 + 6) * 30
+    assert found == Horizon(86, 20, "time")
+    assert 85 * 60 + (85 // 10 + 1 + 20) * 30 <= 6000 < 86 * 60 + (86 // 10 + 1 + 20) * 30
     # faster than thought: it grows again, but not beyond what was asked for
     assert found.within(10**6, 2, 60.0, 30.0, settings()) == plan
     assert found.within(30, 2, 60.0, 30.0, settings()) == Horizon(2, 0, "time")
+    # so short a run has half of its epochs in stage 2
+    assert found.within(20 * 60, 2, 60.0, 30.0, settings()) == Horizon(17, 8, "time")
     # one more epoch is one of stage 2
     assert found.within(95, 2, 60.0, 30.0, settings()) == Horizon(3, 1, "time")
 

@@ -202,7 +202,8 @@ def test_a_nan_stops_a_run(config, monkeypatch):
     )
     with pytest.raises(UserError, match="the loss is nan near iteration"):
         train(replace(config, graph="auto"))
-    assert len(torch.load(config.out / "nan_batch.pt", weights_only=True)["images"]) == 4
+    batch = torch.load(config.out / "nan_batch.pt", weights_only=True)
+    assert len(batch["images"]) == len(batch["files"]) == 4
 
 
 @pytest.mark.gpu

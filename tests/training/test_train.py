@@ -144,6 +144,20 @@ def test_nan_stops_the_run_and_keeps_the_batch(config, monkeypatch):
     assert all(v.isfinite().all() for v in weights(config.out / "last.pth", "state_dict").values())
 
 
+@pytest.mark.parametrize(("task", "asked"), [("det", False), ("det", True), ("ins", True), ("rotated", True)])
+def test_images_without_objects_are_trained_on_where_it_is_asked_for(config, tmp_path, task, asked):
+    content = json.loads(config.train.read_text())
+    with_objects = {entry["id"] for entry in content["images"][::3]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in with_objects]
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(content))
+    config = replace(config, train=path, task=task, epochs=1, stage2_epochs=1, batch_size=2, empty_images=asked)
+    train(replace(config, val=None, val_images=None))
+    steps = [row for row in read_metrics(config.out / "metrics.csv") if row["loss"]]
+    assert int(steps[-1]["iteration"]) == (18 if asked else len(with_objects)) // 2
+    assert np.isfinite([float(row["loss"]) for row in steps]).all()
+
+
 def test_a_model_learns_one_image_by_heart():
     """Assigner, losses, decoding, averaging and prediction pull the same way: three squares are found again."""
     torch.manual_seed(0)
@@ -177,7 +191,7 @@ def test_recipe_defaults():
     at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=300, batch_size=256, device="cpu"))
     assert (at.lr, at.stage2_epochs, at.image_size, at.amp) == (4e-3, 20, 640, "none")
     at = resolve(TrainConfig(train=Path("a"), train_images=Path("b"), epochs=30, size="x", batch_size=64, device="cpu"))
-    assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 2
+    assert at.lr == pytest.approx(1e-3) and at.stage2_epochs == 15
     assert resolve(TrainConfig(train=Path("a"), train_images=Path("b"), size="nano", device="cpu")).image_size == 320
 
 
@@ -430,6 +444,25 @@ def test_the_learning_rate_goes_by_the_images_of_all_processes(config, monkeypat
     one = resolve(replace(config, batch_size=8)).lr
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolve(replace(config, batch_size=4)).lr == one == pytest.approx(4e-3 * (8 / 256) ** 0.5)
+
+
+@pytest.mark.parametrize(("task", "steps", "times"), [("det", 12, 2), ("det", 4 * 2000, 1.426), ("rotated", 12, 1)])
+def test_a_short_run_has_a_higher_learning_rate_and_many_plain_epochs(config, capsys, task, steps, times):
+    class Ended(Exception):
+        pass
+
+    class First(Callback):
+        def on_step(self, progress):
+            raise Ended
+
+    config = replace(config, task=task, epochs=steps // 4, stage2_epochs=None, lr=None, loggers=(), progress=True)
+    with pytest.raises(Ended):
+        train(config, callbacks=[First()])
+    told = json.loads((config.out / "config.json").read_text())
+    published = 2.5e-4 * (4 / 8) ** 0.5 if task == "rotated" else 4e-3 * (4 / 256) ** 0.5
+    assert told["lr"] == pytest.approx(published * times, rel=1e-3)
+    assert told["stage2_epochs"] == (0 if task == "rotated" else min(20, steps // 8))
+    assert (f"{times:.2f} times that in so few steps" in capsys.readouterr().out) == (times > 1)
 
 
 def interrupt_evaluation(monkeypatch, at: int):

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from rtmdet_fast.data.recipes import multi_scale_sizes
 from rtmdet_fast.data.shapes import CLASSES, make_shapes
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.families import load_model
+from rtmdet_fast.models.rtdetr import losses
 from rtmdet_fast.models.rtdetr.model import RTDETR
 from rtmdet_fast.training import train as train_module
 from rtmdet_fast.training.config import TrainConfig, resolve
@@ -264,18 +267,32 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_predictions_that_are_not_finite_stop_the_run_and_keep_the_batch(config, tmp_path, monkeypatch):
-    normalize, count = RTDETR.normalize, []
+def test_predictions_that_are_not_finite_name_the_image_and_keep_the_batch(config, tmp_path, monkeypatch):
+    """The image is known by its pixels: it is white, and the last stage alters none."""
+    images = shutil.copytree(config.train_images, tmp_path / "images")
+    white = json.loads(config.train.read_text())["images"][3]["file_name"]
+    cv2.imwrite(str(images / white), np.full((96, 96, 3), 255, np.uint8))
+    normalize, match = RTDETR.normalize, losses.match
+    places = []
 
-    def poisoned(images):
-        count.append(1)
-        return normalize(images) * (float("nan") if len(count) == 2 else 1.0)
+    def watched(batch):
+        places[:] = (batch == 255).all(3).all(2).all(1).nonzero()[:, 0].tolist()
+        return normalize(batch)
 
-    monkeypatch.setattr(RTDETR, "normalize", staticmethod(poisoned))
-    with pytest.raises(UserError, match=r"not finite.*the batch is in .*nan_batch\.pt"):
-        train(replace(config, out=tmp_path, image_size=64))
-    batch = torch.load(tmp_path / "nan_batch.pt", weights_only=True)
-    assert batch["images"].shape == (2, 3, 64, 64) and batch["iteration"] == 0
+    def poisoned(logits, boxes, targets):
+        logits = logits.clone()
+        logits[:, places] = math.nan
+        return match(logits, boxes, targets)
+
+    monkeypatch.setattr(RTDETR, "normalize", staticmethod(watched))
+    monkeypatch.setattr(losses, "match", poisoned)
+    run = replace(config, train_images=images, out=tmp_path / "run", image_size=64, stage2_epochs=3, num_workers=2)
+    words = rf"predictions for image \d of the batch are not finite.*; of {white}; the batch, .* is in .*nan_batch\.pt"
+    with pytest.raises(UserError, match=words):
+        train(run)
+    batch = torch.load(tmp_path / "run/nan_batch.pt", weights_only=True)
+    assert [batch["files"][place] for place in places] == [white] and (batch["images"][places] == 255).all()
+    assert batch["images"].shape == (2, 3, 64, 64) and len(batch["files"]) == 2
 
 
 def test_labels_are_checked_before_the_first_step(config, tmp_path):

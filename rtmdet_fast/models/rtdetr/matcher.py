@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import ImageError
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.boxes import iou_and_giou
 
@@ -27,7 +27,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         targets: with boxes likewise.
 
     Raises:
-        UserError: predictions for an image are not finite.
+        ImageError: predictions for images with objects are not finite.
     """
     return solve(matching_costs(logits.float(), boxes.float(), targets.boxes.float(), targets.labels), targets.counts)
 
@@ -60,14 +60,17 @@ def solve(costs: Tensor, counts: Tensor) -> Tensor:
             f"an image has more objects than the model has queries ({costs.shape[3]}): those too many are not learnt",
             stacklevel=3,
         )
+    not_finite = [i for i, count in enumerate(counts_here) if not (costs_here[:, i, :count] > -np.inf).all()]
+    if not_finite:  # of all images where the weights are, or where batch norms mix what one image makes
+        places = f"image{'s' * (len(not_finite) > 1)} {', '.join(map(str, not_finite))}"
+        raise ImageError(
+            f"predictions for {places} of the batch are not finite: look at what it shows and at its boxes, "
+            "or train with a lower learning rate or without AMP",
+            not_finite,
+        )
     matches = np.full(costs.shape[:3], -1, np.int64)
     for k, image in np.ndindex(*costs.shape[:2]):
         cost = costs_here[k, image, : counts_here[image]]
-        if not (cost > -np.inf).all():
-            raise UserError(
-                f"predictions for image {image} of the batch are not finite: look at that image and its boxes, "
-                "or train with a lower learning rate or without AMP"
-            )
         target, query = linear_sum_assignment(cost)
         matches[k, image, target] = query
     return torch.from_numpy(matches).to(costs.device)

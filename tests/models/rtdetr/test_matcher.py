@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rtmdet_fast.errors import UserError
+from rtmdet_fast.errors import ImageError, UserError
 from rtmdet_fast.models.detector import Targets
 from rtmdet_fast.models.rtdetr.matcher import match, solve
 
@@ -138,9 +138,10 @@ def test_predictions_that_are_not_finite_name_their_image(value):
     with pytest.raises(UserError, match="predictions for image 2 of the batch are not finite"):
         match(logits, boxes, targets)
     logits, boxes, targets = random_scene((2, 0, 3))
-    logits[0, 0] = math.nan
-    with pytest.raises(UserError, match="predictions for image 0 of the batch are not finite"):
+    logits[0, 0] = logits[1, 2] = math.nan
+    with pytest.raises(ImageError, match="predictions for images 0, 2 of the batch are not finite") as raised:
         match(logits, boxes, targets)
+    assert raised.value.images == [0, 2]
 
 
 def test_a_pair_may_be_forbidden():

@@ -408,7 +408,10 @@ def test_folded_outputs_are_those_of_the_model(size):
         folded(images, ())
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 224), (224, 96)])
+WIDE = pytest.param(736, 1280, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 224), (224, 96), WIDE])
 @pytest.mark.parametrize("sampling", ["bilinear", "discrete"])
 def test_training_on_any_rectangle_reaches_every_parameter(height, width, sampling):
     torch.manual_seed(0)
@@ -425,6 +428,9 @@ def test_training_on_any_rectangle_reaches_every_parameter(height, width, sampli
         trained = parameter.requires_grad
         assert trained != (sampling == "discrete" and "sampling_offsets" in name), name
         assert not trained or (parameter.grad is not None and parameter.grad.isfinite().all()), name
+    with torch.no_grad():
+        found = model.eval()(torch.rand(1, 3, height, width))
+    assert found.boxes.isfinite().all() and found.logits.isfinite().all()
 
 
 def test_what_prediction_keeps_serves_training():

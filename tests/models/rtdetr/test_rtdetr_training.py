@@ -1,6 +1,7 @@
 """Training steps of RT-DETR against those of the published implementation, and over boxes of every kind."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,6 +209,45 @@ def test_mixed_precision_stays_finite(steps, dtype):
         scaler.update()
     assert all(parameter.isfinite().all() for parameter in decoder.parameters())
     assert scaler.get_scale() >= 1
+
+
+@pytest.mark.slow
+def test_the_whole_model_stays_finite_in_bfloat16():
+    torch.manual_seed(0)
+    rng, classes = np.random.default_rng(0), 5
+    model = RTDETR("r18", num_classes=classes, num_queries=16).train()
+    groups = training_recipe("r18", 1).parameter_groups(model)
+    optimizer = torch.optim.AdamW([{**group, "lr": 10 * LR * group["lr_factor"]} for group in groups])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "an image has more objects")
+        for step in range(100):
+            images = torch.rand(2, 3, 64, 64) * 10 ** rng.uniform(-3, 0.5)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = model(images, random_targets(rng, 2, 64, classes))
+            assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values()), (step, losses)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).isfinite(), step
+            optimizer.step()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(("classes", "version"), [(1, 1), (1, 2), (365, 1), (365, 2)])
+def test_one_class_and_those_of_objects365(classes, version):
+    torch.manual_seed(0)
+    model = RTDETR("r18", version, num_classes=classes, num_queries=10).train()
+    boxes = torch.tensor([[[4.0, 4, 40, 30], [20, 10, 60, 60]], [[10, 10, 30, 50], [0, 0, 0, 0]]])
+    targets = Targets(boxes, torch.tensor([[0, classes - 1], [classes // 2, -1]]), torch.tensor([2, 1]))
+    losses = model(torch.rand(2, 3, 64, 64), targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    score = model.decoder.dec_score_head[-1]
+    assert (score.weight.grad.abs().sum(1) > 0).all()  # of every class: those that are not there are to score low
+    with torch.no_grad():
+        logits, predicted = model.eval()(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 10, classes) and predicted.shape == (2, 10, 4)
+    (found, _) = model.predict([np.zeros((64, 64, 3), np.uint8)] * 2, score_threshold=0, image_size=64)
+    assert len(found) and (found.labels < classes).all()
 
 
 # ---- two processes, of which the second has no objects
