@@ -15,8 +15,6 @@ from benches.bench_dwconv_bn_silu import TOLERANCE, inference, tensors, training
 from benches.harness import Case, Contender, compiled, own, relative_error
 from rtmdet_fast.kernels.bn_silu import bn_silu, bn_silu_reference
 
-PASSES = {"inference": 2, "training": 8}  # of x-sized data, as the kernel's docstring counts them
-
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
@@ -28,11 +26,16 @@ def cases(device: torch.device) -> list[Case]:
     shapes = [("s", 64, 160), ("l", 128, 160), ("s", 128, 80), ("l", 256, 40), ("s", 256, 20)]
     shapes += [("tiny", 24, 320), ("tiny", 48, 160), ("m", 96, 160)]
     modes = [("training", torch.bfloat16, shapes), ("inference", torch.float16, shapes[:2])]
+    # on either side of TUNING["least_training"], so that another value takes one of them the other way
+    small = [("s", 256, 16), ("s", 128, 20)]
     return [
-        _case(device, 32, *shape, mode, dtype, last)
-        for last in (True, False)  # the models' layout first
-        for mode, dtype, some in modes
-        for shape in some
+        *(
+            _case(device, 32, *shape, mode, dtype, last)
+            for last in (True, False)  # the models' layout first
+            for mode, dtype, some in modes
+            for shape in some
+        ),
+        *(_case(device, 1, *shape, "training, few pixels", torch.bfloat16, True) for shape in small),
     ]
 
 
@@ -47,7 +50,7 @@ def _case(
     channels_last: bool = False,
 ) -> Case:
     shape = (batch, channels, side, side)
-    wrap = inference if mode == "inference" else training
+    wrap, passes = (inference, 2) if mode == "inference" else (training, 8)  # as the kernel's docstring counts them
     layout = "channels_last" if channels_last else "contiguous"
     kind = f"{mode}, {str(dtype).removeprefix('torch.')}, {layout}"
     return Case(
@@ -63,7 +66,7 @@ def _case(
             Contender(name="torch.compile", build=lambda: wrap(compiled(device, bn_silu_reference)()), graph=True),
             Contender(name="eager", build=lambda: wrap(eager), graph=True),
         ],
-        bytes=PASSES[mode] * batch * channels * side * side * dtype.itemsize,
+        bytes=passes * batch * channels * side * side * dtype.itemsize,
         headline=channels_last,
     )
 

@@ -1,8 +1,9 @@
 """Other values of the constants at the top of the kernels' files (`TUNING`), one at a time: which would be faster?
 
 Each number that a case's launch reads is halved and doubled; of a tuple each number, and of a pair also one for the
-other. First every value is tried and its result compared, in processes side by side, since each compiles a kernel anew;
-then what was right is timed, the values of a constant in turns. `python -m benches.gpu kernels` does both.
+other; a choice between two ways is taken the other way. First every value is tried and its result compared, in
+processes side by side, since each compiles a kernel anew; then what was right is timed, the values of a constant in
+turns. `python -m benches.gpu kernels` does both.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def changed(path: Path, value: Any) -> Iterator[None]:
 def others(value: Any) -> list[Any]:
     """The values to try in place of one."""
     if isinstance(value, bool):
-        return []
+        return [not value]
     if isinstance(value, int):
         return [value // 2, 2 * value] if value > 1 else [2 * value] if value == 1 else []
     if not (isinstance(value, tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)):

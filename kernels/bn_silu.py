@@ -122,12 +122,12 @@ def sync_batch_norm(
     return y.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["image_tiles", "tiles", "program_tiles", "group_parts"])
+@triton.jit(do_not_specialize=["pixels", "image_tiles", "tiles", "program_tiles", "group_parts"])
 def _moments_kernel(
     x_ptr, partial_ptr, stats_ptr, running_mean_ptr, running_var_ptr, counter_ptr,
     channels, pixels, image_tiles, tiles, program_tiles, group_parts, momentum,
-    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
-    AMD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FOLD: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Statistics [5, C], see `store_statistics`.
 
@@ -137,7 +137,7 @@ def _moments_kernel(
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
     part = tl.program_id(0)
     tile = part * program_tiles
-    _, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+    _, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, TIMES, BLOCK)
     x = tl.load(x_ptr + offsets, mask=valid, other=0).to(tl.float32)
     shift = tl.expand_dims(tl.sum(x, AXIS) / tl.maximum(tl.sum(valid.to(tl.float32), AXIS), 1), AXIS)
     n = tl.zeros_like(x)
@@ -145,7 +145,7 @@ def _moments_kernel(
     s2 = tl.zeros_like(x)
     end = tl.minimum(tile + program_tiles, tiles)
     while tile < end:
-        _, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, BLOCK)
+        _, offsets, valid = tile_offsets(tile, channels, pixels, image_tiles, CHANNELS_LAST, TIMES, BLOCK)
         x = tl.load(x_ptr + offsets, mask=valid, other=0).to(tl.float32)
         d = tl.where(valid, x - shift, 0)
         n += valid.to(tl.float32)

@@ -16,19 +16,12 @@ loads of 2 bytes an output would be 3.0 ps. Hence the kernels
 - slide down rows: a row is loaded once and added to the K rows of the output that need it, whose sums stay in
   registers: 5 loads, 0.6 ps. A program slides over up to 40 rows, as the K - 1 rows above are loaded and multiplied
   again;
-- give each thread two neighbouring columns: the 6 columns that they need are 3 loads an element (channels_last, odd
-  widths), or as aligned pairs 1.5 loads of 4 bytes (contiguous format, even widths): 0.2 ps;
-- load rows some steps before they are needed: one row of a warp is 128 bytes, too few to cover the memory's latency.
-For sm_90 Triton 3.6 makes, of fp16 and 5 x 5, for an output without a residual (25 of them FMAs):
-
-                            registers   instructions
-    inference, contiguous          96   42.5, where two columns a thread take 47.8 in 72 registers
-    inference, channels_last      140   50.1 (two columns of two channels), where four columns take 43.3 in 190
-    training, contiguous           72   48.7
-    training, channels_last       188   52.0
-    backward, contiguous          128   142.5 for an element of dx, where dz is computed 3 times, once for each thread
-                                        that needs it; with TUNING["store_dz"] 107.5 and two passes more
-    backward, channels_last       128   170.5; with "store_dz" 134.5
+- give each thread two or four neighbouring columns: the 6 columns that two need are 3 loads an element (channels_last,
+  odd widths), or as aligned pairs 1.5 loads of 4 bytes (contiguous format, even widths): 0.2 ps;
+- load rows some steps before they are needed: one row of a warp is 128 bytes, too few to cover the memory's latency;
+- give a row one address. STRIDE, which leads from a column to the next, is known to the compiler, so that the distances
+  stand in the loads; the columns of a group have one mask where the width is a multiple of them.
+`python -m benches.machine_code` tells what they compile to; docs/kernels.md has the table.
 """
 
 # Triton's tuples and tensors are no types of Python's
@@ -59,27 +52,32 @@ from rtmdet_fast.kernels.batch_norm import load_parameters, merge_moments, silu_
 from rtmdet_fast.kernels.bn_silu import bn_silu_reference
 
 TUNING: dict[str, Any] = {
-    "threads": 128,  # of 4 warps: each has one group of columns, of one or two channels
-    "groups": (32, 16, 8),  # of columns in a block, contiguous
+    # where sums are taken, a block has a power of two of channels and of groups of columns: so many groups, or (in
+    # channels_last) such shares of the channels that it may have, whichever idles the fewest lanes
+    "groups": (32, 16, 8, 4),
+    "shares": (1, 2, 4),
+    "sector": 32,  # bytes of the memory: of a block that takes fewer side by side ...
+    "narrow": 1.25,  # ... a lane counts as so many, as L2 brings twice what it uses
     "rows": 40,  # that a program slides over at most: the halo of K - 1 rows is loaded and multiplied again
     "least_rows": 8,  # fewer only for more programs, until all that are `resident` on a multiprocessor have one
-    # columns of a group; rows on their way while one is used; programs a multiprocessor has registers for; channels and
-    # groups of a block in channels_last
+    # columns of a group; rows on their way while one is used; by K, programs a multiprocessor has registers for,
+    # whatever dtype and width (test_lowering); lanes of a block, or its channels (in channels_last at most) and groups
     "inference": {
-        "contiguous": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
-        "narrow": dict(columns=4, prefetch=4, resident=5, block=(32, 4)),
-        # with four columns 43 instructions for 50, but 190 registers, thus two programs for three: not measured
-        "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
+        "contiguous": dict(columns=4, prefetch=4, resident={3: 6, 5: 4}, lanes=128),
+        "narrow": dict(columns=4, prefetch=4, resident={3: 5, 5: 3}, lanes=128),
+        "wide": dict(columns=4, prefetch=4, resident={3: 4, 5: 3}, lanes=256),
     },
     "training": {
-        "contiguous": dict(columns=2, prefetch=4, resident=7, block=(32, 4)),
-        "narrow": dict(columns=2, prefetch=4, resident=5, block=(32, 4)),
-        "wide": dict(columns=2, prefetch=4, resident=3, block=(64, 4)),
+        "contiguous": dict(columns=2, prefetch=4, resident={3: 7, 5: 5}, block=(32, 4)),
+        "narrow": dict(columns=2, prefetch=4, resident={3: 7, 5: 4}, block=(32, 4)),
+        "wide": dict(columns=2, prefetch=4, resident={3: 5, 5: 3}, block=(64, 4)),
     },
-    "few": dict(columns=2, prefetch=4, resident=5, block=(32, 4)),  # stride 2, K = 7: more columns and weights
+    # stride 2, K = 7: more columns and weights
+    "few": dict(columns=2, prefetch=4, resident={3: 6, 5: 3, 7: 3}, block=(32, 4), lanes=128),
     # dz in a pass of its own, two passes more: the thread that needs it then does not compute it, see above
     "store_dz": False,
-    "backward": dict(prefetch=(1, 2), resident=4, block=(32, 4)),  # of dy, z and x together; in pairs there is room
+    # of dy, z and x together one row on its way: a second would change registers, which waits for it
+    "backward": dict(prefetch=1, resident={3: 5, 5: 3, 7: 2}, block=(32, 4)),
 }
 
 
@@ -144,103 +142,123 @@ def _check_conv(x: Tensor, conv_weight: Tensor, stride: int) -> None:
 
 
 @triton.jit
-def _tile(row_blocks, column_blocks, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Image, row block, channels and groups of columns of this program."""
+def _tile(row_blocks, column_blocks, groups, CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Image, row block, channels and groups of columns of this program.
+
+    BLOCK of one number: so many of all pairs of a channel and one of `groups`, in the order in which they lie.
+    """
     tile = tl.program_id(0)
-    group = tile % column_blocks * BLOCK[1] + tl.arange(0, BLOCK[1]).to(tl.int64)
-    c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
-    if CHANNELS_LAST:
-        group, c = group[:, None], c[None, :]
+    if len(BLOCK) == 1:
+        lane = tile % column_blocks * BLOCK[0] + tl.arange(0, BLOCK[0])
+        if CHANNELS_LAST:
+            group, c = lane // STRIDE, lane % STRIDE
+        else:
+            group, c = lane % groups, lane // groups
+        group, c = group.to(tl.int64), c.to(tl.int64)
     else:
-        group, c = group[None, :], c[:, None]
+        group = tile % column_blocks * BLOCK[1] + tl.arange(0, BLOCK[1]).to(tl.int64)
+        c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
+        if CHANNELS_LAST:
+            group, c = group[:, None], c[None, :]
+        else:
+            group, c = group[None, :], c[:, None]
     return (tile // column_blocks // row_blocks).to(tl.int64), tile // column_blocks % row_blocks, c, group
 
 
 @triton.jit
 def _columns(
-    ptr, place, shape, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, PACK: tl.constexpr,
+    ptr, place, shape, row, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Pointers (in row 0) to columns STEP group + FIRST..LAST, their masks, and what leads to the next row.
+    """A pointer to a row of the image, and from it to column STEP group, masks of FIRST..LAST beside that column, and
+    what leads to the next row.
 
-    `place` is image, channels and groups of columns, `shape` channels, height and width of all.
-    PACK, above 1: a pointer to as many columns, the first of them a multiple. So many times fewer loads.
+    `place` is image, channels and groups of columns, `shape` channels, height and width of all. Columns are STRIDE
+    apart, which the compiler knows: a row then has one address, and the distances stand in the loads. The pointer is
+    one for all: of such a loop need not move through shared memory, to become what loads take.
+    PACK, above 1: as many columns have one mask, the first of them a multiple; and where they lie side by side
+    (contiguous) they are one number, which takes so many times fewer loads.
     """
     image, c, group = place
     channels, height, width = shape
+    packs = tl.cast(width // PACK, tl.int64)
+    width = packs * PACK  # so that the compiler knows of what it is a multiple
     ptr += image * channels * height * width
-    pointers, masks = (), ()
-    if PACK > 1:
-        if ptr.dtype.element_ty.primitive_bitwidth * PACK == 32:
-            ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        else:
-            ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-        row = tl.cast(width // PACK, tl.int64)
-        for i in tl.static_range(FIRST // PACK, LAST // PACK + 1):
-            at = STEP // PACK * group + i
-            pointers += (ptr + (c * height * row + at),)
-            masks += ((c < channels) & (at >= 0) & (at < row),)
-    else:
-        row = tl.cast(width * channels if CHANNELS_LAST else width, tl.int64)
-        for i in tl.static_range(FIRST, LAST + 1):
-            at = STEP * group + i
-            pointers += (ptr + (at * channels + c if CHANNELS_LAST else c * height * row + at),)
-            masks += ((c < channels) & (at >= 0) & (at < width),)
-    return pointers, masks, row
+    masks = ()
+    for i in tl.static_range(FIRST // PACK, LAST // PACK + 1):
+        at = STEP // PACK * group + i
+        masks += ((c < channels) & (at >= 0) & (at < packs),)
+    lanes = STEP * group * STRIDE + c if CHANNELS_LAST else (c * height * packs + STEP // PACK * group) * PACK
+    next_row = width * STRIDE
+    return ptr + row * next_row, lanes, masks, next_row
 
 
 @triton.jit
-def _load(pointers, masks, offset, valid):
+def _inside(i, n):
+    """0 <= i < n, by one comparison."""
+    return tl.cast(i, tl.uint32) < tl.cast(n, tl.uint32)
+
+
+@triton.jit
+def _load(
+    ptr, lanes, masks, valid, FIRST: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST..LAST of a row, see `_columns`."""
+    EACH: tl.constexpr = 1 if CHANNELS_LAST else PACK
     values = ()
-    for i in tl.static_range(len(pointers)):
-        values += (tl.load(pointers[i] + offset, mask=masks[i] & valid, other=0),)
+    for i in tl.static_range(FIRST // EACH, LAST // EACH + 1):
+        mask, at = masks[i * EACH // PACK - FIRST // PACK] & valid, lanes + i * EACH * STRIDE
+        if EACH > 1:
+            mask, at = tl.expand_dims(mask, -1), tl.expand_dims(at, -1) + tl.arange(0, EACH)
+        values += (tl.load(ptr + at, mask=mask, other=0),)
     return values
 
 
 @triton.jit
-def _unpack(values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACK: tl.constexpr):
+def _unpack(
+    values, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
     """Columns FIRST..LAST in fp32 from what `_load` brought."""
+    EACH: tl.constexpr = 1 if CHANNELS_LAST else PACK
+    columns = ()
+    for i in tl.static_range(len(values)):
+        if EACH == 1:
+            columns += (values[i],)
+        elif EACH == 2:
+            columns += tl.split(values[i])
+        else:
+            even, odd = tl.split(tl.reshape(values[i], values[i].shape[:-1] + (2, 2)))  # noqa: RUF005 (Triton unpacks none)
+            v0, v2 = tl.split(even)
+            v1, v3 = tl.split(odd)
+            columns += (v0, v1, v2, v3)
     unpacked = ()
     for i in tl.static_range(FIRST, LAST + 1):
-        if PACK > 1:
-            v = values[i // PACK - FIRST // PACK]
-            if DTYPE.primitive_bitwidth == 16:  # halves of 32 bits, which one instruction makes fp32
-                if PACK == 4:
-                    v = (v >> i % 4 // 2 * 32).to(tl.int32)
-                v = (v >> i % 2 * 16).to(tl.int16).to(DTYPE, bitcast=True)
-            else:
-                v = (v >> i % 2 * 32).to(tl.int32).to(DTYPE, bitcast=True)
-        else:
-            v = values[i - FIRST]
-        unpacked += (v.to(tl.float32),)
+        unpacked += (columns[i - FIRST // EACH * EACH].to(tl.float32),)
     return unpacked
 
 
 @triton.jit
-def _store(pointers, masks, offset, valid, values, DTYPE: tl.constexpr, PACK: tl.constexpr):
+def _store(
+    ptr, lanes, masks, valid, values, DTYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
     """A group of columns, in fp32."""
-    for i in tl.static_range(len(pointers)):
-        if PACK == 1:
-            v = values[i].to(DTYPE)
-        elif PACK == 2:
-            v = _join(values[2 * i], values[2 * i + 1], DTYPE)
+    EACH: tl.constexpr = 1 if CHANNELS_LAST else PACK
+    for i in tl.static_range(len(values) // EACH):
+        mask, at = masks[i * EACH // PACK] & valid, lanes + i * EACH * STRIDE
+        if EACH > 1:
+            mask, at = tl.expand_dims(mask, -1), tl.expand_dims(at, -1) + tl.arange(0, EACH)
+        if EACH == 1:
+            v = values[i]
+        elif EACH == 2:
+            v = tl.join(values[2 * i], values[2 * i + 1])
         else:
-            low, high = (
-                _join(values[4 * i], values[4 * i + 1], DTYPE),
-                _join(values[4 * i + 2], values[4 * i + 3], DTYPE),
-            )
-            v = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-        tl.store(pointers[i] + offset, v, mask=masks[i] & valid)
-
-
-@triton.jit
-def _join(v0, v1, DTYPE: tl.constexpr):
-    """Two numbers in one of twice as many bits."""
-    v0, v1 = v0.to(DTYPE), v1.to(DTYPE)
-    if DTYPE.primitive_bitwidth == 16:
-        return v0.to(tl.uint16, bitcast=True).to(tl.uint32) | (v1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    else:
-        return v0.to(tl.uint32, bitcast=True).to(tl.uint64) | (v1.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+            even, odd = tl.join(values[4 * i], values[4 * i + 2]), tl.join(values[4 * i + 1], values[4 * i + 3])
+            v = tl.join(even, odd)
+            v = tl.reshape(v, v.shape[:-2] + (4,))  # noqa: RUF005
+        tl.store(ptr + at, v.to(DTYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "row_blocks", "column_blocks", "steps"])
@@ -248,27 +266,37 @@ def _forward_kernel(
     x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr, partial_ptr,
     channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
     K: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, PREFETCH: tl.constexpr,
-    TRAINING: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    TRAINING: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr,
     PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, or in training of z, with the tile's moments [tiles, 3, C].
 
-    A tile is BLOCK = (channels, groups of COLUMNS columns); the program slides down steps - IN_FLIGHT + 1 rows of it.
+    A tile is BLOCK = (channels, groups of COLUMNS columns), or so many pairs of these (see `_tile`) where no sums are
+    taken; the program slides down steps - IN_FLIGHT + 1 rows of it.
     """
     P: tl.constexpr = K // 2
     IN_FLIGHT: tl.constexpr = (K + S - 1) // S  # rows of the output that one row of the input adds to, at most
     FIRST: tl.constexpr = -P  # of the columns of the input that a group of the output needs
     LAST: tl.constexpr = S * (COLUMNS - 1) + P
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    R_DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, c, group = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    groups = tl.cdiv(out_width, COLUMNS)
+    image, row_block, c, group = _tile(row_blocks, column_blocks, groups, CHANNELS_LAST, STRIDE, BLOCK)
     place, out_shape = (image, c, group), (channels, out_height, out_width)
-    x_ptrs, x_masks, x_row = _columns(
-        x_ptr, place, (channels, height, width), COLUMNS * S, FIRST, LAST, CHANNELS_LAST, PACK_IN
+    first_out = row_block * (steps - IN_FLIGHT + 1)
+    row, out = first_out * S - P, first_out - (IN_FLIGHT - 1)
+    x_ptr, x_lanes, x_masks, x_row = _columns(
+        x_ptr, place, (channels, height, width), row, COLUMNS * S, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_IN
     )
-    y_ptrs, y_masks, y_row = _columns(y_ptr, place, out_shape, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, PACK_OUT)
+    y_ptr, y_lanes, y_masks, y_row = _columns(
+        y_ptr, place, out_shape, out, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, STRIDE, PACK_OUT
+    )
     if HAS_RESIDUAL:
-        r_ptrs, r_masks, _ = _columns(residual_ptr, place, out_shape, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, PACK_OUT)
+        residual_ptr, _, _, _ = _columns(
+            residual_ptr, place, out_shape, out, COLUMNS, 0, COLUMNS - 1, CHANNELS_LAST, STRIDE, PACK_OUT
+        )
     zeros = tl.zeros(x_masks[0].shape, tl.float32)
     scale, start = zeros + 1, zeros
     if not TRAINING:
@@ -288,25 +316,26 @@ def _forward_kernel(
         sums += fresh
     shift, s1, s2 = zeros, zeros, zeros
 
-    first_out = row_block * (steps - IN_FLIGHT + 1)
-    row = first_out * S - P
     prefetched = ()
-    for i in tl.static_range(PREFETCH):
-        prefetched += _load(x_ptrs, x_masks, (row + i) * x_row, (row + i >= 0) & (row + i < height))
-    EACH: tl.constexpr = len(x_ptrs)
-    row += PREFETCH
-    x_at = row * x_row
-    out = first_out - (IN_FLIGHT - 1)
-    y_at = out * y_row
+    for _i in tl.static_range(PREFETCH):
+        valid = _inside(row, height)
+        prefetched += _load(x_ptr, x_lanes, x_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_IN)
+        row += 1
+        x_ptr += x_row
+    EACH: tl.constexpr = len(prefetched) // PREFETCH
+    rows = tl.minimum(steps - IN_FLIGHT + 1, out_height - first_out)
     end = out + steps
     while out < end:  # not range(): under NumPy 2.4 Triton's interpreter has none of a run-time length
         for _unrolled in tl.static_range(UNROLL):  # so that sums and rows on their way change places without moves
             for phase in tl.static_range(S):
-                taps = _unpack(prefetched[:EACH], x_ptr.dtype.element_ty, FIRST, LAST, PACK_IN)
+                taps = _unpack(prefetched[:EACH], X_DTYPE, FIRST, LAST, CHANNELS_LAST, PACK_IN)
                 # before the store: loads after it would wait for it
-                prefetched = prefetched[EACH:] + _load(x_ptrs, x_masks, x_at, (row >= 0) & (row < height))
+                valid = _inside(row, height)
+                prefetched = prefetched[EACH:] + _load(
+                    x_ptr, x_lanes, x_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_IN
+                )
                 row += 1
-                x_at = row * x_row if CHANNELS_LAST else x_at + x_row
+                x_ptr += x_row
                 updated = ()
                 for i in tl.static_range(IN_FLIGHT):
                     for k in tl.static_range(COLUMNS):
@@ -319,7 +348,7 @@ def _forward_kernel(
                 if phase == 0:  # the oldest sums are complete
                     done = sums[:COLUMNS]
                     sums = sums[COLUMNS:] + fresh
-                    valid = (out >= first_out) & (out < out_height)
+                    valid = _inside(out - first_out, rows)
                     if TRAINING:  # moments of what the next kernels will read, relative to the first row
                         rounded = ()
                         for k in tl.static_range(COLUMNS):
@@ -337,17 +366,20 @@ def _forward_kernel(
                             root = tl.rsqrt(tl.exp2(v * -1.0) * 1.4426950408889634 + 1.4426950408889634)
                             rounded += (v * (root * root),)
                         if HAS_RESIDUAL:
-                            r = _load(r_ptrs, r_masks, y_at, valid)
-                            r = _unpack(r, residual_ptr.dtype.element_ty, 0, COLUMNS - 1, PACK_OUT)
+                            r = _load(
+                                residual_ptr, y_lanes, y_masks, valid, 0, COLUMNS - 1, CHANNELS_LAST, STRIDE, PACK_OUT
+                            )
+                            r = _unpack(r, R_DTYPE, 0, COLUMNS - 1, CHANNELS_LAST, PACK_OUT)
                             added = ()
                             for k in tl.static_range(COLUMNS):
                                 added += (rounded[k] + r[k],)
                             rounded = added
-                    _store(y_ptrs, y_masks, y_at, valid, rounded, DTYPE, PACK_OUT)
+                    _store(y_ptr, y_lanes, y_masks, valid, rounded, DTYPE, CHANNELS_LAST, STRIDE, PACK_OUT)
             out += 1
-            y_at = out * y_row if CHANNELS_LAST else y_at + y_row
+            y_ptr += y_row
+            if HAS_RESIDUAL:
+                residual_ptr += y_row
     if TRAINING:
-        rows = tl.minimum(steps - IN_FLIGHT + 1, out_height - first_out)
         n = zeros
         for k in tl.static_range(COLUMNS):
             n += y_masks[k // PACK_OUT].to(tl.float32)
@@ -367,7 +399,7 @@ def _backward_kernel(
     dy_ptr, z_ptr, x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, dw_ptr,
     channels, height, width, out_height, out_width, row_blocks, column_blocks, steps, eps,
     K: tl.constexpr, S: tl.constexpr, PREFETCH: tl.constexpr, STORED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, PACK_IN: tl.constexpr, PACK_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx, with the tile's share of dw [tiles, K * K, C]. STORED: `dy_ptr` holds dz, `z_ptr` is not read.
 
@@ -379,13 +411,25 @@ def _backward_kernel(
     FIRST: tl.constexpr = -(P // S)
     LAST: tl.constexpr = (P + 1) // S
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DY_DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    Z_DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
-    image, row_block, c, group = _tile(row_blocks, column_blocks, CHANNELS_LAST, BLOCK)
+    image, row_block, c, group = _tile(row_blocks, column_blocks, 0, CHANNELS_LAST, STRIDE, BLOCK)
     place, shape, z_shape = (image, c, group), (channels, height, width), (channels, out_height, out_width)
-    dy_ptrs, z_masks, z_row = _columns(dy_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
-    z_ptrs, _, _ = _columns(z_ptr, place, z_shape, STEP, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
-    x_ptrs, x_masks, x_row = _columns(x_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACK_IN)
-    dx_ptrs, dx_masks, dx_row = _columns(dx_ptr, place, shape, 2, 0, 1, CHANNELS_LAST, PACK_IN)
+    first_dx = (P // S + row_block * (steps - IN_FLIGHT + 1)) * S - P  # may be -1: its program has the other row only
+    end_dx = tl.minimum(first_dx + S * (steps - IN_FLIGHT + 1), height)
+    row = P // S + row_block * (steps - IN_FLIGHT + 1) - (IN_FLIGHT - 1)  # of dz: completes rows S row - P on of dx
+    end = row + steps
+    first_dx = tl.maximum(first_dx, 0)
+    rows = end_dx - first_dx
+    x_new = S * row - P + K - S  # the first row of x that comes with it
+    dy_ptr, z_lanes, z_masks, z_row = _columns(
+        dy_ptr, place, z_shape, row, STEP, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT
+    )
+    if not STORED:
+        z_ptr, _, _, _ = _columns(z_ptr, place, z_shape, row, STEP, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+    x_ptr, x_lanes, x_masks, x_row = _columns(x_ptr, place, shape, x_new, 2, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
+    dx_ptr, dx_lanes, dx_masks, _ = _columns(dx_ptr, place, shape, S * row - P, 2, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
     weight, bias, mean, invstd = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
     mean_du = tl.load(means_ptr + c, mask=c < channels, other=0)
     mean_du_xhat = tl.load(means_ptr + channels + c, mask=c < channels, other=0)
@@ -400,46 +444,45 @@ def _backward_kernel(
         dx += (zeros,)
         x += (zeros,)
 
-    first_dx = (P // S + row_block * (steps - IN_FLIGHT + 1)) * S - P  # may be -1: its program has the other row only
-    end_dx = tl.minimum(first_dx + S * (steps - IN_FLIGHT + 1), height)
-    row = P // S + row_block * (steps - IN_FLIGHT + 1) - (IN_FLIGHT - 1)  # of dz: completes rows S row - P on of dx
-    end = row + steps
-    first_dx = tl.maximum(first_dx, 0)
     prefetched = ()
     for i in tl.static_range(PREFETCH):
-        valid = (row + i >= 0) & (row + i < out_height)
-        prefetched += _load(dy_ptrs, z_masks, (row + i) * z_row, valid)
+        valid = _inside(row + i, out_height)
+        prefetched += _load(dy_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+        dy_ptr += z_row
         if not STORED:
-            prefetched += _load(z_ptrs, z_masks, (row + i) * z_row, valid)
-        for k in tl.static_range(S):
-            x_new = S * (row + i) - P + K - S + k
-            prefetched += _load(x_ptrs, x_masks, x_new * x_row, (x_new >= first_dx) & (x_new < end_dx))
-    z_at = (row + PREFETCH) * z_row
-    x_at = (S * (row + PREFETCH) - P + K - S) * x_row
-    dx_at = (S * row - P) * dx_row
-    Z: tl.constexpr = len(z_ptrs)
-    BOTH: tl.constexpr = Z if STORED else 2 * Z  # loads of dy and z
-    X: tl.constexpr = len(x_ptrs)
+            prefetched += _load(z_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+            z_ptr += z_row
+        for _k in tl.static_range(S):
+            valid = _inside(x_new - first_dx, rows)
+            prefetched += _load(x_ptr, x_lanes, x_masks, valid, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
+            x_new += 1
+            x_ptr += x_row
+    X: tl.constexpr = 2 if CHANNELS_LAST else 2 // PACK_IN  # loads of a row of x
+    BOTH: tl.constexpr = len(prefetched) // PREFETCH - S * X  # of dy and z
+    Z: tl.constexpr = BOTH if STORED else BOTH // 2
     while row < end:
-        dy = _unpack(prefetched[:Z], dy_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
+        dy = _unpack(prefetched[:Z], DY_DTYPE, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
         if not STORED:
-            z = _unpack(prefetched[Z:BOTH], z_ptr.dtype.element_ty, FIRST, LAST, PACK_OUT)
+            z = _unpack(prefetched[Z:BOTH], Z_DTYPE, FIRST, LAST, CHANNELS_LAST, PACK_OUT)
         for k in tl.static_range(S):
-            x += _unpack(prefetched[BOTH + k * X : BOTH + (k + 1) * X], DTYPE, 0, 1, PACK_IN)
-        ahead = row + PREFETCH
-        valid = (ahead >= 0) & (ahead < out_height)
-        prefetched = prefetched[BOTH + S * X :] + _load(dy_ptrs, z_masks, z_at, valid)
+            x += _unpack(prefetched[BOTH + k * X : BOTH + (k + 1) * X], DTYPE, 0, 1, CHANNELS_LAST, PACK_IN)
+        valid = _inside(row + PREFETCH, out_height)
+        prefetched = prefetched[BOTH + S * X :] + _load(
+            dy_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT
+        )
+        dy_ptr += z_row
         if not STORED:
-            prefetched += _load(z_ptrs, z_masks, z_at, valid)
-        z_at = (ahead + 1) * z_row if CHANNELS_LAST else z_at + z_row
-        for k in tl.static_range(S):
-            x_new = S * ahead - P + K - S + k
+            prefetched += _load(z_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+            z_ptr += z_row
+        for _k in tl.static_range(S):
             # only rows that this program stores, so that every product counts once in dw
-            prefetched += _load(x_ptrs, x_masks, x_at, (x_new >= first_dx) & (x_new < end_dx))
-            x_at = (x_new + 1) * x_row if CHANNELS_LAST else x_at + x_row
+            valid = _inside(x_new - first_dx, rows)
+            prefetched += _load(x_ptr, x_lanes, x_masks, valid, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
+            x_new += 1
+            x_ptr += x_row
             dx += (zeros, zeros)
 
-        valid = (row >= 0) & (row < out_height)
+        valid = _inside(row, out_height)
         dz = ()  # without the factor weight * invstd, which w and the sum of dw take
         if STORED:
             dz = dy  # with it, and 0 outside as it was loaded
@@ -465,9 +508,9 @@ def _backward_kernel(
         dw = updated_dw
         for k in tl.static_range(S):
             done = S * row - P + k
-            valid = (done >= first_dx) & (done < end_dx)
-            _store(dx_ptrs, dx_masks, dx_at, valid, updated[2 * k : 2 * k + 2], DTYPE, PACK_IN)
-            dx_at = (done + 1) * dx_row if CHANNELS_LAST else dx_at + dx_row
+            valid = _inside(done - first_dx, rows)
+            _store(dx_ptr, dx_lanes, dx_masks, valid, updated[2 * k : 2 * k + 2], DTYPE, CHANNELS_LAST, STRIDE, PACK_IN)
+            dx_ptr += x_row
         dx, x = updated[2 * S :], x[2 * S :]
         row += 1
     c = tl.program_id(1) * BLOCK[0] + tl.arange(0, BLOCK[0]).to(tl.int64)
@@ -478,44 +521,75 @@ def _backward_kernel(
 
 
 def _pack(tensors: Sequence[Tensor], columns: int, last: bool) -> int:
-    """Columns of a group that one load brings, at most 8 bytes: their addresses must be multiples."""
+    """Columns of a group that have one mask, as widths are multiples of them.
+
+    In contiguous format one load brings them, at most 8 bytes, whose addresses must be multiples too.
+    """
     pack = columns
-    while pack > 1:
-        if (
-            not last
-            and pack * tensors[0].element_size() <= 8
-            and all(
-                x.element_size() == tensors[0].element_size() and x.shape[3] % pack == 0 and is_aligned(x, pack)
-                for x in tensors
-            )
-        ):
-            return pack
+    while pack > 1 and not all(
+        x.shape[3] % pack == 0
+        and (
+            last
+            or (pack * x.element_size() <= 8 and x.element_size() == tensors[0].element_size() and is_aligned(x, pack))
+        )
+        for x in tensors
+    ):
         pack //= 2
     return pack
 
 
-def _tiling(
-    x: Tensor, last: bool, rows: int, in_flight: int, columns: int, block: tuple[int, int], resident: int,
-    unroll: int = 1,
-) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int]]:  # fmt: skip
-    """How an output of x's images, channels and width lies in tiles, with `rows` times a step's rows.
+def _blocks(
+    x: Tensor, last: bool, columns: int, block: tuple[int, int] | int
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """BLOCK, and how many of such blocks of columns and of channels cover a row of x.
 
-    Grid (tiles, channel blocks); row blocks, column blocks and steps of a program; BLOCK (channels, groups of columns),
-    which is `block` in channels_last.
+    `block` is channels and groups of columns, of which there are as many and in channels_last no more channels; or a
+    number: so many pairs of these as they come.
     """
-    images, channels, _, width = x.shape
-    groups = cdiv(width, columns)
-    if not last:
+    channels, groups = x.shape[1], cdiv(x.shape[3], columns)
+    if isinstance(block, int):
+        return (block,), (cdiv(channels * groups, block), 1)
+    lanes = block[0] * block[1]
+    shapes = [(lanes // n, n) for n in TUNING["groups"]]
+    if last:
+        shapes = [(block[0] // n, block[1] * n) for n in TUNING["shares"]]
+
+    def cost(shape: tuple[int, int]) -> tuple[float, int]:
         # lanes first: an idle one takes as long as another; then blocks, whose halo is loaded twice
-        lanes = min(TUNING["groups"], key=lambda block: (cdiv(groups, block) * block, -block))
-        block = TUNING["threads"] // lanes, lanes
-    column_blocks, channel_blocks = cdiv(groups, block[1]), cdiv(channels, block[0])
+        run = shape[0] if last else shape[1] * columns
+        narrow = run * x.element_size() < TUNING["sector"]
+        used = cdiv(channels, shape[0]) * cdiv(groups, shape[1])
+        return used * (TUNING["narrow"] if narrow else 1), -run
+
+    best = min(shapes, key=cost)
+    return best, (cdiv(groups, best[1]), cdiv(channels, best[0]))
+
+
+def _slides(
+    x: Tensor, rows: int, in_flight: int, blocks: int, resident: int, unroll: int = 1
+) -> tuple[int, int]:  # fmt: skip
+    """In how many blocks a program's share of `rows` (times a step's rows) lies below each other, and its steps.
+
+    `blocks`: programs beside each other for an image.
+    """
     # a program spends in_flight - 1 steps before its first row: let it slide far, once all that can run at once do
-    enough = max(1, resident * multiprocessors(x) // (images * column_blocks * channel_blocks))
+    enough = max(1, resident * multiprocessors(x) // (x.shape[0] * blocks))
     row_blocks = max(cdiv(rows, TUNING["rows"]), min(cdiv(rows, TUNING["least_rows"]), enough))
     steps = cdiv(cdiv(rows, row_blocks) + in_flight - 1, unroll) * unroll
-    row_blocks = cdiv(rows, steps - in_flight + 1)
-    return (images * row_blocks * column_blocks, channel_blocks), (row_blocks, column_blocks, steps), block
+    return cdiv(rows, steps - in_flight + 1), steps
+
+
+def _tiling(
+    x: Tensor, last: bool, rows: int, in_flight: int, columns: int, block: tuple[int, int] | int, resident: int,
+    unroll: int = 1,
+) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, ...]]:  # fmt: skip
+    """How an output of x's images, channels and width lies in tiles: see `_blocks` and `_slides`.
+
+    Grid (tiles, channel blocks); row blocks, column blocks and steps of a program; BLOCK.
+    """
+    shape, (column_blocks, channel_blocks) = _blocks(x, last, columns, block)
+    row_blocks, steps = _slides(x, rows, in_flight, column_blocks * channel_blocks, resident, unroll)
+    return (x.shape[0] * row_blocks * column_blocks, channel_blocks), (row_blocks, column_blocks, steps), shape
 
 
 def _forward(
@@ -531,13 +605,15 @@ def _forward(
     unroll = in_flight if size < 7 else 1
     # no more rows than a turn of the loop uses: the others would change registers, which waits for them
     prefetch = min(plan["prefetch"], unroll * stride)
-    tiling = last, y.shape[2], in_flight, plan["columns"], plan["block"], plan["resident"], unroll
+    block = plan["block"] if training else plan["lanes"]
+    tiling = last, y.shape[2], in_flight, plan["columns"], block, plan["resident"][size], unroll
     grid, tiles, block = _tiling(y, *tiling)
     partial = torch.empty((grid[0], 3, x.shape[1]) if training else 0, dtype=torch.float32, device=x.device)
     pointers = x, w.contiguous(), *(p.contiguous() for p in parameters), x if residual is None else residual, y, partial
     wrap_triton(_forward_kernel)[grid](
         *pointers, *x.shape[1:], *y.shape[2:], *tiles, eps, K=size, S=stride, COLUMNS=plan["columns"], UNROLL=unroll,
         PREFETCH=prefetch, TRAINING=training, HAS_RESIDUAL=residual is not None, CHANNELS_LAST=last,
+        STRIDE=x.shape[1] if last else 1,
         PACK_IN=_pack([x], plan["columns"] if stride == 1 else 2, last),
         PACK_OUT=_pack([y] if residual is None else [y, residual], plan["columns"], last), BLOCK=block,
     )  # fmt: skip
@@ -610,15 +686,15 @@ def _backward(
     plan, stored = TUNING["backward"], TUNING["store_dz"]
     if stored:
         dy = bn.input_gradient(dy, z, parameters, means, eps)
-    grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride), 2, plan["block"], plan["resident"])
+    grid, tiles, block = _tiling(x, last, rows, cdiv(size, stride), 2, plan["block"], plan["resident"][size])
     partial = torch.empty(grid[0], size * size, x.shape[1], dtype=torch.float32, device=x.device)
     pack_in = _pack([x], 2, last)
     pack_out = _pack([z, dy, x], 2, last) if stride == 1 else 1
     pointers = dy, z, x, conv_weight, *parameters, means, dx, partial
     wrap_triton(_backward_kernel)[grid](
         *pointers, *x.shape[1:], *z.shape[2:], *tiles, eps, K=size, S=stride,
-        PREFETCH=plan["prefetch"][pack_out - 1], STORED=stored, CHANNELS_LAST=last,
-        PACK_IN=pack_in, PACK_OUT=pack_out, BLOCK=block,
+        PREFETCH=plan["prefetch"], STORED=stored, CHANNELS_LAST=last,
+        STRIDE=x.shape[1] if last else 1, PACK_IN=pack_in, PACK_OUT=pack_out, BLOCK=block,
     )  # fmt: skip
     dw = partial.sum(0).t().reshape(conv_weight.shape)
     # as a parameter lies, or autograd copies it into such a tensor

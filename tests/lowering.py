@@ -37,6 +37,29 @@ class Resources:
     spills: int  # bytes of local memory per thread (gfx942: spilled vector registers)
     shared_bytes: int  # per program
     assembly: str  # PTX or amdgcn
+    cubin: bytes = b""  # of NVIDIA's
+
+    def instructions(self) -> tuple[int, list[int]]:
+        """How many NVIDIA's machine code has: in all, and in each of its loops that stand in no other.
+
+        Of a loop all count that stand in it, as if each of its branches were taken once a turn.
+        """
+        places, at, end = {}, 0, 0
+        loops: list[tuple[int, int]] = []
+        for line in _disassembled(self.cubin).splitlines():
+            if label := re.match(r"(\.L\w+):", line):
+                places[label[1]] = at
+            elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+                at += 1
+                target = re.search(r"BRA.*`\((\.L\w+)\)", instruction[1])
+                if target and target[1] in places:
+                    first = places[target[1]]
+                    if first == at - 1:  # what jumps to itself is the padding behind the last
+                        break
+                    loops = [*(loop for loop in loops if loop[0] < first), (first, at)]
+                end = at
+        outside = [loop for loop in loops if not any(a < loop[0] and loop[1] < b for a, b in loops)]
+        return end, [last - first for first, last in outside]
 
 
 def lower(
@@ -75,6 +98,7 @@ def lower(
         spills=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         assembly=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -170,11 +194,18 @@ _TYPES = {
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = _told("cuobjdump", "--dump-resource-usage", cubin)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _disassembled(cubin: bytes) -> str:
+    return _told("nvdisasm", "-c", cubin)
+
+
+def _told(tool: str, option: str, cubin: bytes) -> str:
+    """What one of the tools in Triton's package says of a kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from benches import (
     gpu,
     gpu_page,
     harness,
+    machine_code,
     models,
     run,
     sweep,
@@ -576,6 +578,36 @@ def test_constants_of_real_launches_are_seen_and_changed(monkeypatch):
         call()
     columns = [dict(launch.constexprs)["COLUMNS"] for launch in launches]
     assert columns == [read[path], 2 * read[path]]
+
+
+def test_instructions_of_the_machine_code_are_counted(monkeypatch):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    found = itertools.islice(machine_code.rows({"norm": partial(machine_code.batch_norm, 64, True)}), 1, None)
+    (_, apply, resources, total, loops, each), (_, sums, _, more, (tiles, *merging), of_tiles) = (
+        next(found),
+        next(found),
+    )
+    assert apply == "_apply_kernel" and loops == [] and each == total / 16 and resources.spills == 0
+    assert sums == "_sums_kernel" and len(merging) >= 2 and tiles + sum(merging) < more and of_tiles == tiles / 16
+
+
+def test_a_choice_between_two_ways_is_swept():
+    from rtmdet_fast.kernels.dwconv_bn_silu import TUNING
+
+    assert sweep.others(TUNING["store_dz"]) == [not TUNING["store_dz"]] and sweep.others((2, 1)) != []
+
+
+def test_other_sizes_from_which_kernels_train_take_a_swept_case_the_other_way():
+    from benches import bench_bn_silu
+    from rtmdet_fast.kernels.batch_norm import TUNING
+
+    swept = sweep.swept(bench_bn_silu.cases(torch.device("cuda")))
+    sizes = [math.prod(case.shapes["x"]) for case in swept if case.name.startswith("training")]
+    now = TUNING["least_training"]
+    for other in sweep.others(now):
+        assert any((size < now) != (size < other) for size in sizes), other
 
 
 def test_models_that_take_minutes_to_compile_come_last(tmp_path: Path, monkeypatch, one_process):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -405,6 +406,27 @@ def test_lowering(case, dtype, target, monkeypatch):
         resources = launch.lower(target)
         assert resources.spills == 0, launch
         assert resources.registers <= 128, launch
+
+
+@needs_lowering
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 24, 16, 16), "channels_last"),  # eight pixels are one
+        pytest.param((2, 12, 16, 16), "channels_last", marks=pytest.mark.slow),
+        pytest.param((2, 64, 15, 15), "channels_last", marks=pytest.mark.slow),
+        pytest.param((2, 3, 12, 14), "contiguous", marks=pytest.mark.slow),  # 8 divides the pixels, 16 does not
+    ],
+    ids=str,
+)
+def test_loads_are_16_bytes_wide(shape, layout, monkeypatch):
+    x = torch.empty(shape).half().contiguous(memory_format=LAYOUTS[layout])
+    parameters = {n: torch.empty(shape[1]) for n in ("weight", "bias", "running_mean", "running_var")}
+    launches = record(monkeypatch, m.bn_silu, {"x": x, **parameters}, m, batch_norm)
+    found = {launch.kernel: launch for launch in launches}
+    assert len(found) == 4
+    for launch in found.values():
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", launch.lower("sm_90").assembly), launch
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -98,6 +99,10 @@ CASES = [
     ((1, 2, 5, 5), 7, 1, torch.float32, "channels_last", False),
     ((1, 2, 9, 12), 7, 2, torch.float32, "contiguous", False),
     ((1, 2, 8, 7), 7, 2, torch.bfloat16, "contiguous", False),
+    # channels and columns that no block of lanes ends with
+    ((1, 33, 5, 20), 5, 1, torch.float16, "contiguous", True),
+    ((2, 24, 4, 10), 5, 1, torch.bfloat16, "channels_last", True),
+    ((1, 40, 4, 12), 5, 1, torch.float16, "channels_last", False),
 ]
 
 
@@ -115,7 +120,9 @@ def test_parity_where_dz_is_stored(shape, size, stride, dtype, layout, residual,
 
 
 @needs_triton
-@pytest.mark.parametrize(("shape", "size", "stride", "dtype", "layout", "residual"), CASES[:6] + CASES[12:18:2])
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "dtype", "layout", "residual"), CASES[:6] + CASES[12:18:2] + CASES[-3:]
+)
 def test_parity_in_inference(shape, size, stride, dtype, layout, residual):
     check(m.dwconv_bn_silu, inputs(shape, size, stride, dtype, layout, residual), stride, training=False)
 
@@ -308,10 +315,40 @@ def test_synchronised_statistics_equal_those_of_one_process(tmp_path):
         assert_close(actual, expected, TOLERANCE[torch.float32])
 
 
+# ---- how outputs lie in blocks of lanes
+
+
+@pytest.mark.parametrize("mode", ["inference", "training", "backward"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_few_lanes_idle(mode, layout, dtype):
+    """At least four fifths of them have a group of columns, in feature maps of 640 px. An idle one takes as long."""
+    last, shares = layout == "channels_last", {}
+    for channels, width in ((32, 160), (64, 80), (128, 40), (256, 20), (24, 160), (48, 80), (96, 40), (192, 20)):
+        x = torch.empty(1, channels, width, width, dtype=dtype, device="meta").to(memory_format=LAYOUTS[layout])
+        plan = (
+            m._plan(x, 5, 1, last, mode != "inference")
+            if mode != "backward"
+            else {**m.TUNING["backward"], "columns": 2}
+        )
+        block = plan["lanes" if mode == "inference" else "block"]
+        shape, blocks = m._blocks(x, last, plan["columns"], block)
+        shares[channels, width] = channels * width / plan["columns"] / (prod(shape) * prod(blocks))
+    assert min(shares.values()) >= 0.8, shares
+
+
+def test_rows_are_loaded_in_whole_sectors_where_lanes_allow():
+    """A narrower block idles fewer lanes and brings half of what L2 gives: it has to spare a fifth of them."""
+    for width, groups in ((160, 16), (80, 8), (40, 8), (20, 4)):
+        x = torch.empty(1, 64, width, width, dtype=torch.float16, device="meta")
+        assert m._blocks(x, False, 2, (32, 4))[0] == (128 // groups, groups), width
+
+
 # ---- what every configuration of the launchers compiles to
 
 LOWERED = {
     "pairs": ((4, 64, 80, 160), "contiguous"),
+    "few pairs": ((4, 64, 20, 20), "contiguous"),
     "odd": ((2, 30, 13, 21), "contiguous"),
     "last": ((4, 96, 80, 80), "channels_last"),
     "narrow last": ((2, 24, 13, 63), "channels_last"),
@@ -326,6 +363,8 @@ FAST = {
     ("odd", 5, 2, torch.float32, "sm_90"),
     ("narrow last", 3, 2, torch.float16, "sm_90"),
     ("pairs", 7, 2, torch.float16, "sm_80"),
+    ("few pairs", 5, 1, torch.float16, "sm_90"),
+    ("last", 5, 1, torch.float16, "sm_90"),
 }
 ALL = list(product(LOWERED, (3, 5, 7), (1, 2), TOLERANCE, TARGETS))
 
@@ -348,6 +387,12 @@ def test_lowering(case, size, stride, dtype, target, monkeypatch):
         assert resources.spills == 0, launch
         # of 255 on NVIDIA's, and 512 (vector and accumulation) on AMD's; K = 7 has 49 weights and 49 sums of dw
         assert resources.registers <= (192 if size < 7 else 320 if target == "gfx942" else 255), launch
+        if target == "sm_90":  # the programs that are counted with fit its registers, which it gives out by eights
+            plan = m.TUNING["backward"]
+            if launch.kernel is m._forward_kernel:
+                plan = m._plan(x, size, stride, layout != "contiguous", dict(launch.constexprs)["TRAINING"])
+            each = 128 * -(-resources.registers // 8) * 8
+            assert plan["resident"][size] * each <= 65536, (launch, resources.registers)
 
 
 @pytest.mark.gpu

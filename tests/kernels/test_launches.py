@@ -33,13 +33,20 @@ def launches(monkeypatch):
     return record_launches(monkeypatch, *modules)
 
 
-def layers(images, height, width):
-    x = torch.randn(images, 32, height, width).to(memory_format=torch.channels_last).half().requires_grad_()
+def layers(images, height, width, layout=torch.channels_last):
+    x = torch.randn(images, 32, height, width).to(memory_format=layout).half().requires_grad_()
     statistics = [torch.ones(32) for _ in range(4)]
     kernel = torch.randn(32, 1, 5, 5).half()
     for training in (False, True):
         y = bn_silu.bn_silu(x, *statistics, training=training)
         y = y + dwconv_bn_silu.dwconv_bn_silu(x, kernel, *statistics, training=training)
+        y.backward(torch.empty_like(y))
+
+
+def norms(images, height, width):
+    x = torch.randn(images, 64, height, width).to(memory_format=torch.channels_last).half().requires_grad_()
+    for training in (False, True):
+        y = bn_silu.bn_silu(x, *(torch.ones(64) for _ in range(4)), training=training)
         y.backward(torch.empty_like(y))
 
 
@@ -75,6 +82,9 @@ def loss(images, priors):
     ("run", "sizes"),
     [
         (layers, [(1, 16, 32), (3, 48, 80), (2, 24, 40)]),
+        (layers, [(1, 37, 31), (3, 47, 51), (5, 45, 37)]),  # odd sizes are another kernel, and one for all
+        (norms, [(1, 20, 20), (2, 12, 18), (8, 7, 5)]),  # multiples of eight pixels
+        (norms, [(1, 19, 19), (3, 7, 5), (2, 9, 3)]),
         (assignment, [(1, 64, 16), (2, 525, 7), (3, 33, 1)]),
         (loss, [(1, 64), (2, 525), (3, 1)]),
         (suppression, [(1, 64), (2, 300), (3, 1025)]),
@@ -89,6 +99,18 @@ def test_another_size_compiles_nothing(launches, run, sizes):
         run(*size)
         compiled.append(set(launches))
     assert compiled[0] and compiled[1] == compiled[0] and compiled[2] == compiled[0]
+
+
+@pytest.mark.parametrize(("layout", "most"), [(torch.channels_last, 6), (torch.contiguous_format, 8)], ids=str)
+def test_sizes_of_all_kinds_take_few_kernels(launches, layout, most):
+    """Widths that 4, 2 or nothing divides; in contiguous format also blocks of four widths, that few lanes idle."""
+    for size in (9, 10, 13, 16, 18, 19, 20, 21, 22, 31, 38, 40, 76):
+        layers(1, size, size, layout)
+    kinds = {}
+    for launch in set(launches):
+        kind = launch.kernel.__name__, dict(launch.constexprs).get("TRAINING")
+        kinds[kind] = kinds.get(kind, 0) + 1
+    assert len(kinds) == 8 and max(kinds.values()) <= most, kinds
 
 
 def test_what_other_threads_stored_is_waited_for_on_amd(launches, monkeypatch):
