@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benches import openmmlab_table
+from benches import openmmlab_table, timm_models
 from rtmdet_fast import cli
 from rtmdet_fast.cli.output import Outcome
 from rtmdet_fast.models.checkpoint import PRETRAINED
@@ -201,3 +201,8 @@ def test_the_tables_of_openmmlabs_tests_are_those_of_the_results():
     page = openmmlab_table.PAGE.read_text(encoding="utf-8")
     assert page == openmmlab_table.page(page, results)
     assert [op for op in openmmlab_table.OPS if f"\n| `{op}` |" not in page] == []
+
+
+def test_the_page_of_timms_models_is_that_of_the_results():
+    results = json.loads(timm_models.RESULTS.read_text(encoding="utf-8"))
+    assert timm_models.PAGE.read_text(encoding="utf-8") == timm_models.page(results)

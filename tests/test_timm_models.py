@@ -1,6 +1,4 @@
-"""The page of timm's models is what was measured, and the comparison sees what changes."""
-
-import json
+"""The comparison of timm's models sees what changes."""
 
 import pytest
 import torch
@@ -8,11 +6,6 @@ from torch import nn
 
 from benches import timm_models
 from rtmdet_fast import accelerate
-
-
-def test_the_page_is_that_of_the_results():
-    results = json.loads(timm_models.RESULTS.read_text())
-    assert timm_models.PAGE.read_text(encoding="utf-8") == timm_models.page(results)
 
 
 def small(name: str, device: str) -> nn.Module:
