@@ -319,7 +319,8 @@ def write_scenes(folder: Path, task: str) -> TrainConfig:
         stage2_epochs=1,
         batch_size=4,
         image_size=SIDE,
-        ema_momentum=2e-4,  # that of no given momentum hangs on the length of the run
+        lr=None if task == "rotated" else 5e-4,  # that of none given hangs on the length of the run, as does
+        ema_momentum=2e-4,
         num_workers=0,
         device="cpu",
         progress=False,
