@@ -63,17 +63,17 @@ TUNING: dict[str, Any] = {
     # columns of a group; rows on their way while one is used; by K, programs a multiprocessor has registers for,
     # whatever dtype and width (test_lowering); lanes of a block, or its channels (in channels_last at most) and groups
     "inference": {
-        "contiguous": dict(columns=4, prefetch=4, resident={3: 6, 5: 4}, lanes=128),
+        "contiguous": dict(columns=4, prefetch=4, resident={3: 5, 5: 4}, lanes=128),
         "narrow": dict(columns=4, prefetch=4, resident={3: 5, 5: 3}, lanes=128),
         "wide": dict(columns=4, prefetch=4, resident={3: 4, 5: 3}, lanes=256),
     },
     "training": {
-        "contiguous": dict(columns=2, prefetch=4, resident={3: 7, 5: 5}, block=(32, 4)),
+        "contiguous": dict(columns=2, prefetch=4, resident={3: 7, 5: 4}, block=(32, 4)),
         "narrow": dict(columns=2, prefetch=4, resident={3: 7, 5: 4}, block=(32, 4)),
         "wide": dict(columns=2, prefetch=4, resident={3: 5, 5: 3}, block=(64, 4)),
     },
     # stride 2, K = 7: more columns and weights
-    "few": dict(columns=2, prefetch=4, resident={3: 6, 5: 3, 7: 3}, block=(32, 4), lanes=128),
+    "few": dict(columns=2, prefetch={3: 3, 5: 4, 7: 4}, resident={3: 6, 5: 3, 7: 3}, block=(32, 4), lanes=128),
     # dz in a pass of its own, two passes more: the thread that needs it then does not compute it, see above
     "store_dz": False,
     # of dy, z and x together one row on its way: a second would change registers, which waits for it
@@ -623,7 +623,8 @@ def _forward(
 def _plan(x: Tensor, size: int, stride: int, last: bool, training: bool) -> dict[str, Any]:
     """The entries of TUNING for a forward pass."""
     if stride == 2 or size == 7:
-        return TUNING["few"]
+        few = TUNING["few"]
+        return {**few, "prefetch": few["prefetch"][size]}
     wide = x.element_size() == 2 and x.shape[1] > 32
     return TUNING["training" if training else "inference"][("wide" if wide else "narrow") if last else "contiguous"]
 
