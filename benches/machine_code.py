@@ -1,7 +1,7 @@
 """What the hot kernels compile to for a GPU that need not be there: registers, spills, instructions.
 
     python -m benches.machine_code                the kernels of this checkout, as a table
-    python -m benches.machine_code /tmp/before    those of another, made by git worktree add /tmp/before COMMIT
+    python -m benches.machine_code ../before      those of another, made by git worktree add ../before COMMIT
 
 NVIDIA's machine code for sm_90 is what Triton's own tools make and show. "loops" counts those that stand in no other,
 as if every branch in them were taken. "an element" is the first of them (of a kernel without one all instructions) by
