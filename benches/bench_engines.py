@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benches.harness import Absent, Case, Contender, relative_error
 from benches.models import mmdet_model, ours
 from rtmdet_fast.errors import UserError
+from rtmdet_fast.export.agreement import Run
 from rtmdet_fast.export.engine import Dtype, open_file
 from rtmdet_fast.export.graph import WithoutNMS
 from rtmdet_fast.export.int8 import quantize
@@ -50,13 +51,7 @@ def _case(size: str) -> Case:
         return inference(model.eval(), model._forward)  # type: ignore[operator]
 
     def engine(suffix: str, dtype: Dtype = "fp32", int8: bool = False) -> Callable[..., Any]:
-        if dtype == "bf16" and "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise Absent("this processor does not compute in bfloat16")
-        try:
-            path = _exported(size, suffix, int8)
-            _, run = open_file(path, torch.get_num_threads(), dtype)
-        except UserError as error:
-            raise Absent(str(error)) from error
+        run = opened(lambda: _exported(size, suffix, int8), dtype)
 
         def call(images: Tensor) -> list[np.ndarray]:
             found = run(images.numpy())
@@ -89,6 +84,16 @@ def _case(size: str) -> Case:
             Contender(name="mmdet", build=mmdet, result=decoded),
         ],
     )
+
+
+def opened(exported: Callable[[], Path], dtype: Dtype) -> Run:
+    """What runs an exported file. Absent where its runtime is, or the processor does not compute in the dtype."""
+    try:
+        if dtype == "bf16" and "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise Absent("this processor does not compute in bfloat16")
+        return open_file(exported(), torch.get_num_threads(), dtype)[1]
+    except UserError as error:
+        raise Absent(str(error)) from error
 
 
 def inference(model: nn.Module, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:

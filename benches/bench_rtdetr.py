@@ -21,14 +21,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benches.bench_engines import opened
 from benches.harness import Absent, Case, Contender, relative_error
 from benches.models import plain
 from rtmdet_fast import RTDETR
-from rtmdet_fast.errors import UserError
-from rtmdet_fast.export.engine import Dtype, open_file
+from rtmdet_fast.export.engine import Dtype
 from rtmdet_fast.export.graph import Graph
 from rtmdet_fast.export.onnx import export_onnx
-from rtmdet_fast.export.openvino import convert_to_openvino, import_openvino
+from rtmdet_fast.export.openvino import convert_to_openvino
 from rtmdet_fast.kernels import _dispatch
 
 SIDE, LAYERS = 640, 3
@@ -185,13 +185,7 @@ def _case(device: torch.device, batch: int, dtype: torch.dtype, size: str = "r18
         return run
 
     def openvino(precision: Dtype) -> Callable[..., Any]:
-        try:
-            capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            if precision == "bf16" and "BF16" not in capabilities:
-                raise Absent("this processor does not compute in bfloat16")
-            _, run = open_file(_openvino_file()[1], torch.get_num_threads(), precision)
-        except UserError as error:
-            raise Absent(str(error)) from error
+        run = opened(lambda: _openvino_file()[1], precision)
 
         def call(images: Tensor) -> list[Tensor]:
             found = run(images.contiguous().numpy())

@@ -195,6 +195,13 @@ class Settings(TrainConfig):
             match_by_position=True,
         )
 
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes."""
+        from rtmdet_fast.distributed import process_count
+
+        return self.batch_size * self.accumulate * process_count()
+
     def open_training_data(self) -> CocoDataset:
         """The training images with their annotations."""
         from rtmdet_fast.tasks import TASKS

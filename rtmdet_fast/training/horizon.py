@@ -51,6 +51,7 @@ class Horizon:
             if begun:
                 stage2 = max(epochs - self.stage2_begin, 0)
             else:
+                # as many as the run would have that is asked for so many epochs
                 share = round(epochs * settings.stage2_epochs / settings.epochs)
                 stage2 = min(max(share, min(settings.stage2_epochs, max(epochs // 2, 1))), epochs - epoch)
             reason = self.reason if epochs == self.epochs else "time" if epochs < settings.epochs else None

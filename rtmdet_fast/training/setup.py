@@ -69,7 +69,7 @@ def image_cache(amount: str, dataset: CocoDataset, *, told: bool) -> ImageCache 
 
 def tell_settings(config: TrainConfig, settings: Settings, sampler: PlanSampler) -> None:
     """Says what was worked out for the run and decides much."""
-    recipe, images = settings.recipe, settings.batch_size * settings.accumulate * process_count()
+    recipe, images = settings.recipe, settings.images_per_step
     if config.lr is None:
         rate = f"learning rate {settings.lr:.3g}: {recipe.lr:g} at {recipe.lr_batch} images a step, here {images}"
         if (more := settings.lr / recipe.lr_of(images)) > 1.005:

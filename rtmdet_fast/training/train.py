@@ -196,8 +196,7 @@ class Run:
         )
         self.steps_per_epoch = math.ceil(len(self.sampler) / settings.accumulate)
         if config.lr is None:
-            images = settings.batch_size * settings.accumulate * self.world_size
-            lr = recipe.lr_of(images, settings.epochs * self.steps_per_epoch)
+            lr = recipe.lr_of(settings.images_per_step, settings.epochs * self.steps_per_epoch)
             self.settings = settings = replace(settings, lr=lr)
         self.horizon = Horizon(settings.epochs, settings.stage2_epochs)
 
