@@ -394,6 +394,28 @@ def _forward_kernel(
         tl.store(at + 2 * channels, n, mask=c < channels)
 
 
+@triton.jit
+def _load_backward(
+    pointers, steps, lanes, masks, valid, x_at, x_rows, S: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    STORED: tl.constexpr, CHANNELS_LAST: tl.constexpr, STRIDE: tl.constexpr, PACK_IN: tl.constexpr,
+    PACK_OUT: tl.constexpr,
+):  # fmt: skip
+    """A row of dy (and of z, if it is read) and the S rows of x that come with it, and the pointers behind them.
+
+    Of x only rows that the program stores, `x_at` of `x_rows` on, so that every product counts once in dw.
+    """
+    dy_ptr, z_ptr, x_ptr = pointers
+    loaded = _load(dy_ptr, lanes[0], masks[0], valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+    if not STORED:
+        loaded += _load(z_ptr, lanes[0], masks[0], valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
+        z_ptr += steps[0]
+    for k in tl.static_range(S):
+        x_valid = _inside(x_at + k, x_rows)
+        loaded += _load(x_ptr, lanes[1], masks[1], x_valid, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
+        x_ptr += steps[1]
+    return loaded, dy_ptr + steps[0], z_ptr, x_ptr
+
+
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "row_blocks", "column_blocks", "steps"])
 def _backward_kernel(
     dy_ptr, z_ptr, x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, dw_ptr,
@@ -447,16 +469,12 @@ def _backward_kernel(
     prefetched = ()
     for i in tl.static_range(PREFETCH):
         valid = _inside(row + i, out_height)
-        prefetched += _load(dy_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
-        dy_ptr += z_row
-        if not STORED:
-            prefetched += _load(z_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
-            z_ptr += z_row
-        for _k in tl.static_range(S):
-            valid = _inside(x_new - first_dx, rows)
-            prefetched += _load(x_ptr, x_lanes, x_masks, valid, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
-            x_new += 1
-            x_ptr += x_row
+        loaded, dy_ptr, z_ptr, x_ptr = _load_backward(
+            (dy_ptr, z_ptr, x_ptr), (z_row, x_row), (z_lanes, x_lanes), (z_masks, x_masks), valid, x_new - first_dx,
+            rows, S, FIRST, LAST, STORED, CHANNELS_LAST, STRIDE, PACK_IN, PACK_OUT,
+        )  # fmt: skip
+        prefetched += loaded
+        x_new += S
     X: tl.constexpr = 2 if CHANNELS_LAST else 2 // PACK_IN  # loads of a row of x
     BOTH: tl.constexpr = len(prefetched) // PREFETCH - S * X  # of dy and z
     Z: tl.constexpr = BOTH if STORED else BOTH // 2
@@ -467,19 +485,13 @@ def _backward_kernel(
         for k in tl.static_range(S):
             x += _unpack(prefetched[BOTH + k * X : BOTH + (k + 1) * X], DTYPE, 0, 1, CHANNELS_LAST, PACK_IN)
         valid = _inside(row + PREFETCH, out_height)
-        prefetched = prefetched[BOTH + S * X :] + _load(
-            dy_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT
-        )
-        dy_ptr += z_row
-        if not STORED:
-            prefetched += _load(z_ptr, z_lanes, z_masks, valid, FIRST, LAST, CHANNELS_LAST, STRIDE, PACK_OUT)
-            z_ptr += z_row
+        loaded, dy_ptr, z_ptr, x_ptr = _load_backward(
+            (dy_ptr, z_ptr, x_ptr), (z_row, x_row), (z_lanes, x_lanes), (z_masks, x_masks), valid, x_new - first_dx,
+            rows, S, FIRST, LAST, STORED, CHANNELS_LAST, STRIDE, PACK_IN, PACK_OUT,
+        )  # fmt: skip
+        prefetched = prefetched[BOTH + S * X :] + loaded
+        x_new += S
         for _k in tl.static_range(S):
-            # only rows that this program stores, so that every product counts once in dw
-            valid = _inside(x_new - first_dx, rows)
-            prefetched += _load(x_ptr, x_lanes, x_masks, valid, 0, 1, CHANNELS_LAST, STRIDE, PACK_IN)
-            x_new += 1
-            x_ptr += x_row
             dx += (zeros, zeros)
 
         valid = _inside(row, out_height)
