@@ -107,7 +107,7 @@ define environment
 endef
 IN_ENVIRONMENT := OMP_NUM_THREADS=1 venv/bin/python -m pytest -n auto --dist loadfile
 # Benches and pages are no part of it.
-ALL_TESTS := tests --ignore tests/benches --ignore tests/test_docs.py
+ALL_TESTS := tests --ignore tests/benches --ignore-glob '*/test_docs*' --ignore tests/test_notebook.py
 PACKAGE_TESTS := tests/test_packaging.py tests/test_imports.py
 
 # The sdist follows the wheel in an environment that has what the wheel asked for; they hold the same code, and that of

@@ -344,6 +344,7 @@ def test_opcheck(method):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of opcheck in torch 2.14
 @not_interpreted
 @pytest.mark.parametrize("method", ["bilinear", "discrete"])
 def test_opcheck_of_the_reference(method):
