@@ -148,7 +148,6 @@ def score(arguments: argparse.Namespace, name: str, paths: dict[str, Path], epoc
                 lr=choice.lr * rate,
                 warmup_iterations=None if choice.warmup is None else round(choice.warmup * steps),
                 ema_momentum=momentum,
-                empty_images=False,  # as published
                 val_interval=max(epochs // 10, 1),
                 seed=seed,
                 device=arguments.device,

@@ -102,8 +102,9 @@ class TrainConfig:
     repeat_threshold: float | None = None
     """Show images of rare classes more often: for a class in a share f of the images, t being this threshold,
     sqrt(t / f) times an epoch (LVIS has 0.001). Each is shown once where not given."""
-    empty_images: bool = True
-    """Train on images without objects too, against false detections in such. The published rtmdet leaves them out."""
+    empty_images: bool = False
+    """Train on images without objects too, against false detections in such. rtdetr always does; rtmdet, as published,
+    leaves them out."""
     cache: str | None = None
     """Keep decoded images in memory, for all loader processes together: ram, which takes up to half of what is free,
     or an amount such as 8GB. The first epoch fills it."""
@@ -209,7 +210,7 @@ class Settings(TrainConfig):
             self.train_sources,
             skip_bad=self.skip_bad,
             training=True,
-            keep_empty=self.empty_images,
+            keep_empty=self.recipe.empty_images or self.empty_images,
         )
 
     def as_json(self) -> dict[str, Any]:

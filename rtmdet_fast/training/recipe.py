@@ -69,6 +69,8 @@ class Recipe:
     """Image size → sides in pixels, to one of which each batch is resized at random under strong augmentation."""
     caches: AugmentRecipe | None = None
     """Which says what the caches of plans hold; None where there are none."""
+    empty_images: bool = False
+    """Whether images without objects are trained on."""
     augment: Callable[[CocoDataset, int], Dataset]
     """Data set, image size in pixels → training samples by their plans."""
 
@@ -203,6 +205,7 @@ def rtdetr_recipe(
         clip_norm=0.1,
         ema_share=_rtdetr_share,
         batch_sides=multi_scale_sizes if published.multi_scale else _one_side,
+        empty_images=True,
         augment=_augment_detr,
     )
 
