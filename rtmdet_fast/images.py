@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +76,9 @@ def decode_image(
     data = np.frombuffer(content, np.uint8)
     # From memory OpenCV refuses truncated data; its imread would fill the missing part with grey.
     image = _decode(data, cv2.IMREAD_COLOR)
+    if image is None and header and _opencv_lacks(header.format):
+        with suppress(Exception):  # a damaged file raises anything
+            image = _from_pil(header)
     if image is None:
         raise UserError(f"{name}: cannot decode this image: it is truncated, damaged or not an image")
     if image.shape[:2] == expected_size:  # height and width exchanged
@@ -266,6 +270,14 @@ def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
         return cv2.imdecode(data, flags)
     except cv2.error:  # for instance more pixels than OpenCV is willing to hold
         return None
+
+
+@cache
+def _opencv_lacks(form: str) -> bool:
+    """Whether OpenCV was built without a format, as its wheels before 4.12 were without GIF and AVIF."""
+    import cv2
+
+    return re.search(rf"^ *{form}: +NO$", cv2.getBuildInformation(), re.MULTILINE) is not None
 
 
 def _from_pil(image: Any) -> np.ndarray:

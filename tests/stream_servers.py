@@ -99,6 +99,8 @@ def rtsp_server(connections, user=None):
                     sdp = "v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=camera\r\nt=0 0\r\nm=video 0 RTP/AVP 26\r\n"
                     sdp += "a=framerate:25\r\na=control:track\r\n"
                     self.answer(headers, "200 OK", "Content-Type: application/sdp", body=sdp)
+                elif method == "SETUP" and "TCP" not in headers["Transport"]:
+                    self.answer(headers, "461 Unsupported Transport")
                 elif method == "SETUP":
                     self.answer(
                         headers, "200 OK", "Session: 7", "Transport: RTP/AVP/TCP;unicast;interleaved=0-1;ssrc=1"

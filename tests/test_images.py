@@ -287,6 +287,21 @@ def test_of_several_pictures_the_first_is_used_and_that_is_told(tmp_path, pixels
     assert check_image(path) == ()
 
 
+def test_a_gif_is_decoded_by_pillow_where_opencv_cannot(tmp_path, pixels, monkeypatch):
+    path = tmp_path / "a.gif"
+    Image.fromarray(pixels[:, :, ::-1].copy()).save(path)
+    by_opencv = read_image(path)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "\n    PNG:     png.so\n    GIF:      NO\n")
+    monkeypatch.setattr(images, "_opencv_lacks", images._opencv_lacks.__wrapped__)
+    assert np.array_equal(read_image(path), by_opencv)
+    path.write_bytes(path.read_bytes()[:-200])
+    write(tmp_path / "a.png", pixels)
+    for damaged in (path, tmp_path / "a.png"):
+        with pytest.raises(UserError, match="cannot decode this image: it is truncated"):
+            read_image(damaged)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".tiff"])
 def test_cmyk(tmp_path, pixels, suffix):
     cmyk = Image.fromarray(pixels[:, :, ::-1]).convert("CMYK")

@@ -175,7 +175,8 @@ def resize_into(part: np.ndarray, corner: tuple[int, int], canvas: tuple[int, in
     """[size, size, 3]: a black canvas (width, height) with `part` [h, w, 3] at `corner` (x, y), resized by Pillow.
 
     Of the canvas no more is made than what `part` and the pixels beside it take. Where nothing shrinks or is black,
-    OpenCV computes the same to a grey level.
+    OpenCV computes the same to a grey level; where a part is resized, Pillow's rounding of `box` to float32 may move
+    both its passes by a level, the second one in some millionth of the values.
     """
     h, w = part.shape[:2]
     if (w, h) == canvas:

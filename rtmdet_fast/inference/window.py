@@ -51,7 +51,10 @@ class Window:
         return key & 0xFF not in CLOSING_KEYS and not self._is_closed(cv2)
 
     def _is_closed(self, cv2: Any) -> bool:
-        return cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) < 1
+        try:
+            return cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) < 1
+        except cv2.error:  # OpenCV 4.11, of a window that is gone and was the only one
+            return True
 
     def __enter__(self) -> Window:
         return self

@@ -217,8 +217,8 @@ def test_boxes_of_less_than_a_pixel_are_dropped_before_and_after_the_resize():
 
 def test_one_resize_of_the_part_is_the_resize_of_the_whole_canvas():
     rng = np.random.default_rng(0)
-    placed = set()
-    for _ in range(150):
+    placed, values, by_two = set(), 0, 0
+    for _ in range(600):
         h, w = rng.integers(1, 90, 2).tolist()
         image = noise(h, w, int(rng.integers(1000)))
         ratio, size = rng.uniform(1, 4), int(rng.integers(4, 100))
@@ -234,9 +234,10 @@ def test_one_resize_of_the_part_is_the_resize_of_the_whole_canvas():
         if u0 >= u1 or v0 >= v1:
             continue
         found = resize_into(canvas[v0:v1, u0:u1], (u0 - x0, v0 - y0), (x1 - x0, y1 - y0), size)
-        assert levels(found, expected) <= 1
+        assert levels(found, expected) <= 2
+        values, by_two = values + found.size, by_two + int((np.abs(found.astype(int) - expected) == 2).sum())
         placed.add((x1 - x0 > size, (u0, v0, u1, v1) == (x0, y0, x1, y1), u0 > x0, u1 < x1))
-    assert len(placed) > 8
+    assert len(placed) > 8 and by_two < 1e-5 * values
 
 
 def test_a_whole_sample_is_the_published_pipeline_of_its_draws():
