@@ -21,6 +21,8 @@ def cases(device: torch.device) -> list[Case]:
         return [
             _case(device, 1, "s", 64, 160, "inference", torch.float32),
             _case(device, 4, "s", 128, 80, "training", torch.float32),
+            # of few channels, as those of the first layers: `narrow_batch_norm`
+            *(_case(device, 8, "tiny", *shape, "training", torch.float32, True) for shape in ((12, 128), (24, 64))),
         ]
     # the last are tiny's and m's, which no power of two divides
     shapes = [("s", 64, 160), ("l", 128, 160), ("s", 128, 80), ("l", 256, 40), ("s", 256, 20)]

@@ -224,9 +224,13 @@ def unwatched(x: torch.Tensor) -> bool:
     `op.undispatched` then does what `op` does, without PyTorch's dispatcher of Python ops, which takes as long as the
     launch of a kernel (10 us): in a small batch the host is what one waits for.
     """
+    return not torch.is_grad_enabled() and plain(x)
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether an op on `x` gives its result and maybe a gradient: no trace, transform or subclass of Tensor."""
     return (
         type(x) is torch.Tensor
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0

@@ -38,6 +38,7 @@ from rtmdet_fast.kernels.batch_norm import (
     store_statistics,
     tile_offsets,
 )
+from rtmdet_fast.kernels.narrow_batch_norm import is_narrow, narrow_batch_norm
 
 
 def bn_silu(
@@ -75,6 +76,8 @@ def bn_silu_reference(
     """`bn_silu` in PyTorch."""
     if training and process_group is not None:
         y = sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bn.group_name(process_group))
+    elif training and is_narrow(x, weight):
+        y = narrow_batch_norm(x, running_mean, running_var, weight, bias, momentum, eps)
     else:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return silu_add(y, residual)
