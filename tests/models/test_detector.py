@@ -145,3 +145,19 @@ def test_predict_sees_every_write_to_the_weights(model, image):
             assert seen[-1].shape != seen[-2].shape or not torch.allclose(seen[-1], seen[-2])
     finally:
         weight.data.copy_(before)
+
+
+def test_on_a_cpu_the_network_runs_in_channels_last(model, image):
+    """Whatever layout its weights have."""
+    layouts = []
+    handles = [
+        module.register_forward_hook(
+            lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
+        for module in model.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    model.predict(image)
+    for handle in handles:
+        handle.remove()
+    assert len(layouts) > 30 and all(layouts)
