@@ -81,6 +81,17 @@ def test_gradients_of_what_needs_one(differentiable):
     assert_close(outputs(m.narrow_batch_norm, tensors, dy, differentiable), exact, 1e-5)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["", "no_grad"])
+def test_nothing_needs_a_gradient(grad_mode):
+    """SiLU then overwrites what batch norm returned."""
+    x, *parameters = inputs((2, 12, 8, 8))
+    running = parameters[2].double(), parameters[3].double()
+    expected = F.silu(by_pytorch(x.double(), *running, *(p.double() for p in parameters[:2]), 0.1, EPS))
+    with torch.set_grad_enabled(grad_mode):
+        y = bn_silu(x, *parameters, training=True, eps=EPS)
+    assert not y.requires_grad and (y - expected).abs().max() < 1e-5 and x.equal(inputs(x.shape)[0])
+
+
 def test_a_gradient_has_a_gradient_itself():
     tensors = [t.requires_grad_() for t in inputs((2, 12, 4, 4))[:3]]
     running = torch.zeros(12), torch.ones(12)
