@@ -22,7 +22,10 @@ def cases(device: torch.device) -> list[Case]:
             _case(device, 1, "s", 64, 160, "inference", torch.float32),
             _case(device, 4, "s", 128, 80, "training", torch.float32),
             # of few channels, as those of the first layers: `narrow_batch_norm`
-            *(_case(device, 8, "tiny", *shape, "training", torch.float32, True) for shape in ((12, 128), (24, 64))),
+            *(
+                _case(device, 8, "tiny", *shape, "training", torch.float32, True, 5e-5)
+                for shape in ((12, 128), (24, 64))
+            ),
         ]
     # the last are tiny's and m's, which no power of two divides
     shapes = [("s", 64, 160), ("l", 128, 160), ("s", 128, 80), ("l", 256, 40), ("s", 256, 20)]
@@ -50,7 +53,9 @@ def _case(
     mode: str,
     dtype: torch.dtype,
     channels_last: bool = False,
+    tolerance: float | None = None,
 ) -> Case:
+    """`tolerance`: where PyTorch's own loses more digits than elsewhere; tests hold ours to a fifth of it."""
     shape = (batch, channels, side, side)
     wrap, passes = (inference, 2) if mode == "inference" else (training, 8)  # as the kernel's docstring counts them
     layout = "channels_last" if channels_last else "contiguous"
@@ -62,7 +67,7 @@ def _case(
         shapes={"x": list(shape)},
         inputs=partial(_inputs, shape, dtype, channels_last, device),
         expected=lambda *inputs: wrap(bn_silu_reference)(*(x.double() for x in inputs)),
-        compare=lambda result, expected: relative_error(result, expected, TOLERANCE[dtype]),
+        compare=lambda result, expected: relative_error(result, expected, tolerance or TOLERANCE[dtype]),
         contenders=[
             *own(device, wrap(bn_silu), wrap(bn_silu_reference), graph_reference=True),
             Contender(name="torch.compile", build=lambda: wrap(compiled(device, bn_silu_reference)()), graph=True),
