@@ -23,6 +23,7 @@ ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 exchange width and heigh
 MAX_PIXELS = 178_956_970  # Pillow's limit too: a file of 3 MB may hold so many that decoding it takes gigabytes
 OPENCV_MAX_PIXELS = 1 << 30  # which OpenCV itself refuses to pass
 OPENCV_MAX_SIDE = 1 << 20
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"
 JPEG_END = b"\xff\xd9"
 CUT = "image file without its end"
@@ -70,7 +71,7 @@ def decode_image(
     check_bytes(path, len(content), max_pixels)
     header = _open_header(io.BytesIO(content))
     size = header.size if header else _told_size(content)
-    if size is None:
+    if size is None or not _png_has_its_chunks(content):
         raise UserError(f"{name}: cannot decode this image: it is truncated, damaged or not an image")
     check_pixels(path, size, max_pixels)
     data = np.frombuffer(content, np.uint8)
@@ -227,9 +228,22 @@ def _open_header(file: IO[bytes]) -> Any:
     return None
 
 
+def _png_has_its_chunks(content: bytes) -> bool:
+    """False of a PNG with a chunk that ends behind the file: OpenCV takes as much memory as it says, up to 4 GB."""
+    at = len(PNG_START)
+    while content.startswith(PNG_START) and at + 8 <= len(content):
+        (length,) = struct.unpack_from(">I", content, at)
+        if at + 8 + length > len(content):
+            return False
+        if content[at + 4 : at + 8] == PNG_END[:4]:
+            break
+        at += 12 + length
+    return True
+
+
 def _told_size(content: bytes) -> tuple[int, int] | None:
     """(width, height) of a PNG, JPEG or TIFF, whose other parts may be such that Pillow refuses it."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n") and content[12:16] == b"IHDR":
+    if content.startswith(PNG_START) and content[12:16] == b"IHDR":
         return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
     if content.startswith(b"\xff\xd8"):
         for marker, at in _jpeg_segments(content):

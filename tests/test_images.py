@@ -287,6 +287,23 @@ def test_of_several_pictures_the_first_is_used_and_that_is_told(tmp_path, pixels
     assert check_image(path) == ()
 
 
+def test_a_png_chunk_that_ends_behind_its_file_is_refused_before_it_is_read(tmp_path, pixels, monkeypatch):
+    """OpenCV takes the four gigabytes first that such a chunk of a small file may tell of."""
+    path = write(tmp_path / "a.png", pixels)
+    whole = path.read_bytes()
+    at = whole.index(b"IDAT")
+    for chunk, length in ((b"IDAT", b"\xff\xff\xff\x7f"), (b"PLTE", b"\x7f\xff\xff\xff")):
+        path.write_bytes(whole[: at - 4] + length + chunk + whole[at + 4 :])
+        with monkeypatch.context() as patch:
+            patch.setattr(cv2, "imdecode", None)
+            with pytest.raises(UserError, match="cannot decode this image: it is truncated, damaged"):
+                read_image(path)
+    # what comes after the end does not matter
+    for content in (whole + b"\0\0\0\x09more", whole + whole[8:]):
+        path.write_bytes(content)
+        assert np.array_equal(read_image(path), pixels)
+
+
 def test_a_gif_is_decoded_by_pillow_where_opencv_cannot(tmp_path, pixels, monkeypatch):
     path = tmp_path / "a.gif"
     Image.fromarray(pixels[:, :, ::-1].copy()).save(path)

@@ -82,7 +82,7 @@ def damage(rng: Rng, data: bytes) -> bytes:
     at = int(rng.integers(len(data) + 1))
     if kind == 0:
         return data[:at]
-    if kind == 1:
+    if kind == 1 and data:
         changed = bytearray(data)
         for place in rng.integers(0, len(data), int(rng.integers(1, 9))).tolist():
             changed[place] ^= 1 << int(rng.integers(8))

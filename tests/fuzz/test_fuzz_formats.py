@@ -106,10 +106,14 @@ def mutate_voc(rng: Rng, root: Path) -> None:
     if kind == 1:
         shutil.rmtree(root / "ImageSets", ignore_errors=True)
         (root / "train").mkdir(exist_ok=True)
-        for path in (*(root / "Annotations").glob("*.xml"), *(root / "JPEGImages").iterdir()):
+        for path in (*(root / "Annotations").glob("*.xml"), *(root / "JPEGImages").glob("*")):
             shutil.copy(path, root / "train")
         return
+    if kind == 2 and rng.random() < 0.2:
+        shutil.rmtree(root / pick(rng, ("Annotations", "JPEGImages")), ignore_errors=True)
     files = sorted((*(root / "Annotations").glob("*.xml"), *(root / "train").glob("*.xml")))
+    if not files:
+        return
     mutate_a_file(rng, files, TEXTS, ("<object>", "</object>", "<bndbox/>", "<polygon><x1>5</x1></polygon>", *TEXTS))
 
 
