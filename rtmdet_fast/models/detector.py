@@ -437,7 +437,7 @@ class Detector(nn.Module):
         """Detections in BGR images [H, W, 3] uint8, none of which is cut into windows, in their pixels, clipped."""
         canvases, scales = zip(*(self.to_canvas(image, image_size) for image in images), strict=True)
         return self.detect(
-            torch.stack([torch.from_numpy(canvas).permute(2, 0, 1) for canvas in canvases]),
+            torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2),
             scales,
             [(image.shape[0], image.shape[1]) for image in images],
             settings=settings,

@@ -76,12 +76,24 @@ def test_squash_sizes(height, width):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_normalize(memory_format):
     images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    before = images.clone()
     out = normalize(images)
     expected = (images.double() - torch.tensor(MEAN).view(3, 1, 1).double()) / torch.tensor(STD).view(3, 1, 1).double()
-    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=memory_format)
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=memory_format) and images.equal(before)
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_imports_without_opencv():
     code = "import sys; sys.modules['cv2'] = None; import rtmdet_fast.inference.preprocess as p; p.normalize"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 3, 1, 4), (2, 3, 4, 1), (1, 3, 1, 1)], ids=str)
+def test_normalize_gives_the_same_bits_in_every_layout_and_of_float32(shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    last, wide = images.contiguous(memory_format=torch.channels_last), torch.zeros(*shape[:3], 2 * shape[3]).byte()
+    wide[..., ::2] = images
+    floats = images.float()
+    for other in (last, wide[..., ::2], floats, last.float()):
+        assert normalize(other).equal(normalize(images))
+    assert floats.equal(images.float())
