@@ -175,8 +175,8 @@ def resize_into(part: np.ndarray, corner: tuple[int, int], canvas: tuple[int, in
     """[size, size, 3]: a black canvas (width, height) with `part` [h, w, 3] at `corner` (x, y), resized by Pillow.
 
     Of the canvas no more is made than what `part` and the pixels beside it take. Where nothing shrinks or is black,
-    OpenCV computes the same to a grey level; where a part is resized, Pillow's rounding of `box` to float32 may move
-    both its passes by a level, the second one in some millionth of the values.
+    OpenCV computes the same to a grey level. Of a part Pillow rounds `box` to float32, which moves one value in a
+    million by two levels, the others by one at most.
     """
     h, w = part.shape[:2]
     if (w, h) == canvas:

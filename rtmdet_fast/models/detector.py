@@ -252,8 +252,9 @@ class Detector(nn.Module):
         """
         parameter = next(self.parameters())
         images = self.normalize(canvases.to(parameter.device)).to(parameter.dtype)
-        if self.is_folded or images.device.type == "cpu":  # where it is faster, whatever the weights' is
-            images = images.contiguous(memory_format=torch.channels_last)
+        # on a CPU convolutions are faster in channels_last whatever the layout of their weights
+        last = self.is_folded or images.device.type == "cpu"
+        images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         # parts may be frozen; a folded model never trains, and the search takes a tenth of the smallest network
         training = [] if self.is_folded else [module for module in self.modules() if module.training]
         if training:
