@@ -55,9 +55,12 @@ def squash(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float
 
 
 def normalize(images: Tensor) -> Tensor:
-    """[B, 3, H, W] uint8 BGR to float32 of zero mean and unit variance per channel, in the memory format given."""
+    """[B, 3, H, W] uint8 BGR to float32 of zero mean and unit variance per channel, in the memory format given.
+
+    float64 where that is PyTorch's default dtype.
+    """
     mean, std = _per_channel(MEAN, images.device), _per_channel(STD, images.device)
-    result = images.to(torch.float32, copy=True)
+    result = images.to(torch.promote_types(torch.float32, mean.dtype), copy=True)
     last = not result.is_contiguous() and result.is_contiguous(memory_format=torch.channels_last)
     if not last or result.device.type != "cpu":
         return result.sub_(mean).div_(std)

@@ -97,3 +97,13 @@ def test_normalize_gives_the_same_bits_in_every_layout_and_of_float32(shape):
     for other in (last, wide[..., ::2], floats, last.float()):
         assert normalize(other).equal(normalize(images))
     assert floats.equal(images.float())
+
+
+def test_normalize_in_float64():
+    images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
+    try:
+        torch.set_default_dtype(torch.float64)
+        exact = normalize(images.contiguous(memory_format=torch.channels_last))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert exact.dtype == torch.float64 and (exact - normalize(images)).abs().max() < 1e-6
