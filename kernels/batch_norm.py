@@ -392,9 +392,9 @@ def _dx_kernel(
     c, offsets, valid = tile_offsets(tl.program_id(0), channels, pixels, image_tiles, CHANNELS_LAST, TIMES, BLOCK)
     inside, c = c < channels, unfolded(c, channels, FOLD)
     parameters = load_parameters((weight_ptr, bias_ptr, mean_ptr, var_ptr), c, channels, eps)
-    mean_du = tl.load(means_ptr + c, mask=inside, other=0)
-    mean_du_xhat = tl.load(means_ptr + channels // FOLD + c, mask=inside, other=0)
     du, xhat = load_du(dy_ptr, x_ptr, offsets, valid, parameters)
+    mean_du = tl.load(means_ptr + c, mask=inside, other=0)  # last: earlier, they cost sm_80 its registers
+    mean_du_xhat = tl.load(means_ptr + channels // FOLD + c, mask=inside, other=0)
     dx = (du - mean_du - xhat * mean_du_xhat) * (parameters[0] * parameters[3])
     tl.store(dx_ptr + offsets, dx, mask=valid)
 
