@@ -44,7 +44,7 @@ class _Images(Dataset):
 
 
 class _Canvases(_Images):
-    """Network inputs of a data set: canvas [3, S, S] uint8, scale (x, y), (height, width), index."""
+    """Network inputs of a data set: canvas [S, S, 3] uint8, scale (x, y), (height, width), index."""
 
     def __init__(self, dataset: CocoDataset, to_canvas: Callable[..., Any], image_size: int):
         super().__init__(dataset)
@@ -58,7 +58,7 @@ class _Canvases(_Images):
             return None
         image, _ = loaded
         canvas, scale = self.to_canvas(image, self.image_size)
-        return torch.from_numpy(canvas).permute(2, 0, 1), scale, image.shape[:2], index
+        return torch.from_numpy(canvas), scale, image.shape[:2], index
 
 
 def evaluate(
@@ -111,7 +111,7 @@ def evaluate(
                 detected = model.detect_images([image for image, _ in items], size, batch_size=batch_size)
             else:
                 canvases, scales, shapes, _ = zip(*items, strict=True)
-                detected = model.detect(torch.stack(canvases), scales, shapes)
+                detected = model.detect(torch.stack(canvases).permute(0, 3, 1, 2), scales, shapes)
             for (*_, index), detections in zip(items, detected, strict=True):
                 boxes, scores, labels = (field.cpu() for field in detections[:3])
                 results = Results(
