@@ -73,7 +73,7 @@ TUNING: dict[str, Any] = {
         "wide": dict(columns=2, prefetch=4, resident={3: 5, 5: 3}, block=(64, 4)),
     },
     # stride 2, K = 7: more columns and weights
-    "few": dict(columns=2, prefetch={3: 3, 5: 4, 7: 4}, resident={3: 6, 5: 3, 7: 3}, block=(32, 4), lanes=128),
+    "few": dict(columns=2, prefetch={3: 3, 5: 3, 7: 4}, resident={3: 6, 5: 3, 7: 3}, block=(32, 4), lanes=128),
     # dz in a pass of its own, two passes more: the thread that needs it then does not compute it, see above
     "store_dz": False,
     # of dy, z and x together one row on its way: a second would change registers, which waits for it
