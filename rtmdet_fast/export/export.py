@@ -92,6 +92,8 @@ def export(
         canvases = calibration_canvases(model, Path(calibrate), side, calibration_images)
     device = pick_device("auto") if path.suffix == ".pt2" else torch.device("cpu")
     folded = model.fold().float().to(device)
+    if odd := [name for name, tensor in folded.state_dict().items() if not tensor.isfinite().all()]:
+        raise UserError(f"the weights are not finite, so the model detects nothing: {', '.join(odd[:3])}")
     graph: Graph
     if nms:  # pixels of masks are for other clients than ours
         graph = EndToEnd(folded, settings, candidates, full_masks=path.suffix != ".pt2").eval()

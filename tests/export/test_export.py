@@ -300,6 +300,15 @@ def test_bad_settings_are_named(settings, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    """A file of them would find nothing, as the model does, and so agree with it."""
+    model = RTMDet("nano")
+    model.bbox_head.rtm_cls[1].bias.data[3] = torch.nan
+    with pytest.raises(UserError, match=r"weights are not finite.* bbox_head\.rtm_cls\.1\.bias"):
+        export(model, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_are_no_engines(tmp_path):
     import onnx
 
