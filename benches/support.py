@@ -60,8 +60,9 @@ the other: scores that differ by rounding, and IoUs at the threshold, make a det
 same comparison each time, and writes no file that fails it. NMS is inside of every file of RTMDet but for columns of
 "no NMS", whose files give all boxes and scores; RT-DETR has none. Open sides can be any multiples of 32.
 
-The weights are random, and such that much is found; images are noise of {IMAGE_SIZE} pixels. int8 is not for such
-weights, which multiply what it rounds: rows of trained weights, which name their file, have it, on images of theirs.
+The weights are random, and such that much is found; images are noise of {IMAGE_SIZE} pixels. Activations of such
+weights grow over the layers, so that SiLU is all but ReLU in the last ones. int8 is not for them, as they multiply what
+it rounds: rows of trained weights, which name their file, have it, on images of theirs.
 
 """
 
