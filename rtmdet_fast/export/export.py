@@ -64,7 +64,8 @@ def export(
         int8: of OpenVINO, in the ranges that the images of the folder `calibrate` show, `calibration_images` of them.
         images: that the two are compared on; those of `calibrate`, or noise, where not given.
 
-    Raises UserError where the file does not detect what the model does; what lay at `path` before stays then.
+    Raises UserError where weights are not finite, or the file does not detect what the model does; what lay at `path`
+    before stays then.
     """
     path = Path(path)
     check_format(path, format)
